@@ -1,0 +1,25 @@
+"""aadkern: attention and streaming for causal video diffusion on Wan. The public names, and nothing else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aadkern import plans
+from aadkern.plans import AttentionPlan, VideoLayout, Window
+from aadkern.range_attention.api import attention
+from aadkern.runtime import backends
+
+if TYPE_CHECKING:
+    from aadkern.streaming.cache import StreamingCache
+
+__version__ = "0.1.0"
+
+__all__ = ["AttentionPlan", "StreamingCache", "VideoLayout", "Window", "__version__", "attention", "backends", "plans"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "StreamingCache":
+        from aadkern.streaming.cache import StreamingCache
+
+        return StreamingCache
+    raise AttributeError(f"module 'aadkern' has no attribute {name!r}")

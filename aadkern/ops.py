@@ -1,0 +1,126 @@
+"""The contract page: every operator's schema, fake kernel and autograd wiring. Kernel files are imported on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aadkern.plans import AttentionPlan
+from aadkern.runtime import choose_backend
+
+# Whole modules are imported lazily inside the implementations, so that `import aadkern` needs torch alone. Operators are custom
+# and opaque, hence usable as save-points of selective activation checkpointing by the names torch.ops.aadkern.*.
+_library = torch.library.Library("aadkern", "DEF")
+_library.define(
+    "range_attention(Tensor q, Tensor k, Tensor v, int[] plan, float scale, str backend, bool deterministic) -> (Tensor out, Tensor lse)"
+)
+_library.define(
+    "range_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "int[] plan, float scale, str backend, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+def _lse_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _forward_kernel(backend: str) -> Any:
+    if backend == "triton":
+        from aadkern.range_attention import triton_forward
+
+        return triton_forward.forward
+    if backend == "sdpa":
+        from aadkern.range_attention import sdpa
+
+        return sdpa.forward
+    from aadkern.range_attention import reference
+
+    return reference.forward
+
+
+def _backward_kernel(backend: str) -> Any:
+    if backend == "triton":
+        from aadkern.range_attention import triton_backward
+
+        return triton_backward.backward
+    if backend == "sdpa":
+        from aadkern.range_attention import sdpa
+
+        return sdpa.backward
+    from aadkern.range_attention import reference
+
+    return reference.backward
+
+
+@torch.library.impl(_library, "range_attention", "CompositeExplicitAutograd")
+def _range_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Sequence[int], scale: float, backend: str, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    kernel = _forward_kernel(choose_backend(backend, q.device.type))
+    return kernel(q, k, v, AttentionPlan.decode(plan), scale)
+
+
+@torch.library.register_fake("aadkern::range_attention", lib=_library)
+def _range_attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, plan: Sequence[int], scale: float, backend: str, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    batch, q_len, heads, head_dim = q.shape
+    out = q.new_empty(batch, q_len, heads, head_dim)
+    return out, q.new_empty((batch, heads, q_len), dtype=_lse_dtype(q))
+
+
+@torch.library.impl(_library, "range_attention_backward", "CompositeExplicitAutograd")
+def _range_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Sequence[int],
+    scale: float,
+    backend: str,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = _backward_kernel(choose_backend(backend, q.device.type))
+    if dout.stride(-1) != 1:  # a gradient expanded by .sum() has stride 0
+        dout = dout.contiguous()
+    return kernel(dout, dlse, q, k, v, out, lse, AttentionPlan.decode(plan), scale)
+
+
+@torch.library.register_fake("aadkern::range_attention_backward", lib=_library)
+def _range_attention_backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.plan, ctx.scale, ctx.backend, ctx.deterministic = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse = ctx.saved_tensors
+    none = (None, None, None, None)
+    if dout is None and dlse is None:
+        return (None, None, None, *none)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = range_attention_backward(dout, dlse, q, k, v, out, lse, ctx.plan, ctx.scale, ctx.backend, ctx.deterministic)
+    return (*grads, *none)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
+    raise RuntimeError("aadkern.attention is differentiable once; for second derivatives write the formula out in torch")
+
+
+torch.library.register_autograd("aadkern::range_attention", _attention_gradients, setup_context=_save_for_backward, lib=_library)
+torch.library.register_autograd("aadkern::range_attention_backward", _no_second_derivative, lib=_library)
+
+range_attention = torch.ops.aadkern.range_attention.default
+range_attention_backward = torch.ops.aadkern.range_attention_backward.default

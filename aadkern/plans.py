@@ -1,0 +1,355 @@
+"""What attends to what, said once: layouts of video tokens, windows, and plans of visible key ranges.
+
+Every mask of this field gives each run of queries a few contiguous key ranges, all fully visible:
+``visible(i, j)  <=>  j lies in one of ranges(run of i)``. A plan stores just that. Plain Python; torch is imported only by
+``dense`` and ``block_mask``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Range = tuple[int, int]
+Run = tuple[Range, tuple[Range, ...]]
+
+MAX_RANGES = 4  # sink, ring tail, ring head, the new chunk: the most that any use here needs
+
+
+def _whole(value: Any, name: str, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    number = value.__index__()
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+@dataclass(frozen=True)
+class VideoLayout:
+    """How a clip's latent frames are cut into chunks, and frames into tokens.
+
+    ``chunks`` are the sizes of the chunks in latent frames, in order, each generated at once and fully visible to itself;
+    ``tokens_per_frame`` is the number of tokens after patching (1560 at 480p). AAD-1's image-to-video clip is
+    ``VideoLayout((1, 4, 4, 4, 4, 4), 1560)``. Raises ValueError or TypeError for an empty or non-positive size.
+    """
+
+    chunks: tuple[int, ...]
+    tokens_per_frame: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chunks, (str, bytes)) or not isinstance(self.chunks, Iterable):
+            raise TypeError(f"chunks must be a sequence of whole numbers, got {self.chunks!r}")
+        chunks = tuple(_whole(size, f"chunks[{i}]", 1) for i, size in enumerate(self.chunks))
+        if not chunks:
+            raise ValueError("chunks must hold at least one chunk, got none")
+        object.__setattr__(self, "chunks", chunks)
+        object.__setattr__(self, "tokens_per_frame", _whole(self.tokens_per_frame, "tokens_per_frame", 1))
+
+    @classmethod
+    def regular(cls, frames: int, chunk: int, tokens_per_frame: int, first: int | None = None) -> VideoLayout:
+        """Equal chunks of ``chunk`` latent frames, after a first chunk of ``first`` if given; a remainder goes to the last chunk.
+
+        ``regular(21, 4, n, first=1)`` is (1, 4, 4, 4, 4, 4); ``regular(22, 4, n)`` is (4, 4, 4, 4, 6).
+        """
+        frames, chunk = _whole(frames, "frames", 1), _whole(chunk, "chunk", 1)
+        head = () if first is None else (_whole(first, "first", 1),)
+        rest = frames - sum(head)
+        if rest < 0:
+            raise ValueError(f"first must be at most frames={frames}, got {first}")
+        if rest < chunk:
+            return cls((*head, rest) if rest else head, tokens_per_frame)
+        count = rest // chunk
+        return cls((*head, *([chunk] * (count - 1)), chunk + rest % chunk), tokens_per_frame)
+
+    @cached_property
+    def frames(self) -> int:
+        """Latent frames in the clip."""
+        return sum(self.chunks)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the clip."""
+        return self.frames * self.tokens_per_frame
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        ends, total = [], 0
+        for size in self.chunks:
+            total += size
+            ends.append(total)
+        return tuple(ends)
+
+    def chunk_frames(self, chunk: int) -> Range:
+        """The latent frames ``[first, end)`` of one chunk."""
+        return self._ends[chunk] - self.chunks[chunk], self._ends[chunk]
+
+    def chunk_tokens(self, chunk: int) -> Range:
+        """The tokens ``[first, end)`` of one chunk."""
+        first, end = self.chunk_frames(chunk)
+        return first * self.tokens_per_frame, end * self.tokens_per_frame
+
+    def chunk_of(self, frame: int) -> int:
+        """The chunk that holds a latent frame."""
+        for chunk, end in enumerate(self._ends):
+            if 0 <= frame < end:
+                return chunk
+        raise ValueError(f"frame must lie in [0, {self.frames}), got {frame}")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which latent frames a chunk sees: the ``sink`` first frames, always, and the newest ones up to the chunk's own end.
+
+    ``frames`` is the whole budget, and counts the sink and the chunk itself (Self-Forcing's ``local_attn_size``); None is
+    no limit. ``includes_sink=False`` or ``includes_current=False`` leave them out of the count: the literal reading of AAD-1's
+    equation 1 is both False. The window is anchored at the end of the query's chunk and counts frames, so it may cut an older
+    chunk. A budget smaller than the chunk cuts the chunk itself, as the public masks do.
+    """
+
+    frames: int | None = None
+    sink: int = 0
+    includes_sink: bool = True
+    includes_current: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sink", _whole(self.sink, "sink", 0))
+        if self.frames is None:
+            return
+        least = self.sink + 1 if self.includes_sink and self.includes_current else (self.sink if self.includes_sink else 0)
+        if self.includes_current:
+            least = max(least, 1)
+        frames = _whole(self.frames, "frames", 0)
+        if frames < least:
+            counted = f"counts the sink ({self.sink}) and " if self.includes_sink and self.sink else "counts "
+            what = "the current chunk" if self.includes_current else "earlier frames"
+            raise ValueError(f"frames {counted}{what}, so it must be at least {least}, got {frames}")
+        object.__setattr__(self, "frames", frames)
+
+    def recent(self, chunk_frames: int) -> int | None:
+        """Newest frames in view of a chunk of that many frames, itself counted and the sink not; None is no limit."""
+        if self.frames is None:
+            return None
+        return self.frames - (self.sink if self.includes_sink else 0) + (0 if self.includes_current else chunk_frames)
+
+    def visible_frames(self, chunk_start: int, chunk_end: int) -> list[Range]:
+        """Disjoint, ascending frame ranges that the chunk ``[chunk_start, chunk_end)`` sees, itself included."""
+        recent = self.recent(chunk_end - chunk_start)
+        start = 0 if recent is None else max(0, chunk_end - recent)
+        return list(_merged([(0, min(self.sink, chunk_end)), (start, chunk_end)]))
+
+
+def _merged(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    """The union as disjoint ascending ranges that do not touch."""
+    union: list[Range] = []
+    for start, end in sorted(ranges):
+        if start >= end:
+            continue
+        if union and start <= union[-1][1]:
+            union[-1] = (union[-1][0], max(end, union[-1][1]))
+        else:
+            union.append((start, end))
+    return tuple(union)
+
+
+def _canonical(q_len: int, runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Runs that cover [0, q_len) in order, neighbours with the same ranges joined, uncovered queries given no key."""
+    covered: list[Run] = []
+
+    def append(q0: int, q1: int, ranges: tuple[Range, ...]) -> None:
+        if q0 == q1:
+            return
+        if covered and covered[-1][1] == ranges:
+            q0 = covered.pop()[0][0]
+        covered.append(((q0, q1), ranges))
+
+    at = 0
+    for (q0, q1), ranges in sorted(runs):
+        if q0 < at:
+            raise ValueError(f"runs must not overlap: query {q0} stands in two runs")
+        append(at, q0, ())
+        append(q0, q1, ranges)
+        at = max(at, q1)
+    append(at, q_len, ())
+    return tuple(covered)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """Runs of queries and the key ranges each run sees: an immutable, hashable value. Build it with ``from_ranges`` or ``plans``.
+
+    ``runs`` is canonical: it covers ``[0, q_len)`` in order, neighbours differ, and each run's ranges are disjoint, ascending and
+    do not touch; two plans are equal exactly when their dense masks are. A run without ranges sees nothing (output 0, lse -inf).
+    """
+
+    q_len: int
+    k_len: int
+    runs: tuple[Run, ...]
+    code: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        flat = [self.q_len, self.k_len]
+        for (q0, q1), ranges in self.runs:
+            flat += [q0, q1, len(ranges)]
+            for k0, k1 in ranges:
+                flat += [k0, k1]
+        object.__setattr__(self, "code", tuple(flat))
+        object.__setattr__(self, "_hash", hash(self.code))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AttentionPlan) and self.code == other.code
+
+    @classmethod
+    def from_ranges(cls, q_len: int, k_len: int, runs: Iterable[tuple[Sequence[int], Iterable[Sequence[int]]]]) -> AttentionPlan:
+        """A plan from ``[((q0, q1), [(k0, k1), ...]), ...]``, half-open, in tokens.
+
+        A query sees the union of its run's ranges; queries in no run see nothing. Raises ValueError where a run or range leaves
+        ``[0, q_len)`` or ``[0, k_len)``, runs overlap, or a run needs more than 4 ranges after touching ones are joined.
+        """
+        q_len, k_len = _whole(q_len, "q_len", 0), _whole(k_len, "k_len", 0)
+        checked: list[Run] = []
+        for i, (run, ranges) in enumerate(runs):
+            q_run = _range_within(run, q_len, f"runs[{i}] queries")
+            union = _merged(_range_within(r, k_len, f"runs[{i}] ranges[{j}]") for j, r in enumerate(ranges))
+            if len(union) > MAX_RANGES:
+                raise ValueError(f"runs[{i}] must need at most {MAX_RANGES} key ranges, got {len(union)}: {list(union)}")
+            if q_run[0] < q_run[1]:
+                checked.append((q_run, union))
+        return cls(q_len, k_len, _canonical(q_len, checked))
+
+    def encode(self) -> tuple[int, ...]:
+        """The plan as whole numbers: q_len, k_len, then per run q0, q1, number of ranges, and k0, k1 of each."""
+        return self.code
+
+    @staticmethod
+    def decode(code: Sequence[int]) -> AttentionPlan:
+        """The plan that ``encode`` gave these numbers (cached)."""
+        return _decode(tuple(code))
+
+    @cached_property
+    def area(self) -> int:
+        """Visible (query, key) pairs: ``dense().sum()``."""
+        return sum((q1 - q0) * sum(k1 - k0 for k0, k1 in ranges) for (q0, q1), ranges in self.runs)
+
+    def flops(self, heads: int, head_dim: int, *, backward: bool = False) -> int:
+        """Exact matmul FLOPs per batch element: forward 4 * area * heads * head_dim, backward 2.5 times that."""
+        forward = 4 * self.area * heads * head_dim
+        return forward * 5 // 2 if backward else forward
+
+    @cached_property
+    def _transposed(self) -> AttentionPlan:
+        edges = sorted({0, self.k_len, *(edge for _, ranges in self.runs for r in ranges for edge in r)})
+        runs: list[Run] = []
+        for k0, k1 in zip(edges, edges[1:], strict=False):
+            seen_by = [run for run, ranges in self.runs if any(a <= k0 < b for a, b in ranges)]
+            runs.append(((k0, k1), _merged(seen_by)))
+        return AttentionPlan(self.k_len, self.q_len, _canonical(self.k_len, runs))
+
+    def transpose(self) -> AttentionPlan:
+        """Runs of keys and the query ranges that see them; drives dK and dV. May need more than 4 ranges for a run."""
+        return self._transposed
+
+    def dense(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """The mask as bool [q_len, k_len], True where visible: for tests and pictures."""
+        import torch
+
+        mask = torch.zeros(self.q_len, self.k_len, dtype=torch.bool, device=device)
+        for (q0, q1), ranges in self.runs:
+            for k0, k1 in ranges:
+                mask[q0:q1, k0:k1] = True
+        return mask
+
+    def block_mask(self, device: torch.device | str = "cpu", block_size: int = 128) -> Any:
+        """The same mask as a FlexAttention ``BlockMask`` of shape [1, 1, q_len, k_len], for comparison."""
+        import torch
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        most = max((len(ranges) for _, ranges in self.runs), default=0)
+        lengths = torch.tensor([q1 - q0 for (q0, q1), _ in self.runs])
+        run_of = torch.repeat_interleave(torch.arange(len(self.runs)), lengths).to(device)
+        bounds = [[*ranges, *([(0, 0)] * (most - len(ranges)))] for _, ranges in self.runs]
+        table = torch.tensor(bounds, dtype=torch.int64).reshape(len(self.runs), most, 2).to(device)
+
+        def visible(b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            run = run_of[q]
+            seen = k < 0
+            for r in range(most):
+                seen = seen | ((k >= table[run, r, 0]) & (k < table[run, r, 1]))
+            return seen
+
+        return create_block_mask(visible, None, None, self.q_len, self.k_len, device=str(device), BLOCK_SIZE=block_size)
+
+
+def _range_within(pair: Sequence[int], length: int, name: str) -> Range:
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a (start, end) pair, got {pair!r}")
+    start, end = _whole(pair[0], f"{name} start", 0), _whole(pair[1], f"{name} end", 0)
+    if not start <= end <= length:
+        raise ValueError(f"{name} must satisfy 0 <= start <= end <= {length}, got ({start}, {end})")
+    return start, end
+
+
+@lru_cache(maxsize=4096)
+def _decode(code: tuple[int, ...]) -> AttentionPlan:
+    runs: list[Run] = []
+    at = 2
+    while at < len(code):
+        q0, q1, count = code[at : at + 3]
+        at += 3
+        runs.append(((q0, q1), tuple((code[at + 2 * i], code[at + 2 * i + 1]) for i in range(count))))
+        at += 2 * count
+    return AttentionPlan(code[0], code[1], tuple(runs))
+
+
+def _tokens(frames: Iterable[Range], layout: VideoLayout, offset: int = 0) -> list[Range]:
+    n = layout.tokens_per_frame
+    return [(offset + a * n, offset + b * n) for a, b in frames]
+
+
+@lru_cache(maxsize=256)
+def bidirectional(layout: VideoLayout) -> AttentionPlan:
+    """All tokens see all tokens."""
+    return AttentionPlan.from_ranges(layout.tokens, layout.tokens, [((0, layout.tokens), [(0, layout.tokens)])])
+
+
+@lru_cache(maxsize=256)
+def block_causal(layout: VideoLayout, window: Window | None = None) -> AttentionPlan:
+    """Each chunk sees itself and the earlier frames that ``window`` (default: all) leaves in view (wan_lineage 1.1, 1.3, with sink)."""
+    window = window or Window()
+    runs = []
+    for chunk in range(len(layout.chunks)):
+        runs.append((layout.chunk_tokens(chunk), _tokens(window.visible_frames(*layout.chunk_frames(chunk)), layout)))
+    return AttentionPlan.from_ranges(layout.tokens, layout.tokens, runs)
+
+
+@lru_cache(maxsize=256)
+def teacher_forcing(layout: VideoLayout, window: Window | None = None) -> AttentionPlan:
+    """Over [clean clip, noisy clip]: a clean chunk sees as under ``block_causal``; a noisy chunk sees the *earlier* clean frames in
+    its window and sink, and itself in the noisy half. Works with uneven chunks, an independent first frame, window and sink."""
+    window = window or Window()
+    runs = list(block_causal(layout, window).runs)
+    for chunk in range(len(layout.chunks)):
+        start, end = layout.chunk_frames(chunk)
+        seen = window.visible_frames(start, end)
+        clean = [(a, min(b, start)) for a, b in seen if a < start]
+        own = [(max(a, start), b) for a, b in seen if b > start]
+        q0, q1 = layout.chunk_tokens(chunk)
+        noisy_run = (layout.tokens + q0, layout.tokens + q1)
+        runs.append((noisy_run, (*_tokens(clean, layout), *_tokens(own, layout, layout.tokens))))
+    return AttentionPlan.from_ranges(2 * layout.tokens, 2 * layout.tokens, runs)
+
+
+@lru_cache(maxsize=256)
+def frame_isolated(layout: VideoLayout) -> AttentionPlan:
+    """Each latent frame sees itself alone (an ablation of the discriminator)."""
+    frames = [(f, f + 1) for f in range(layout.frames)]
+    runs = [(tokens, [tokens]) for tokens in _tokens(frames, layout)]
+    return AttentionPlan.from_ranges(layout.tokens, layout.tokens, runs)

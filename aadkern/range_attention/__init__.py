@@ -1,0 +1,1 @@
+"""Attention over plans of key ranges: one operator, several interchangeable backends."""

@@ -1,0 +1,80 @@
+"""``aadkern.attention``: softmax(scale q k^T) v over the key ranges of a plan; checks its input and calls the operator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from aadkern import ops
+from aadkern.plans import AttentionPlan
+from aadkern.runtime import BACKENDS
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def attention(
+    q: Tensor,  # [B, Lq, H, D]
+    k: Tensor,  # [B, Lk, H, D]
+    v: Tensor,  # [B, Lk, H, D]
+    plan: AttentionPlan,
+    *,
+    return_lse: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+    deterministic: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which each run of queries sees the key ranges that ``plan`` gives it.
+
+    ``q`` is [B, Lq, H, D], ``k`` and ``v`` are [B, Lk, H, D], with Lq = plan.q_len and Lk = plan.k_len; float32, float64, float16 or
+    bfloat16, all of one dtype and device. Any strides serve; a last dimension that is not contiguous is copied first. ``scale``
+    defaults to 1/sqrt(D). ``backend`` None picks the best verified one for the device (``aadkern.backends()``); a named backend never
+    falls back. Every backend of this version is deterministic, so ``deterministic`` changes nothing yet.
+
+    Returns the output [B, Lq, H, D] in q's dtype and, with ``return_lse``, the natural logarithm of the softmax denominator
+    [B, H, Lq] in float32 (float64 for float64 inputs). A query that sees no key gets output 0, lse -inf and no gradient. Differentiable
+    once in q, k, v, through both outputs. Works under ``torch.compile(fullgraph=True)``. Under autocast, cast the inputs yourself.
+
+    Raises TypeError for a wrong type or dtype and ValueError for a wrong shape, device, scale or backend, before any work.
+    """
+    _check(q, k, v, plan, scale, backend)
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    out, lse = ops.range_attention(q, k, v, plan.code, scale, backend or "auto", deterministic)
+    return (out, lse) if return_lse else out
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | None, backend: str | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"attention: {name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"attention: {name} must be [batch, length, heads, head_dim], got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"attention: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {x.dtype}; cast before the call (also under autocast)")
+        if x.device != q.device:
+            raise ValueError(f"attention: {name} must be on q's device {q.device}, got {x.device}")
+    if not isinstance(plan, AttentionPlan):
+        raise TypeError(f"attention: plan must be an aadkern.AttentionPlan, got {type(plan).__name__}; AttentionPlan.from_ranges makes one")
+    batch, q_len, heads, head_dim = q.shape
+    if head_dim == 0:
+        raise ValueError("attention: q must have head_dim of at least 1, got 0")
+    if q_len != plan.q_len:
+        raise ValueError(f"attention: q must have the plan's q_len {plan.q_len} tokens, got {q_len}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[1] != plan.k_len:
+            raise ValueError(f"attention: {name} must have the plan's k_len {plan.k_len} tokens, got {x.shape[1]}")
+        if (x.shape[0], x.shape[2], x.shape[3]) != (batch, heads, head_dim):
+            wanted = f"[{batch}, {plan.k_len}, {heads}, {head_dim}]"
+            raise ValueError(f"attention: {name} must have q's batch, heads and head_dim, {wanted}, got {list(x.shape)}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"attention: scale must be finite, got {scale}")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"attention: backend must be one of {', '.join(BACKENDS)}, or None, got {backend!r}")

@@ -1,0 +1,75 @@
+"""The meaning of range attention in plain mathematics: out = softmax(scale q k^T) v and lse = log sum exp, per run of queries.
+
+Runs in float32, or float64 for float64 inputs, and rounds once at the end. Memory grows with (run length x visible keys).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aadkern.plans import AttentionPlan, Range
+
+
+def gather(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
+    """The tokens of x [B, L, ...] in these ranges, in order: a view of one range, a copy of several."""
+    pieces = [x[:, a:b] for a, b in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def scatter_add(total: Tensor, part: Tensor, ranges: tuple[Range, ...]) -> None:
+    """Add to total [B, L, ...] what ``gather`` took from it."""
+    at = 0
+    for a, b in ranges:
+        total[:, a:b] += part[:, at : at + b - a]
+        at += b - a
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """q [B, Lq, H, D], k and v [B, Lk, H, D] -> out [B, Lq, H, D] in q's dtype, lse [B, H, Lq]."""
+    batch, q_len, heads, head_dim = q.shape
+    q64, k64, v64 = _exact(q), _exact(k), _exact(v)
+    out = q64.new_zeros(batch, q_len, heads, head_dim)
+    lse = q64.new_full((batch, heads, q_len), float("-inf"))
+    for (q0, q1), ranges in plan.runs:
+        if not ranges:
+            continue
+        scores = scale * torch.einsum("bqhd,bkhd->bhqk", q64[:, q0:q1], gather(k64, ranges))
+        lse[:, :, q0:q1] = torch.logsumexp(scores, dim=-1)
+        out[:, q0:q1] = torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, dim=-1), gather(v64, ranges))
+    return out.to(q.dtype), lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With p = softmax: dv = p^T dout, ds = p (dout v^T - rowsum(dout out) + dlse), dq = scale ds k, dk = scale ds^T q."""
+    do64, q64, k64, v64 = _exact(dout), _exact(q), _exact(k), _exact(v)
+    dq, dk, dv = torch.zeros_like(q64), torch.zeros_like(k64), torch.zeros_like(v64)
+    for (q0, q1), ranges in plan.runs:
+        if not ranges:
+            continue
+        q_run, do_run = q64[:, q0:q1], do64[:, q0:q1]
+        k_run, v_run = gather(k64, ranges), gather(v64, ranges)
+        p = torch.softmax(scale * torch.einsum("bqhd,bkhd->bhqk", q_run, k_run), dim=-1)
+        dp = torch.einsum("bqhd,bkhd->bhqk", do_run, v_run)
+        ds = dp - (p * dp).sum(dim=-1, keepdim=True)
+        if dlse is not None:
+            ds = ds + dlse[:, :, q0:q1, None]
+        ds = scale * p * ds
+        dq[:, q0:q1] = torch.einsum("bhqk,bkhd->bqhd", ds, k_run)
+        scatter_add(dk, torch.einsum("bhqk,bqhd->bkhd", ds, q_run), ranges)
+        scatter_add(dv, torch.einsum("bhqk,bqhd->bkhd", p, do_run), ranges)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -1,0 +1,92 @@
+"""Range attention on torch's own fused SDPA kernels: one dense call per run of queries, over its gathered key ranges.
+
+The default on the CPU. The fused calls return the log-sum-exp that the backward needs, so nothing of size Lq x Lk is formed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aadkern.plans import AttentionPlan
+from aadkern.range_attention.reference import gather, scatter_add
+
+aten = torch.ops.aten
+
+
+def _dense_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """[B, H, Lq, D], [B, H, Lk, D] -> out [B, H, Lq, D], lse [B, H, Lq]."""
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    # Memory-efficient attention rather than cuDNN's: cuDNN's backward gives NaN for one query (cudnn-frontend#1072).
+    out, lse, _, _ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+    return out, lse[:, :, : q.shape[2]]
+
+
+def _dense_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
+    padded = F.pad(lse, (0, -lse.shape[-1] % 32)).contiguous()  # the kernel reads its own padding of 32
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the random state of a dropout that is off
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, None, out, padded, unused, unused, 0.0, [True, True, True, False], False, scale=scale
+    )
+    return dq, dk, dv
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """q [B, Lq, H, D], k and v [B, Lk, H, D] -> out [B, Lq, H, D], lse [B, H, Lq]."""
+    batch, q_len, heads, head_dim = q.shape
+    out = q.new_empty(batch, q_len, heads, head_dim)
+    lse = q.new_empty((batch, heads, q_len), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    for (q0, q1), ranges in plan.runs:
+        if not ranges or batch * heads == 0:
+            out[:, q0:q1] = 0
+            lse[:, :, q0:q1] = float("-inf")
+            continue
+        q_run, k_run, v_run = _heads_first(q[:, q0:q1]), _heads_first(gather(k, ranges)), _heads_first(gather(v, ranges))
+        out_run, lse_run = _dense_forward(q_run, k_run, v_run, scale)
+        out[:, q0:q1] = out_run.transpose(1, 2)
+        lse[:, :, q0:q1] = lse_run
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv. Where several runs see a key, its gradient is summed in float32."""
+    total = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dq = q.new_empty(q.shape)
+    dk, dv = torch.zeros(k.shape, dtype=total, device=k.device), torch.zeros(v.shape, dtype=total, device=v.device)
+    for (q0, q1), ranges in plan.runs:
+        if not ranges or q.numel() == 0:
+            dq[:, q0:q1] = 0
+            continue
+        q_run, k_run, v_run = _heads_first(q[:, q0:q1]), _heads_first(gather(k, ranges)), _heads_first(gather(v, ranges))
+        do_run, out_run, lse_run = _heads_first(dout[:, q0:q1]), _heads_first(out[:, q0:q1]), lse[:, :, q0:q1]
+        dq_run, dk_run, dv_run = _dense_backward(do_run, q_run, k_run, v_run, out_run, lse_run.contiguous(), scale)
+        if dlse is not None:
+            # The fused kernels know no gradient of lse; its part is ds = p dlse, formed for this run only.
+            p = torch.exp(scale * (q_run.to(total) @ k_run.to(total).mT) - lse_run[..., None])
+            ds = scale * p * dlse[:, :, q0:q1, None]
+            dq_run = dq_run + ds @ k_run.to(total)
+            dk_run = dk_run + ds.mT @ q_run.to(total)
+        dq[:, q0:q1] = dq_run.transpose(1, 2)
+        scatter_add(dk, dk_run.transpose(1, 2), ranges)
+        scatter_add(dv, dv_run.transpose(1, 2), ranges)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -1,0 +1,83 @@
+"""How the Triton kernels cut a plan into work: the tables of tiles, the order of programs, and the device classes.
+
+A tile is up to ``rows`` rows of one run, so that all its rows see the same ranges and no element needs a mask but the tail of
+a range: ``tiles(run) = {[s, min(s + rows, end)) : s = start, start + rows, ...}``. Knows nothing of Triton.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from aadkern.plans import AttentionPlan
+
+# K and V of the heads in flight should stay in L2. An H100 has 50 MB in two halves that may each hold a copy, an A100 40 MB.
+# Unverified on a GPU.
+L2_BYTES = 25 << 20
+
+
+class Tile(NamedTuple):
+    """One kernel configuration: a program owns ``rows`` rows and walks the other side in steps of ``step`` rows."""
+
+    rows: int
+    step: int
+    warps: int
+    stages: int
+
+
+class TileTable(NamedTuple):
+    """What a launch reads: ``tiles`` int32 [T, 4] of (first row, end of the rows, first range, end of the ranges), longest
+    first, and ``ranges`` int32 [R, 2] of (start, end), both on the device."""
+
+    tiles: torch.Tensor
+    ranges: torch.Tensor
+
+
+def cut(plan: AttentionPlan, rows: int, step: int) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int]]]:
+    """The rows of the two tables of ``TileTable``: tiles, longest first, and ranges.
+
+    Chunks differ in work by 1:7 and more, so the longest tiles start first and the short ones fill the end of the launch. Work is
+    counted in steps, a range's masked tail step included.
+    """
+    tiles: list[tuple[int, tuple[int, int, int, int]]] = []
+    ranges: list[tuple[int, int]] = []
+    for (start, end), seen in plan.runs:
+        first = len(ranges)
+        ranges += seen
+        steps = sum(-(-(b - a) // step) for a, b in seen)
+        tiles += [(-steps, (at, min(at + rows, end), first, len(ranges))) for at in range(start, end, rows)]
+    tiles.sort()
+    return [tile for _, tile in tiles], ranges
+
+
+@cache
+def tile_table(plan: AttentionPlan, rows: int, step: int, device: torch.device) -> TileTable:
+    """The device tables of a plan, made once and never freed: a captured CUDA graph reads them at their address.
+
+    A few KB each. The first call copies to the device, so make it before capturing a graph.
+    """
+    tiles, ranges = cut(plan, rows, step)
+    return TileTable(
+        torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4).to(device),
+        torch.tensor(ranges, dtype=torch.int32).reshape(-1, 2).to(device),
+    )
+
+
+def heads_per_group(bytes_per_head: int, heads: int) -> int:
+    """How many of ``heads`` (batch and head counted together) walk the tiles side by side: those whose looped-over tensors fit L2.
+
+    Programs run group by group, inside a group tile by tile (longest first), inside a tile head by head.
+    """
+    return max(1, min(heads, L2_BYTES // max(1, bytes_per_head)))
+
+
+def device_class(capability: tuple[int, int]) -> str:
+    """The configuration row of a compute capability, chosen by its tensor cores and shared memory per block.
+
+    "sm90": wgmma, 227 KB. "sm80": mma.sync, 163 KB; later data-centre parts too. "sm89": mma.sync, 99 KB (8.6, 8.9, 12.x).
+    """
+    if capability == (9, 0):
+        return "sm90"
+    return "sm80" if capability == (8, 0) or capability[0] in (10, 11) else "sm89"

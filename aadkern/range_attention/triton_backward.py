@@ -1,0 +1,338 @@
+"""Attention over key ranges, backward, in Triton: with p = exp(s - lse), s = scale q k^T, delta = rowsum(dout out) - dlse,
+
+``dv = p^T dout``, ``ds = p (dout v^T - delta)``, ``dq = scale ds k``, ``dk = scale ds^T q``.
+
+Three launches without atomics, so every sum has one order: delta; dq, a program per tile of queries; dk and dv, a program per
+tile of keys walking the transposed plan's query ranges. Recomputing p twice costs 7 products instead of 5.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from aadkern.plans import AttentionPlan
+from aadkern.range_attention.tiles import Tile, heads_per_group, tile_table
+from aadkern.range_attention.triton_forward import (
+    COUNTS,
+    INTERPRETED,
+    INTERPRETER,
+    LOG2_E,
+    check_device,
+    dense_rows,
+    head_base,
+    is_wide,
+    load_tile,
+    on_device,
+    own_tile,
+    padded,
+    pick,
+    store_tile,
+    strides,
+)
+
+DQ_CONFIGS: dict[tuple[str, int], Tile] = {}
+DQ_CONFIGS_FP32: dict[int, Tile] = {}
+DKV_CONFIGS: dict[tuple[str, int], Tile] = {}
+DKV_CONFIGS_FP32: dict[int, Tile] = {}
+DELTA_ROWS = 64
+
+
+@triton.jit
+def row_stats(lse, delta, start, end, ROWS: tl.constexpr):
+    """lse in base 2 and delta of rows [start, start + ROWS), 0 from ``end`` on."""
+    rows = start + tl.arange(0, ROWS)
+    return tl.load(lse + rows, mask=rows < end, other=0.0) * 1.4426950408889634, tl.load(delta + rows, mask=rows < end, other=0.0)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def delta_kernel(
+    dout,
+    out,
+    dlse,
+    delta,
+    heads,
+    q_len,
+    dout_stride_b,
+    dout_stride_l,
+    dout_stride_h,
+    out_stride_b,
+    out_stride_l,
+    out_stride_h,
+    dlse_stride_b,
+    dlse_stride_h,
+    dlse_stride_l,
+    HAS_DLSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    tile_count = tl.cdiv(q_len, ROWS)
+    start = tl.program_id(0) % tile_count * ROWS
+    bh = tl.program_id(0) // tile_count
+    batch = bh // heads
+    head = bh % heads
+    dout_head = head_base(dout, batch, head, dout_stride_b, dout_stride_h)
+    out_head = head_base(out, batch, head, out_stride_b, out_stride_h)
+    dout_tile = load_tile(dout_head, start, q_len, dout_stride_l, ROWS, True, HEAD_DIM, BLOCK_D, WIDE, True)
+    out_tile = load_tile(out_head, start, q_len, out_stride_l, ROWS, True, HEAD_DIM, BLOCK_D, WIDE, True)
+    total = tl.sum(dout_tile * out_tile, 1)
+    rows = start + tl.arange(0, ROWS)
+    if HAS_DLSE:
+        dlse_head = head_base(dlse, batch, head, dlse_stride_b, dlse_stride_h)
+        total -= tl.load(dlse_head + rows.to(tl.int64) * dlse_stride_l, mask=rows < q_len, other=0.0)
+    tl.store(delta + tl.cast(bh, tl.int64) * q_len + rows, total, mask=rows < q_len)
+
+
+@triton.jit
+def dq_step(
+    dq,
+    q,
+    dout,
+    lse_log2,
+    delta,
+    k_head,
+    v_head,
+    start,
+    end,
+    k_stride,
+    v_stride,
+    scale_log2,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Add what the keys [start, start + BLOCK_K) give to dq, before the scale."""
+    k = load_tile(k_head, start, end, k_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+    v = load_tile(v_head, start, end, v_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse_log2[:, None])
+    if MASKED:  # a score of 0 may lie far above lse: inf times 0
+        p = tl.where(tl.arange(0, BLOCK_K)[None, :] < end - start, p, 0.0)
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def dq_kernel(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dq,
+    tiles,
+    ranges,
+    scale,
+    scale_log2,
+    tile_count,
+    group,
+    heads,
+    bh_count,
+    q_len,
+    q_stride_b,
+    q_stride_l,
+    q_stride_h,
+    k_stride_b,
+    k_stride_l,
+    k_stride_h,
+    v_stride_b,
+    v_stride_l,
+    v_stride_h,
+    dout_stride_b,
+    dout_stride_l,
+    dout_stride_h,
+    dq_stride_b,
+    dq_stride_l,
+    dq_stride_h,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    q_start, q_end, first, last, batch, head = own_tile(tiles, tile_count, group, heads, bh_count)
+    q_head = head_base(q, batch, head, q_stride_b, q_stride_h)
+    k_head = head_base(k, batch, head, k_stride_b, k_stride_h)
+    v_head = head_base(v, batch, head, v_stride_b, v_stride_h)
+    dout_head = head_base(dout, batch, head, dout_stride_b, dout_stride_h)
+    stats = (tl.cast(batch, tl.int64) * heads + head) * q_len
+    q_tile = load_tile(q_head, q_start, q_end, q_stride_l, BLOCK_Q, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+    dout_tile = load_tile(dout_head, q_start, q_end, dout_stride_l, BLOCK_Q, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+    lse_log2, row_delta = row_stats(lse + stats, delta + stats, q_start, q_end, BLOCK_Q)
+
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for r in range(first, last):
+        k_start = tl.load(ranges + 2 * r)
+        k_end = tl.load(ranges + 2 * r + 1)
+        whole_end = k_end - (k_end - k_start) % BLOCK_K
+        for start in range(k_start, whole_end, BLOCK_K):
+            acc = dq_step(
+                acc, q_tile, dout_tile, lse_log2, row_delta, k_head, v_head, start, k_end, k_stride_l, v_stride_l, scale_log2,
+                BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+            )  # fmt: skip
+        if whole_end < k_end:
+            acc = dq_step(
+                acc, q_tile, dout_tile, lse_log2, row_delta, k_head, v_head, whole_end, k_end, k_stride_l, v_stride_l, scale_log2,
+                BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+            )  # fmt: skip
+    dq_head = head_base(dq, batch, head, dq_stride_b, dq_stride_h)
+    store_tile(acc * scale, dq_head, q_start, q_end, dq_stride_l, BLOCK_Q, HEAD_DIM, BLOCK_D, WIDE)
+
+
+@triton.jit
+def dkv_step(
+    dk,
+    dv,
+    k,
+    v,
+    q_head,
+    dout_head,
+    lse,
+    delta,
+    start,
+    end,
+    q_stride,
+    dout_stride,
+    scale_log2,
+    BLOCK_Q: tl.constexpr,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Add what the queries [start, start + BLOCK_Q) give to dk, before the scale, and dv; p and ds are made transposed."""
+    q = load_tile(q_head, start, end, q_stride, BLOCK_Q, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+    dout = load_tile(dout_head, start, end, dout_stride, BLOCK_Q, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+    lse_log2, row_delta = row_stats(lse, delta, start, end, BLOCK_Q)
+    p_t = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse_log2[None, :])
+    if MASKED:
+        p_t = tl.where(tl.arange(0, BLOCK_Q)[None, :] < end - start, p_t, 0.0)
+    dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
+    dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    ds_t = p_t * (dp_t - row_delta[None, :])
+    dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def dkv_kernel(
+    q,
+    k,
+    v,
+    dout,
+    lse,
+    delta,
+    dk,
+    dv,
+    tiles,
+    ranges,
+    scale,
+    scale_log2,
+    tile_count,
+    group,
+    heads,
+    bh_count,
+    q_len,
+    q_stride_b,
+    q_stride_l,
+    q_stride_h,
+    k_stride_b,
+    k_stride_l,
+    k_stride_h,
+    v_stride_b,
+    v_stride_l,
+    v_stride_h,
+    dout_stride_b,
+    dout_stride_l,
+    dout_stride_h,
+    dk_stride_b,
+    dk_stride_l,
+    dk_stride_h,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    k_start, k_end, first, last, batch, head = own_tile(tiles, tile_count, group, heads, bh_count)
+    q_head = head_base(q, batch, head, q_stride_b, q_stride_h)
+    k_head = head_base(k, batch, head, k_stride_b, k_stride_h)
+    v_head = head_base(v, batch, head, v_stride_b, v_stride_h)
+    dout_head = head_base(dout, batch, head, dout_stride_b, dout_stride_h)
+    stats = (tl.cast(batch, tl.int64) * heads + head) * q_len
+    k_tile = load_tile(k_head, k_start, k_end, k_stride_l, BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+    v_tile = load_tile(v_head, k_start, k_end, v_stride_l, BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+
+    dk_tile = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for r in range(first, last):
+        q_start = tl.load(ranges + 2 * r)
+        q_end = tl.load(ranges + 2 * r + 1)
+        whole_end = q_end - (q_end - q_start) % BLOCK_Q
+        for start in range(q_start, whole_end, BLOCK_Q):
+            dk_tile, dv_tile = dkv_step(
+                dk_tile, dv_tile, k_tile, v_tile, q_head, dout_head, lse + stats, delta + stats, start, q_end,
+                q_stride_l, dout_stride_l, scale_log2, BLOCK_Q, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+            )  # fmt: skip
+        if whole_end < q_end:
+            dk_tile, dv_tile = dkv_step(
+                dk_tile, dv_tile, k_tile, v_tile, q_head, dout_head, lse + stats, delta + stats, whole_end, q_end,
+                q_stride_l, dout_stride_l, scale_log2, BLOCK_Q, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+            )  # fmt: skip
+    dk_head = head_base(dk, batch, head, dk_stride_b, dk_stride_h)
+    dv_head = head_base(dv, batch, head, dk_stride_b, dk_stride_h)
+    store_tile(dk_tile * scale, dk_head, k_start, k_end, dk_stride_l, BLOCK_K, HEAD_DIM, BLOCK_D, WIDE)
+    store_tile(dv_tile, dv_head, k_start, k_end, dk_stride_l, BLOCK_K, HEAD_DIM, BLOCK_D, WIDE)
+
+
+def delta_of(dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """rowsum(dout out) - dlse, fp32 [B, H, Lq]."""
+    batch, q_len, heads, head_dim = out.shape
+    delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
+    grid = (triton.cdiv(q_len, DELTA_ROWS) * batch * heads,)
+    delta_kernel[grid](
+        dout, out, dlse, delta, heads, q_len, *strides(dout, out), *((0, 0, 0) if dlse is None else dlse.stride()),
+        HAS_DLSE=dlse is not None, ROWS=DELTA_ROWS, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), WIDE=is_wide(dout, out),
+    )  # fmt: skip
+    return delta
+
+
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients (dq, dk, dv), contiguous, of ``forward``'s out and lse (``dlse`` None: lse was not used).
+
+    Bitwise the same at every run. Raises ValueError for a device that Triton cannot serve.
+    """
+    check_device(q)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    batch, q_len, heads, head_dim = q.shape
+    bh_count = batch * heads
+    if q_len == 0 or bh_count == 0:
+        return dq, dk.zero_(), dv.zero_()
+    sign = -1.0 if scale < 0 else 1.0
+    dout, q, k, v = (dense_rows(x) for x in (dout, q, k, v))
+    sizes = dict(
+        HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), WIDE=is_wide(q, k, v, dout), UPCAST=INTERPRETED and q.dtype == torch.bfloat16
+    )
+    with on_device(q):
+        delta = delta_of(dout, dlse, dense_rows(out))
+    return dq, dk, dv

@@ -1,0 +1,286 @@
+"""Attention over key ranges, forward, in Triton: ``out = softmax(scale q k^T) v`` and ``lse = log sum exp(scale q k^T)``.
+
+One program makes one tile of queries of one head. It walks its run's ranges in two nested loops, whole key tiles first and then
+the range's tail, which alone is masked. A flat loop over a list of key tiles would fill the pipeline once instead of once per
+range (at most 4), but its addresses hang on a table load in every step, and every step would carry the tail's mask.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+from aadkern.plans import AttentionPlan
+from aadkern.range_attention.tiles import Tile, device_class, heads_per_group, tile_table
+
+LOG2_E = 1.4426950408889634
+COUNTS = ["tile_count", "group", "heads", "bh_count", "q_len"]  # a new clip length or head count is no new binary
+INTERPRETED = triton.knobs.runtime.interpret
+
+# (device class, padded head_dim) -> configuration of 16-bit inputs. None has run on a GPU yet; tests/test_triton_compile.py
+# holds each to its shared memory and to no spills.
+CONFIGS: dict[tuple[str, int], Tile] = {}
+CONFIGS_FP32: dict[int, Tile] = {}
+INTERPRETER = Tile(rows=32, step=16, warps=4, stages=1)
+
+
+@triton.jit
+def own_tile(tiles, tile_count, group, heads, bh_count):
+    """This program's row of the tile table, batch element and head: groups of heads, then tiles, then the heads of a group."""
+    program = tl.program_id(0)
+    first = program // (tile_count * group) * group
+    width = tl.minimum(group, bh_count - first)
+    inside = program - first * tile_count
+    row = tiles + inside // width * 4
+    bh = first + inside % width
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), bh // heads, bh % heads
+
+
+@triton.jit
+def head_base(pointer, batch, head, stride_batch, stride_head):
+    """Where the [length, head_dim] matrix of one head begins, in 64 bits."""
+    return pointer + tl.cast(batch, tl.int64) * stride_batch + tl.cast(head, tl.int64) * stride_head
+
+
+@triton.jit
+def tile_pointers(pointer, start, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """Addresses of rows [start, start + ROWS): the base in 64 bits, offsets inside the tile in 64 bits only if they need it."""
+    rows = tl.arange(0, ROWS)
+    if WIDE:
+        rows = rows.to(tl.int64)
+    return pointer + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def tile_mask(count, ROWS: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which elements of a [ROWS, BLOCK_D] tile are there: the first ``count`` rows if MASKED, HEAD_DIM columns; None if all."""
+    rows = tl.arange(0, ROWS)[:, None] < count
+    columns = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+    if MASKED:
+        if HEAD_DIM < BLOCK_D:
+            mask = rows & columns
+        else:
+            mask = rows
+    elif HEAD_DIM < BLOCK_D:
+        mask = columns
+    else:
+        mask = None
+    return mask
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    start,
+    end,
+    stride,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Rows [start, start + ROWS) of a matrix; rows from ``end`` on (if MASKED) and padded columns are 0, whatever lies there."""
+    pointers = tile_pointers(pointer, start, stride, ROWS, BLOCK_D, WIDE)
+    if MASKED or HEAD_DIM < BLOCK_D:
+        tile = tl.load(pointers, mask=tile_mask(end - start, ROWS, MASKED, HEAD_DIM, BLOCK_D), other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile.to(tl.float32) if UPCAST else tile
+
+
+@triton.jit
+def store_tile(
+    tile, pointer, start, end, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
+):
+    """Write the rows [start, end) of a tile, rounded to the pointer's type."""
+    pointers = tile_pointers(pointer, start, stride, ROWS, BLOCK_D, WIDE)
+    mask = tile_mask(end - start, ROWS, True, HEAD_DIM, BLOCK_D)
+    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attend(
+    out,
+    top,
+    total,
+    q,
+    k_head,
+    v_head,
+    start,
+    end,
+    k_stride,
+    v_stride,
+    scale_log2,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One step of the online softmax in base 2: ``top`` is the running maximum, ``total`` and ``out`` are sums relative to it."""
+    k = load_tile(k_head, start, end, k_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        scores = tl.where(tl.arange(0, BLOCK_K)[None, :] < end - start, scores * scale_log2, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+    # While every score is -inf (infinite inputs), -inf - -inf would turn the row into NaN.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    if MASKED:
+        p = tl.exp2(scores - base[:, None])
+    else:
+        p = tl.exp2(scores * scale_log2 - base[:, None])
+    shrink = tl.exp2(top - base)
+    v = load_tile(v_head, start, end, v_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+    out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+    return out, new_top, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    tiles,
+    ranges,
+    scale_log2,
+    tile_count,
+    group,
+    heads,
+    bh_count,
+    q_len,
+    q_stride_b,
+    q_stride_l,
+    q_stride_h,
+    k_stride_b,
+    k_stride_l,
+    k_stride_h,
+    v_stride_b,
+    v_stride_l,
+    v_stride_h,
+    out_stride_b,
+    out_stride_l,
+    out_stride_h,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    q_start, q_end, first, last, batch, head = own_tile(tiles, tile_count, group, heads, bh_count)
+    q_head = head_base(q, batch, head, q_stride_b, q_stride_h)
+    k_head = head_base(k, batch, head, k_stride_b, k_stride_h)
+    v_head = head_base(v, batch, head, v_stride_b, v_stride_h)
+    q_tile = load_tile(q_head, q_start, q_end, q_stride_l, BLOCK_Q, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for r in range(first, last):
+        k_start = tl.load(ranges + 2 * r)
+        k_end = tl.load(ranges + 2 * r + 1)
+        whole_end = k_end - (k_end - k_start) % BLOCK_K
+        for start in range(k_start, whole_end, BLOCK_K):
+            acc, top, total = attend(
+                acc, top, total, q_tile, k_head, v_head, start, k_end, k_stride_l, v_stride_l, scale_log2,
+                BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+            )  # fmt: skip
+        if whole_end < k_end:
+            acc, top, total = attend(
+                acc, top, total, q_tile, k_head, v_head, whole_end, k_end, k_stride_l, v_stride_l, scale_log2,
+                BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+            )  # fmt: skip
+
+    # total is 0 only where nothing was seen; there out is 0 and lse -inf (top and log2 would give -inf + -inf).
+    seen = total != 0.0
+    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    log_sum = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    out_head = head_base(out, batch, head, out_stride_b, out_stride_h)
+    store_tile(acc, out_head, q_start, q_end, out_stride_l, BLOCK_Q, HEAD_DIM, BLOCK_D, WIDE)
+    rows = q_start + tl.arange(0, BLOCK_Q)
+    lse_head = lse + (tl.cast(batch, tl.int64) * heads + head) * q_len
+    tl.store(lse_head + rows, log_sum, mask=rows < q_end)
+
+
+def check_device(q: torch.Tensor) -> None:
+    """Raise ValueError where these kernels cannot run: a CPU tensor needs Triton's interpreter, and the interpreter the CPU."""
+    if INTERPRETED and q.device.type != "cpu":
+        raise ValueError(f"backend='triton' is interpreted (TRITON_INTERPRET=1) and then serves CPU tensors only, got {q.device}")
+    if not INTERPRETED and q.device.type != "cuda":
+        raise ValueError(
+            f"backend='triton' needs CUDA tensors, got {q.device}; on the CPU it only runs for tests, with TRITON_INTERPRET=1 set"
+            " before the start, and backend='sdpa' is the fast one"
+        )
+
+
+def on_device(q: torch.Tensor) -> AbstractContextManager[object]:
+    """Launches go to the tensors' own device, whichever is current."""
+    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
+
+
+def pick(configs: dict[tuple[str, int], Tile], configs_fp32: dict[int, Tile], q: torch.Tensor, interpreter: Tile) -> Tile:
+    """The configuration for a device, dtype and head_dim."""
+    if not q.is_cuda:
+        return interpreter
+    block_d = max(64, padded(q.shape[3]))
+    if q.dtype == torch.float32:
+        return configs_fp32[block_d]
+    return configs[device_class(torch.cuda.get_device_capability(q.device)), block_d]
+
+
+def padded(head_dim: int) -> int:
+    """The columns of a tile: the next power of two, at least 16 (the least that a dot product takes)."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def is_wide(*tensors: torch.Tensor) -> bool:
+    """Whether an offset inside one tile (at most 256 rows) may pass 2^31."""
+    return any(t.stride(1) * 256 >= 2**31 for t in tensors)
+
+
+def strides(*tensors: torch.Tensor) -> list[int]:
+    """The strides of batch, length and head of [B, L, H, D] tensors, one after the other."""
+    return [t.stride(axis) for t in tensors for axis in (0, 1, 2)]
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x``, copied only if its last dimension is not contiguous (a gradient expanded from a sum, say)."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q [B, Lq, H, D] over k, v [B, Lk, H, D] under a plan: (out [B, Lq, H, D], lse fp32 [B, H, Lq]).
+
+    bf16, fp16 or fp32, D at most 256, any strides. Raises ValueError for a device that Triton cannot serve.
+    """
+    check_device(q)
+    batch, q_len, heads, head_dim = q.shape
+    out = torch.empty((batch, q_len, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    if lse.numel() == 0:
+        return out, lse
+    # The running maximum commutes with a scale of at least 0 only; a sign moves to q exactly.
+    q, k, v = dense_rows(-q if scale < 0 else q), dense_rows(k), dense_rows(v)
+    tile = pick(CONFIGS, CONFIGS_FP32, q, INTERPRETER)
+    table = tile_table(plan, tile.rows, tile.step, q.device)
+    group = heads_per_group(2 * plan.k_len * head_dim * k.element_size(), batch * heads)
+    with on_device(q):
+        forward_kernel[(len(table.tiles) * batch * heads,)](
+            q, k, v, out, lse, *table, abs(scale) * LOG2_E, len(table.tiles), group, heads, batch * heads, q_len,
+            *strides(q, k, v, out),
+            BLOCK_Q=tile.rows, BLOCK_K=tile.step, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), WIDE=is_wide(q, k, v, out),
+            UPCAST=INTERPRETED and q.dtype == torch.bfloat16, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,68 @@
+"""Which backend serves attention on which device, and why the others do not. The one place that decides."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+BACKENDS = ("reference", "sdpa", "triton", "sm90")
+AVAILABLE = "available"
+
+# Best first. Triton serves CPU tensors only under its interpreter, which is for tests, so it is never picked there.
+PREFERENCE = {"cpu": ("sdpa", "reference"), "cuda": ("triton", "sdpa", "reference")}
+
+# Where each backend's tests have passed; a GPU entry names its file under benchmarks/results.
+VERIFIED = {"reference": ("cpu",), "sdpa": ("cpu",), "triton": ("the CPU interpreter",), "sm90": ()}
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (TRITON_INTERPRET=1, set before Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def reason_against(backend: str, device_type: str) -> str | None:
+    """None if the backend serves tensors on that kind of device, else why not."""
+    if backend in ("reference", "sdpa"):
+        return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device_type == "cpu" and not interpreting():
+            return "Triton kernels need a GPU; on the CPU only its interpreter runs them (TRITON_INTERPRET=1)"
+        if device_type not in ("cpu", "cuda"):
+            return f"no Triton kernels for device type {device_type!r}"
+        return None
+    if backend == "sm90":
+        return "this version has no sm_90a kernels yet"
+    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def choose_backend(requested: str, device_type: str) -> str:
+    """The backend that serves this device: the requested one or, for "auto", the first of ``PREFERENCE`` that can.
+
+    Raises ValueError, with the reason, where the requested one cannot serve; a named backend never falls back.
+    """
+    if requested != "auto":
+        reason = reason_against(requested, device_type)
+        if reason is not None:
+            raise ValueError(f"attention: backend {requested!r} cannot serve tensors on {device_type!r}: {reason}")
+        return requested
+    for backend in PREFERENCE.get(device_type, ("reference",)):
+        if reason_against(backend, device_type) is None:
+            return backend
+    return "reference"
+
+
+def backends(device: str | None = None) -> dict[str, str]:
+    """Each backend of ``aadkern.attention`` and "available", or the reason why not, on ``device`` (default: cuda if present, else cpu).
+
+    FlexAttention and FlashAttention are compared against in ``benchmarks/``; they are not backends.
+    """
+    if device is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    return {name: reason_against(name, kind) or AVAILABLE for name in BACKENDS}
