@@ -1,4 +1,4 @@
-"""What the installation built, read from the optional module ``aadkern._host``; ``python -m aadkern._build`` prints it."""
+"""What the installation built, as told by the optional module ``aadkern._host``; run as a script it prints that."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def describe() -> str:
         return f"WARNING: {NOT_BUILT}"
     architectures = ", ".join(info["cuda_architectures"]) or "none built"
     return (
-        f"aadkern {info['version']}: host module by {info['compiler']}, C++{info['cxx_standard']}, {info['build_type']}; "
-        f"CUDA compiler: {info['cuda_compiler'] or 'none'}; CUDA kernels: {architectures}"
+        f"aadkern {info['version']}: host module by {info['compiler']}, C++{info['cxx_standard']}, "
+        f"{info['build_type']}; CUDA compiler: {info['cuda_compiler'] or 'none'}; CUDA kernels: {architectures}"
     )
 
 

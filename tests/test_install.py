@@ -1,0 +1,123 @@
+"""Installing a copy with this environment's tools: with a compiler, without one, and by AADKERN_BUILD_CUDA."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT_FROM = ["CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "csrc", "pyproject.toml", "setup.py"]
+
+# An editable install of the repository would lend its own _host to an aadkern that has none.
+FACTS = """
+import json, sys
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+import aadkern, aadkern._build as build
+print(json.dumps([aadkern.__file__, aadkern.__version__, build.build_info(), build.describe()]))
+"""
+
+
+@pytest.fixture
+def sources(tmp_path):
+    copy = tmp_path / "sources"
+    copy.mkdir()
+    for name in BUILT_FROM:
+        kind = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        kind(ROOT / name, copy / name)
+    for name in ("aadkern", "aadkern_train"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return copy
+
+
+def run(command: list[str | Path], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("AADKERN_BUILD_CUDA", "PYTHONPATH", "CXX")
+    }
+    return subprocess.run(command, cwd=cwd, env=clean | variables, capture_output=True, text=True)
+
+
+def install(sources: Path, **variables: str) -> tuple[Path, str]:
+    """Where pip put the package, and what the build said."""
+    target = sources.parent / "site"
+    options = ["-v", "--no-deps", "--no-build-isolation", "--no-index", "--target", target]
+    done = run([sys.executable, "-m", "pip", "install", *options, sources], sources, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target, done.stdout + done.stderr
+
+
+def facts(target: Path) -> tuple[dict | None, str]:
+    """build_info() and describe() as the installed package tells them."""
+    told = run([sys.executable, "-c", FACTS], target, PYTHONPATH=str(target))
+    assert told.returncode == 0, told.stderr
+    file, version, info, description = json.loads(told.stdout)
+    assert Path(file).is_relative_to(target)
+    assert info is None or info["version"] == version
+    return info, description
+
+
+def build(sources: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", "built", "--build-temp", "temp"], sources, **variables
+    )
+
+
+def nvcc_that_says(folder: Path, text: str) -> str:
+    """A CUDA_HOME whose nvcc prints `text`; it is found before any real one."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho '{text}'\n")
+    nvcc.chmod(0o755)
+    return str(folder)
+
+
+def test_with_a_compiler(sources, tmp_path):
+    cuda_home = nvcc_that_says(tmp_path / "cuda", "Cuda compilation tools, release 99.1, V99.1.23")
+    target, said = install(sources, CUDA_HOME=cuda_home)
+    assert "was not built" not in said
+    info, description = facts(target)
+    assert info is not None
+    assert info["cxx_standard"] == 17
+    assert info["build_type"] == "Release"
+    assert info["cuda_compiler"] == "nvcc 99.1.23"
+    assert info["cuda_architectures"] == []
+    assert info["compiler"] in description
+    assert sorted(path.name for path in target.rglob("py.typed")) == ["py.typed", "py.typed"]
+    assert {path.name for path in target.iterdir() if path.is_dir()} - {"bin"} == {
+        "aadkern",
+        "aadkern_train",
+        *(path.name for path in target.glob("*.dist-info")),
+    }
+
+
+def test_without_a_compiler_it_installs_and_says_so(sources):
+    target, said = install(sources, CXX="/nonexistent/c++")
+    assert "WARNING: aadkern._host was not built" in said
+    info, description = facts(target)
+    assert info is None
+    assert description.startswith("WARNING: aadkern._host is not built")
+
+
+def test_cuda_kernels_that_this_version_does_not_have_are_refused(sources, tmp_path):
+    cuda_home = nvcc_that_says(tmp_path / "cuda", "Cuda compilation tools, release 13.0, V13.0.88")
+    done = build(sources, AADKERN_BUILD_CUDA="1", CUDA_HOME=cuda_home)
+    assert done.returncode != 0
+    assert "has no CUDA C++ kernels to build" in " ".join(done.stderr.split())
+
+
+def test_cuda_without_nvcc_is_refused(sources, tmp_path):
+    done = build(sources, AADKERN_BUILD_CUDA="1", CUDA_HOME=nvcc_that_says(tmp_path / "cuda", "not a compiler"))
+    assert done.returncode != 0
+    assert "there is no working nvcc" in " ".join(done.stderr.split())
+
+
+def test_an_unknown_choice_is_refused_before_any_work(sources):
+    done = build(sources, AADKERN_BUILD_CUDA="yes")
+    assert done.returncode != 0
+    assert "AADKERN_BUILD_CUDA='yes' is not one of auto, 1, 0" in done.stderr
+    assert not (sources / "temp").exists()
