@@ -1,0 +1,194 @@
+"""A world of real videos: clips from a folder of files, as small patch-space latents [B, F, C, H/p, W/p]."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from aadkern_train.draws import Draws
+from aadkern_train.metrics_generic import measure_generic
+from aadkern_train.video import write_video
+from aadkern_train.worlds.patch_latents import PatchLatents
+from aadkern_train.worlds.video_folder import VideoFolder
+
+SPLITS = ("train", "test")
+WHOLE_VIDEOS = 8  # from so many videos on, whole videos are held out; with fewer, the ends of the videos are
+TEST_SHARE = 0.1
+LONG = 3  # test videos are preferably as many times as long as a clip: rollouts are measured at that length too
+FIT_FRAMES = 2048  # frames that the latents are fitted on, spread evenly over the training videos
+
+Span = tuple[str, int, int]  # a video's name, and its frames [start, end)
+
+
+class ClipsWorld:
+    """Clips of ``frames`` latent frames from the videos under ``path``, at ``size`` (height, width) and ``fps``.
+
+    ``fps`` None takes all frames. A latent frame is one video frame in ``PatchLatents`` (``patch``, ``channels``),
+    fitted on the training videos and kept in ``cache_dir``, as are the decoded frames, so that a resumed run sees the
+    same latents. Of 8 videos or more a tenth, at least 2, is held out as "test"; of fewer, the last stretch of each.
+    ``skipped`` lists (path, reason) of the files that cannot be used.
+
+    Raises ValueError where the folder holds no usable video, nothing is long enough to hold out, or an argument does
+    not fit.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        size: tuple[int, int] = (64, 64),
+        frames: int = 13,
+        fps: float | None = 8.0,
+        patch: int = 4,
+        channels: int = 16,
+        seed: int = 0,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        _check(size, frames, fps, patch, channels)
+        self.size, self.frames, self.fps = (int(size[0]), int(size[1])), frames, fps
+        cached_frames = None if cache_dir is None else Path(cache_dir) / "frames"
+        self.folder = VideoFolder(path, self.size, fps, frames, cached_frames, cache_bytes)
+        self.skipped = self.folder.skipped
+        self._spans = _split(self.folder, frames, Draws(seed, "clips", "held out"))
+        self._draws = Draws(seed, "clips")
+        self.latents = self._latents(
+            patch, channels, None if cache_dir is None else Path(cache_dir) / "latents.safetensors"
+        )
+        self.frame_shape = (self.latents.channels, self.size[0] // patch, self.size[1] // patch)
+
+    def _latents(self, patch: int, channels: int, saved: Path | None) -> PatchLatents:
+        if saved is not None and saved.exists():
+            latents = PatchLatents.load(saved)
+            if (latents.patch, latents.channels) != (patch, channels):
+                had = f"patch={latents.patch} and channels={latents.channels}"
+                raise ValueError(
+                    f"patch={patch} and channels={channels} differ from the {had} that {saved} was fitted with"
+                )
+            return latents
+        spans = self._spans["train"]
+        each = max(1, FIT_FRAMES // len(spans))
+        chosen = [
+            self.folder.frames(name)[torch.linspace(a, b - 1, min(each, b - a)).long()]
+            for name, a, b in spans[:FIT_FRAMES]
+        ]
+        latents = PatchLatents.fit(torch.cat(chosen), patch, channels)
+        if saved is not None:
+            latents.save(saved)
+        return latents
+
+    def longest(self, split: str = "train") -> int:
+        """Frames in the longest stretch of a split: the most that ``clips`` can give."""
+        return max(end - start for _, start, end in self._spans[split])
+
+    def _room(self, split: str) -> int:
+        """Frames that every start leaves room for."""
+        long = [end - start >= LONG * self.frames for _, start, end in self._spans[split]]
+        return LONG * self.frames if split == "test" and 2 * sum(long) >= len(long) else self.frames
+
+    def rgb_clips(self, indices: Sequence[int], frames: int | None = None, split: str = "train") -> torch.Tensor:
+        """The clips as uint8 [B, F, H, W, 3]: a pure function of the indices, each start equally likely.
+
+        A shorter clip of an index is the beginning of its longer one, up to the world's ``frames`` (3 times that, where
+        half the held-out videos are so long); beyond, clips start elsewhere. Raises ValueError beyond ``longest``.
+        """
+        frames = self.frames if frames is None else frames
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        if frames < 1 or frames > self.longest(split):
+            raise ValueError(f"frames must lie in [1, {self.longest(split)}], the longest {split} video, got {frames}")
+        room = max(frames, self._room(split))
+        spans = [span for span in self._spans[split] if span[2] - span[1] >= room]
+        ends = list(accumulate(end - start - room + 1 for _, start, end in spans))
+        clips = []
+        for draw in self._draws.integers(f"start {split}", list(indices), ends[-1]).tolist():
+            which = int(np.searchsorted(ends, draw, side="right"))
+            name, _, end = spans[which]
+            start = end - room - (ends[which] - 1 - draw)
+            clips.append(self.folder.frames(name)[start : start + frames])
+        return torch.stack(clips) if clips else torch.empty(0, frames, *self.size, 3, dtype=torch.uint8)
+
+    def clips(self, indices: Sequence[int], frames: int | None = None, split: str = "train") -> torch.Tensor:
+        """Latent clips x [B, F, C, H/p, W/p], fp32: a pure function of the indices."""
+        return self.latents.encode(self.rgb_clips(indices, frames, split))
+
+    def to_rgb(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents x [B, F, C, H/p, W/p] as uint8 [B, F, H, W, 3]."""
+        return self.latents.decode(x)
+
+    def measure(self, x: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+        """``measure_generic`` of latents x against real latents, both [B, F, C, H/p, W/p]."""
+        return measure_generic(self.to_rgb(real), self.to_rgb(x))
+
+
+def _check(size: tuple[int, int], frames: int, fps: float | None, patch: int, channels: int) -> None:
+    if len(size) != 2 or any(side < 1 or side % patch for side in size):
+        raise ValueError(f"size must be (height, width) in pixels, both divisible by patch={patch}, got {tuple(size)}")
+    if frames < 2:
+        raise ValueError(f"frames must be at least 2, got {frames}")
+    if fps is not None and not 0 < fps <= 240:
+        raise ValueError(f"fps must lie in (0, 240] or be None, got {fps!r}")
+    if not 1 <= channels <= 3 * patch * patch:
+        raise ValueError(f"channels must lie in [1, {3 * patch * patch}] for patch={patch}, got {channels}")
+
+
+def _split(folder: VideoFolder, frames: int, draws: Draws) -> dict[str, list[Span]]:
+    videos = list(zip(folder.names, folder.lengths, strict=True))
+    if len(videos) >= WHOLE_VIDEOS:
+        whole = [(name, 0, length) for name, length in videos]
+
+        def rank(video: Span) -> tuple[bool, float]:
+            return video[2] < LONG * frames, float(draws.uniform(video[0], [0]))
+
+        test = sorted(whole, key=rank)[: max(2, round(TEST_SHARE * len(whole)))]
+        return {"train": [video for video in whole if video not in test], "test": sorted(test)}
+    train: list[Span] = []
+    test = []
+    for name, length in videos:
+        least = LONG * frames if length >= 3 * LONG * frames else frames
+        held = max(least, round(TEST_SHARE * length)) if length >= 2 * frames else 0
+        train.append((name, 0, length - held))
+        if held:
+            test.append((name, length - held, length))
+    if not test and len(train) > 1:
+        test.append(train.pop())
+    if not test:
+        name, length = videos[0]
+        raise ValueError(
+            f"path holds one usable video, {name} of {length} frames; to hold some out it must have {2 * frames}"
+        )
+    return {"train": train, "test": test}
+
+
+def make_example_videos(
+    folder: str | os.PathLike[str],
+    count: int = 12,
+    frames: int = 64,
+    size: tuple[int, int] = (72, 96),
+    fps: float = 16,
+    seed: int = 0,
+) -> list[Path]:
+    """Writes ``count`` small mp4 files of coloured balls that bounce over a drifting gradient, for tests and trials."""
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    paths = []
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        colours, radius = rng.uniform(0.2, 1, (4, 3)), height * rng.uniform(0.1, 0.2, 2)
+        position, velocity = rng.uniform(0, 1, (2, 2)), rng.uniform(-0.04, 0.04, (2, 2))
+        angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(-0.15, 0.15)
+        pictures = np.empty((frames, height, width, 3))
+        for t in range(frames):
+            wave = np.sin((np.cos(angle) * x + np.sin(angle) * y) * 6 / width + speed * t)[..., None] / 2 + 0.5
+            pictures[t] = wave * colours[0] + (1 - wave) * colours[1] * 0.5
+            for ball in range(2):
+                turn = (position[ball] + velocity[ball] * t) % 2
+                at = np.minimum(turn, 2 - turn) * (height - 1, width - 1)
+                inside = np.clip(radius[ball] - np.hypot(y - at[0], x - at[1]), 0, 1)[..., None]
+                pictures[t] += inside * (colours[2 + ball] - pictures[t])
+        paths.append(write_video(Path(folder) / f"example-{i:03d}.mp4", (255 * pictures).astype(np.uint8), fps))
+    return paths

@@ -1,0 +1,213 @@
+"""The metrics on videos whose values are known: real, frozen, noisier and noisier, blurred, out of order, striped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from aadkern_train.metrics import (
+    ILLEGAL_SHARE,
+    decode,
+    displacements,
+    entropy_rate,
+    feature_energy_distance,
+    measure,
+    velocity_law,
+)
+from aadkern_train.worlds.digits import DigitsWorld
+
+WORLD = DigitsWorld()
+
+
+def still_of(positions, world=WORLD, sprite=0):
+    """Clips [B, F, ...] of given positions."""
+    return world.render(torch.tensor(sprite), torch.tensor(positions))
+
+
+def blurred(x):
+    padded = torch.nn.functional.pad(x.flatten(0, 1), (1, 1, 1, 1), mode="circular")
+    return torch.nn.functional.avg_pool2d(padded, 3, 1).view_as(x)
+
+
+def shuffled(x):
+    order = torch.stack([torch.cat([torch.zeros(1).long(), 1 + torch.randperm(x.shape[1] - 1)]) for _ in x])
+    return x.gather(1, order[:, :, None, None, None].expand_as(x))
+
+
+@pytest.fixture(scope="module")
+def real():
+    return WORLD.clips(range(400), 13, "test")
+
+
+def test_decode_is_exact_and_blind_to_brightness_and_contrast(real):
+    sprite, position = WORLD.paths(range(400), 13, "test")
+    for x in (real, 3 + 0.1 * real, real + 0.7 * torch.randn_like(real)):
+        decoded = decode(WORLD, x)
+        assert (decoded.sprite == sprite[:, None]).all() and (decoded.position == position).all()
+    torch.testing.assert_close(decode(WORLD, 3 + 0.1 * real).ncc, torch.ones(400, 13), atol=1e-4, rtol=0)
+    assert decode(WORLD, -real).ncc.max() < 0.5
+    assert decode(WORLD, torch.full_like(real, 2.0)).ncc.abs().max() == 0
+
+
+def test_displacements_wrap_around_and_the_law_is_the_worlds():
+    position = torch.tensor([[0, 15, 10, 9, 9, 1]])  # (0,0) (3,3) (2,2) (2,1) (2,1) (0,1) on 4 x 4
+    assert displacements(WORLD, position).tolist() == [[15, 15, 3, 0, 8]]
+    law = velocity_law(WORLD)
+    assert law.sum() == 1 and law.nonzero().flatten().tolist() == [1, 3, 4, 5, 7, 12, 13, 15]
+
+
+def test_real_video(real):
+    figures = measure(WORLD, real)
+    assert figures["legal"] == figures["dynamic"] == figures["identity"] == 100
+    assert figures["quality"] == pytest.approx(100, abs=1e-3)
+    assert figures["drift"] == pytest.approx(0, abs=1e-3) and figures["grid"] == pytest.approx(0, abs=1e-6)
+    assert figures["keep"] == pytest.approx(0.781, abs=0.03)
+    assert figures["velocity_tv"] < 0.05 and figures["velocity_tv_first"] < 0.1
+    assert abs(figures["nll_excess"]) < 0.08
+    assert [len(values) for values in figures["segments"].values()] == [5, 5, 5]
+    assert figures["segments"]["legal"] == [100] * 5
+
+
+def test_nll_excess_of_real_video_is_zero_and_of_another_law_its_divergence():
+    slow = DigitsWorld(torus=24, keep=0.75)
+    fast = dataclasses.replace(slow, keep=0.2)
+    _, true = slow.paths(range(1500), 14)
+    assert abs(measure(slow, slow.render(0, true))["nll_excess"]) < 0.05
+    _, other = fast.paths(range(1500), 14)
+    a, b = fast.keep_rate, slow.keep_rate
+    cross = -a * math.log(b) - (1 - a) * math.log((1 - b) / 7)
+    assert measure(slow, slow.render(0, other))["nll_excess"] == pytest.approx(cross - entropy_rate(slow), abs=0.1)
+
+
+def test_entropy_rate():
+    assert entropy_rate(WORLD) == pytest.approx(0.951, abs=5e-4)
+    assert entropy_rate(dataclasses.replace(WORLD, keep=0.0)) == pytest.approx(math.log(8))
+    assert entropy_rate(dataclasses.replace(WORLD, keep=1.0)) == 0
+
+
+def test_frozen_video(real):
+    figures = measure(WORLD, WORLD.static(real))
+    assert figures["quality"] == pytest.approx(100, abs=1e-3) and figures["identity"] == 100
+    assert figures["legal"] == figures["dynamic"] == figures["keep"] == 0
+    assert figures["velocity_tv"] == figures["velocity_tv_first"] == 1
+    same, other = WORLD.keep_rate, (1 - WORLD.keep_rate) / 7
+    smooth = [(1 - ILLEGAL_SHARE) * p + ILLEGAL_SHARE / 16 for p in (same, other, 0)]
+    true = -same * math.log(smooth[0]) - (1 - same) * math.log(smooth[1])
+    assert figures["nll_excess"] == pytest.approx(-math.log(smooth[2]) - true)
+
+
+def test_a_path_counted_by_hand():
+    """Right, right, down, two down, up, still: 4 of 6 are legal, and of 2 legal pairs 1 keeps its velocity."""
+    figures = measure(WORLD, still_of([[0, 1, 2, 6, 14, 10, 10]]), segments=3)
+    assert figures["legal"] == pytest.approx(100 * 4 / 6)
+    assert figures["keep"] == pytest.approx(1 / 2)
+    assert figures["segments"]["legal"] == pytest.approx([100, 50, 50])
+    assert figures["segments"]["keep"] == pytest.approx([1, 0, 0])
+    assert figures["velocity_tv"] == pytest.approx(0.5 * (abs(2 / 6 - 1 / 8) + 2 * (1 / 6 - 1 / 8) + 5 / 8 + 2 / 6))
+    assert figures["velocity_tv_first"] == pytest.approx(7 / 8)
+    same, other = WORLD.keep_rate, (1 - WORLD.keep_rate) / 7
+    smooth = {p: -math.log((1 - ILLEGAL_SHARE) * p + ILLEGAL_SHARE / 16) for p in (same, other, 1 / 8, 0)}
+    spent = smooth[same] + smooth[other] + smooth[0] + smooth[1 / 8] + smooth[0]
+    assert figures["nll_excess"] == pytest.approx(spent / 5 - same * smooth[same] - (1 - same) * smooth[other])
+
+
+def test_dynamic_is_vbenchs_rule():
+    """At 16 frames 4 moving steps make a video dynamic, at 2 frames 1 does."""
+    moved = [[0] * (16 - n) + list(range(1, n + 1)) for n in (3, 4)]
+    moved = [[p % 4 for p in path] for path in moved]
+    assert measure(WORLD, still_of(moved))["dynamic"] == 50
+    assert measure(WORLD, still_of([[0, 0], [0, 1]]))["dynamic"] == 50
+
+
+def test_noise_that_grows_is_drift_and_lower_quality(real):
+    ramp = torch.linspace(0, 1.5, 13)[None, :, None, None, None]
+    figures = measure(WORLD, real + ramp * torch.randn_like(real))
+    assert 70 < figures["quality"] < 85 and 12 < figures["drift"] < 18
+    assert figures["legal"] > 99 and figures["dynamic"] == 100
+    quality = figures["segments"]["quality"]
+    assert quality == sorted(quality, reverse=True) and quality[0] > 95 > 62 > quality[-1]
+
+
+def test_blur_lowers_quality_without_drift(real):
+    figures = measure(WORLD, blurred(real))
+    assert figures["quality"] < 90 and figures["drift"] < 1 and figures["legal"] == 100
+
+
+def test_order_matters(real):
+    figures, true = measure(WORLD, shuffled(real)), measure(WORLD, real)
+    assert figures["quality"] == pytest.approx(true["quality"]) and figures["identity"] == 100
+    assert figures["legal"] < 60 and figures["keep"] < 0.5
+    assert figures["velocity_tv"] > 0.4 and figures["nll_excess"] > 3
+
+
+def test_lost_modes_show_in_velocity_tv_alone():
+    """Every video moves right for ever: legal, sharp, and one mode of eight."""
+    figures = measure(WORLD, still_of([[t % 4 for t in range(13)]] * 3))
+    assert figures["legal"] == 100 and figures["quality"] == pytest.approx(100, abs=1e-3)
+    assert figures["velocity_tv"] == figures["velocity_tv_first"] == 7 / 8
+
+
+def test_a_freeze_passes_dynamic_and_shows_in_the_segments(real):
+    x = real.clone()
+    x[:, 7:] = x[:, 6:7]
+    figures = measure(WORLD, x)
+    assert figures["dynamic"] == 100 and figures["legal"] == 50
+    assert figures["segments"]["legal"][0] == 100 and figures["segments"]["legal"][-1] == 0
+
+
+def test_identity_and_given_frames(real):
+    x = real[:1].clone()
+    x[:, 5:] = WORLD.render((WORLD.paths([0], 13, "test")[0] + 1) % 4, 0)[:, None]
+    assert measure(WORLD, x)["identity"] == pytest.approx(100 * 4 / 12)
+    assert measure(WORLD, x, given=0)["identity"] == pytest.approx(100 * 5 / 13)
+    noisy = torch.cat([real[:, :1], torch.randn_like(real[:, 1:])], 1)
+    assert measure(WORLD, noisy)["quality"] < 20 < measure(WORLD, noisy, given=0)["quality"]
+
+
+def test_a_pattern_on_the_patch_grid_shows_in_grid(real):
+    pattern = torch.randn(4, 4)
+    pattern = 0.3 * (pattern - pattern.mean()) / pattern.std(correction=0)
+    assert measure(WORLD, real + pattern.tile(4, 4))["grid"] == pytest.approx(9, rel=1e-3)
+    wave = 0.3 * math.sqrt(2) * torch.cos(2 * math.pi * torch.arange(16) / 16)
+    assert measure(WORLD, real + wave)["grid"] < 0.01, "power between the harmonics is none of the grid's"
+
+
+@pytest.mark.parametrize("frames", [2, 3, 4, 13, 37])
+def test_any_length_gives_plain_json(frames):
+    for world in (WORLD, DigitsWorld(torus=24)):
+        figures = measure(world, torch.randn(3, frames, *world.frame_shape))
+        figures = json.loads(json.dumps(figures, allow_nan=False))
+        assert all(type(figures[name]) is float for name in figures if name != "segments")
+        assert 0 <= figures["velocity_tv"] <= 1 and 0 <= figures["legal"] <= 100
+
+
+def test_energy_distance_sees_what_pixels_hide(real):
+    halves = feature_energy_distance(WORLD, real[:200], real[200:])
+    assert abs(halves) < 0.02
+    right_and_still = still_of([[0, 1, 2, 3], [0, 0, 0, 0]])
+    distance = math.sqrt(2 + 1)  # two shares of displacements, and keep 2 pairs of 2 against none
+    assert feature_energy_distance(WORLD, right_and_still, right_and_still) == pytest.approx(-distance, rel=1e-4)
+    for broken in (shuffled(real), WORLD.static(real), blurred(real)):
+        assert feature_energy_distance(WORLD, broken[:200], real[200:]) > 5 * abs(halves) + 0.05
+
+
+@pytest.mark.parametrize(
+    ("match", "run"),
+    [
+        ("x must be", lambda: measure(WORLD, torch.randn(2, 3, 1, 24, 24))),
+        ("x must be", lambda: measure(WORLD, torch.randn(2, 3, 16, 16))),
+        ("x must be", lambda: measure(WORLD, torch.randn(0, 3, 1, 16, 16))),
+        ("at least 2 frames", lambda: measure(WORLD, torch.randn(2, 1, 1, 16, 16))),
+        ("finite", lambda: measure(WORLD, torch.full((2, 3, 1, 16, 16), torch.nan))),
+        ("segments", lambda: measure(WORLD, torch.randn(2, 3, 1, 16, 16), segments=0)),
+        ("given", lambda: measure(WORLD, torch.randn(2, 3, 1, 16, 16), given=3)),
+        ("at least 2 clips", lambda: feature_energy_distance(WORLD, *torch.randn(2, 1, 3, 1, 16, 16))),
+    ],
+)
+def test_bad_input(match, run):
+    with pytest.raises(ValueError, match=match):
+        run()
