@@ -1,0 +1,135 @@
+"""Video files in and out, through PyAV: uint8 RGB frames [T, H, W, 3] to .mp4 or .gif, and any video file to frames."""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from aadkern_train.files import atomic_path
+
+if TYPE_CHECKING:
+    import av
+
+SUFFIXES = (".mp4", ".gif")
+
+
+def as_frames(frames: torch.Tensor | np.ndarray, name: str = "frames") -> np.ndarray:
+    """The frames as a uint8 array [T, H, W, 3]; TypeError for another dtype, ValueError for another shape or no
+    frame."""
+    array = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else np.asarray(frames)
+    if array.dtype != np.uint8:
+        raise TypeError(f"{name} must be uint8, got {array.dtype}")
+    if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
+        raise ValueError(
+            f"{name} must have shape [T, H, W, 3] with at least one frame and pixel, got {list(array.shape)}"
+        )
+    return np.ascontiguousarray(array)
+
+
+def write_video(path: str | os.PathLike[str], frames: torch.Tensor | np.ndarray, fps: float, scale: int = 1) -> Path:
+    """Writes uint8 RGB ``frames`` [T, H, W, 3] at ``fps`` frames per second as ``.mp4`` or ``.gif``, whole or not at
+    all.
+
+    ``scale`` enlarges by nearest neighbour, for the small frames of toy worlds. An mp4 (H.264, 4:2:0) needs even
+    sides: an odd last row or column is repeated. A gif holds 256 colours and delays of whole hundredths of a second,
+    and loops. Returns the path. Raises ValueError for another suffix, shape, ``fps`` or ``scale``, TypeError for
+    frames that are not uint8.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}, got {path.name!r}")
+    array = as_frames(frames)
+    if not 0 < fps <= 240:
+        raise ValueError(f"fps must lie in (0, 240], got {fps!r}")
+    if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
+        raise ValueError(f"scale must be a whole number of at least 1, got {scale!r}")
+    if scale > 1:
+        array = array.repeat(scale, axis=1).repeat(scale, axis=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as partial:
+        _write(partial, array, Fraction(fps).limit_denominator(1001), suffix)
+    return path
+
+
+def _write(path: Path, array: np.ndarray, rate: Fraction, suffix: str) -> None:
+    import av
+
+    if suffix == ".gif":
+        with av.open(str(path), "w", format="gif", options={"loop": "0"}) as container:
+            stream = container.add_stream("gif", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = array.shape[2], array.shape[1], "pal8"
+            _encode(container, stream, _paletted(array, rate))
+        return
+    array = np.pad(array, ((0, 0), (0, array.shape[1] % 2), (0, array.shape[2] % 2), (0, 0)), mode="edge")
+    # PyAV's wheels carry libx264; a build without it still has FFmpeg's own MPEG-4 encoder.
+    codec, options = ("libx264", {"crf": "16"}) if "libx264" in av.codecs_available else ("mpeg4", {"qscale": "2"})
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = array.shape[2], array.shape[1], "yuv420p"
+        _encode(container, stream, _frames(array, rate))
+
+
+def _frames(array: np.ndarray, rate: Fraction) -> list[av.VideoFrame]:
+    import av
+
+    frames = []
+    for i, picture in enumerate(array):
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame.pts, frame.time_base = i, 1 / rate
+        frames.append(frame)
+    return frames
+
+
+def _paletted(array: np.ndarray, rate: Fraction) -> list[av.VideoFrame]:
+    """The frames in the best 256 colours for all of them, by FFmpeg's palettegen and paletteuse."""
+    import av
+    import av.filter
+
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=array.shape[2], height=array.shape[1], format="rgb24", time_base=1 / rate)
+    split, palette, use = graph.add("split"), graph.add("palettegen"), graph.add("paletteuse", "dither=none")
+    sink = graph.add("buffersink")
+    source.link_to(split)
+    split.link_to(palette, 0, 0)
+    split.link_to(use, 1, 0)
+    palette.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    for frame in _frames(array, rate):
+        graph.push(frame)
+    graph.push(None)
+    return [graph.pull() for _ in range(len(array))]
+
+
+def _encode(container: Any, stream: Any, frames: list[av.VideoFrame]) -> None:
+    for frame in [*frames, None]:
+        container.mux(stream.encode(frame))
+
+
+def read_video(path: str | os.PathLike[str]) -> tuple[torch.Tensor, float]:
+    """All frames of a video file as uint8 RGB [T, H, W, 3], and its mean frames per second.
+
+    Raises FileNotFoundError where there is no file, ValueError where it holds no video that FFmpeg can decode.
+    """
+    import av
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path must be a video file, found none at {str(path)!r}")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"path must hold a video stream, {str(path)!r} has none")
+            stream = container.streams.video[0]
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+    except av.FFmpegError as error:
+        raise ValueError(f"path must be a video file that FFmpeg can decode, {str(path)!r} is not: {error}") from error
+    if not frames:
+        raise ValueError(f"path must hold at least one video frame, {str(path)!r} has none")
+    return torch.from_numpy(np.stack(frames)), fps

@@ -1,0 +1,113 @@
+"""Video files: what is written is what is read, for even and odd sizes, and nothing half-written stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aadkern_train import video
+from aadkern_train.video import read_video, write_video
+
+av = pytest.importorskip("av")
+
+
+def smooth_frames(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    phase = rng.uniform(0, 6, 3)
+    frames = [[np.sin(x / width * 3 + y / height * 2 + t * 0.4 + p) for p in phase] for t in range(count)]
+    return torch.from_numpy((127.5 * (1 + np.array(frames))).astype(np.uint8)).permute(0, 2, 3, 1).contiguous()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+@pytest.mark.parametrize("size", [(32, 48), (33, 47)])
+def test_round_trip(tmp_path: Path, suffix: str, size: tuple[int, int]) -> None:
+    frames = smooth_frames(9, *size)
+    path = write_video(tmp_path / f"deep/clip{suffix}", frames, fps=10)
+    back, fps = read_video(path)
+    even = suffix == ".mp4"
+    assert back.shape == (9, size[0] + size[0] % 2 * even, size[1] + size[1] % 2 * even, 3)
+    assert back.dtype == torch.uint8 and fps == pytest.approx(10, rel=1e-3)
+    error = (back[:, : size[0], : size[1]].float() - frames.float()).abs().mean(dim=(1, 2, 3))
+    neighbour = (frames[1:].float() - frames[:-1].float()).abs().mean(dim=(1, 2, 3))
+    assert error.max() < 6 < neighbour.min()
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_odd_side_repeats_the_edge_and_keeps_the_rest(tmp_path: Path) -> None:
+    y, x = torch.meshgrid(torch.arange(31), torch.arange(31), indexing="ij")
+    frames = (5 * y + 3 * x).to(torch.uint8)[None, ..., None].expand(4, 31, 31, 3)
+    back, _ = read_video(write_video(tmp_path / "a.mp4", frames, 8))
+    padded = torch.nn.functional.pad(frames.float().movedim(-1, 1), (0, 1, 0, 1), mode="replicate").movedim(1, -1)
+    assert (back.float() - padded).abs().mean(dim=(0, 2, 3)).max() < 2
+
+
+def test_scale_is_nearest_neighbour(tmp_path: Path) -> None:
+    frames = torch.from_numpy(np.random.default_rng(1).choice([0, 255], size=(3, 5, 7, 1)).astype(np.uint8)).expand(
+        3, 5, 7, 3
+    )
+    back, _ = read_video(write_video(tmp_path / "a.gif", frames, 5, scale=6))
+    assert torch.equal(back, frames.repeat_interleave(6, 1).repeat_interleave(6, 2))
+
+
+def test_gif_plays_at_its_speed_and_loops(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.gif", smooth_frames(5, 16, 16), 4)
+    assert b"NETSCAPE2.0" in path.read_bytes()
+    with av.open(str(path)) as container:
+        times = [float(frame.pts * frame.time_base) for frame in container.decode(video=0)]
+    assert np.allclose(np.diff(times), 0.25)
+
+
+def test_accepts_numpy_and_overwrites(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", smooth_frames(3, 16, 16), 5)
+    write_video(tmp_path / "a.mp4", smooth_frames(6, 16, 16).numpy(), 5)
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"path": "a.avi"}, ValueError, r"\.mp4, \.gif.*a\.avi"),
+        ({"frames": torch.zeros(3, 8, 8, 3)}, TypeError, "frames must be uint8, got float32"),
+        (
+            {"frames": torch.zeros(3, 3, 8, 8, dtype=torch.uint8)},
+            ValueError,
+            r"frames must have shape .* got \[3, 3, 8, 8\]",
+        ),
+        ({"frames": torch.zeros(0, 8, 8, 3, dtype=torch.uint8)}, ValueError, "frames must have shape"),
+        ({"fps": 0}, ValueError, "fps must lie"),
+        ({"fps": float("nan")}, ValueError, "fps must lie"),
+        ({"scale": 0}, ValueError, "scale must be"),
+        ({"scale": 1.5}, ValueError, "scale must be"),
+    ],
+)
+def test_bad_input(tmp_path: Path, change: dict, error: type[Exception], message: str) -> None:
+    arguments = {"path": "a.mp4", "frames": smooth_frames(3, 8, 8), "fps": 5, "scale": 1} | change
+    with pytest.raises(error, match=message):
+        write_video(tmp_path / arguments.pop("path"), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "a.mp4", smooth_frames(3, 16, 16), 5)
+    before = path.read_bytes()
+
+    def broken(partial: Path, *_: object) -> None:
+        partial.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(video, "_write", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_video(path, smooth_frames(4, 16, 16), 5)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_read_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.mp4"):
+        read_video(tmp_path / "none.mp4")
+    (tmp_path / "bad.mp4").write_bytes(b"not a video" * 50)
+    with pytest.raises(ValueError, match=r"FFmpeg can decode.*bad\.mp4"):
+        read_video(tmp_path / "bad.mp4")
