@@ -1,0 +1,326 @@
+"""Checkpoints that are whole or absent, and weights as safetensors.
+
+    write <stage>/step-N.tmp (shards, state.json), fsync -> rename to <stage>/step-N -> replace `latest` -> prune
+
+Only `latest` is believed, and it moves last, so a kill at any moment leaves the previous checkpoint. A directory is
+never written twice: torch.distributed.checkpoint (DCP) would load a mix of two saves without an error. Tensors go
+through DCP, which reshards, so a checkpoint of two processes resumes on one; plain values go to state.json, floats
+exactly. DCP's metadata is a pickle, and loading a pickle can run code, so only folders of this user are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import safetensors.torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+from .config import Config, config_hash, differences
+from .distributed import World, whole
+from .ema import Ema
+from .files import atomic_path, replace_file, sync_folder
+
+STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot or must not be loaded; the message says why and what to do."""
+
+
+class Stateful(Protocol):
+    """What can be saved besides modules: nested dicts of tensors and plain values (numbers, strings, lists, None)."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+State = Mapping[str, nn.Module | Stateful]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A whole checkpoint on disk: where, and the settings it was made with (None where none were given)."""
+
+    stage: str
+    step: int
+    path: Path
+    config: dict[str, Any] | None
+
+
+class Checkpoints:
+    """The checkpoints of one run folder: RUN/checkpoints/<stage>/step-N and RUN/checkpoints/latest."""
+
+    def __init__(self, folder: Path, world: World, keep: int = 2) -> None:
+        """folder: RUN/checkpoints, made if absent, unfinished saves in it removed.
+
+        keep >= 1: how many of the current stage stay; of earlier stages the last one stays.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.folder, self.world, self.keep = Path(folder), world, keep
+        world.on_main(self._clean)
+
+    def save(self, stage: str, step: int, state: State, config: Config | None = None) -> Path:
+        """Saves every part of state under (stage, step), makes it the latest, and removes what `keep` does not keep.
+
+        Every rank calls it with its own shards. Raises ValueError when latest already is this (stage, step).
+        """
+        if not STAGE_NAME.fullmatch(stage):
+            raise ValueError(f"stage must be a plain name (letters, digits, '_', '-', '.'), got {stage!r}")
+        tensors, values = _split(state)
+        target = self.folder / stage / f"step-{step}"
+        waiting = target.with_name(target.name + ".tmp")
+        self.world.on_main(lambda: self._make_room(target, waiting))
+        _dcp_save(tensors, waiting, self.world)
+        header = {"stage": stage, "step": step, "config": None if config is None else config.model_dump(mode="json")}
+
+        def commit() -> None:
+            replace_file(waiting / "state.json", json.dumps({**header, "values": values}, indent=1))
+            os.rename(waiting, target)
+            sync_folder(target.parent)
+            replace_file(self.folder / "latest", f"{stage}/{target.name}\n")
+            self._prune(target)
+
+        self.world.on_main(commit)
+        return target
+
+    def latest(self) -> Saved | None:
+        """The newest whole checkpoint, None if there is none; CheckpointError if `latest` does not name one here."""
+        return self.world.on_main(self._latest)
+
+    def load(
+        self,
+        state: State,
+        config: Config | None = None,
+        *,
+        ignore: tuple[str, ...] = (),
+        allow_changes: bool = False,
+        trust: bool = False,
+    ) -> Saved:
+        """Loads the latest checkpoint into the parts of state, in place, and says which it was.
+
+        Raises CheckpointError, before anything is changed, when there is none; when its settings differ from config
+        (except the dotted keys in ignore, and what lies under them; allow_changes=True takes any); when its tensors or
+        values have other names or shapes than state; when its files belong to another user (trust=True loads them).
+        """
+        saved = self.latest()
+        if saved is None:
+            raise CheckpointError(f"no checkpoint in {self.folder}")
+        if not trust:
+            _check_owner(saved.path)
+        if config is not None and not allow_changes:
+            _check_config(saved, config, ignore)
+        tensors, own_values = _split(state)
+        values = json.loads((saved.path / "state.json").read_text())["values"]
+        _check_tensors(saved.path, tensors)
+        if set(values) != set(own_values):
+            raise CheckpointError(
+                f"{saved.path}: values differ from this run's: {_some(set(values) ^ set(own_values))}"
+            )
+        _dcp_load(tensors, saved.path, self.world)
+        for name, part in state.items():
+            _restore(name, part, tensors, values)
+        return saved
+
+    def _latest(self) -> Saved | None:
+        pointer = self.folder / "latest"
+        if not pointer.exists():
+            return None
+        line = pointer.read_text().strip()
+        stage, _, name = line.partition("/")
+        if not STAGE_NAME.fullmatch(stage) or not re.fullmatch(r"step-\d+", name):
+            raise CheckpointError(f"{pointer} says {line!r}; expected <stage>/step-<number>, a folder beside it")
+        path = self.folder / stage / name
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise CheckpointError(f"{pointer} leads outside of the run folder, to {path.resolve()}; refused")
+        if not (path / "state.json").is_file():
+            raise CheckpointError(f"{pointer} names {path}, which is not a checkpoint (no state.json)")
+        header = json.loads((path / "state.json").read_text())
+        return Saved(header["stage"], header["step"], path, header["config"])
+
+    def _clean(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.folder.glob("*/step-*.tmp"):
+            shutil.rmtree(unfinished)
+
+    def _make_room(self, target: Path, waiting: Path) -> None:
+        latest = self._latest()
+        if target.exists():
+            if latest is not None and latest.path == target:
+                raise ValueError(f"{target} is saved already; a step is saved once")
+            self._remove(target)  # whole, but a kill came before `latest` moved
+        if waiting.exists():
+            shutil.rmtree(waiting)
+        waiting.mkdir(parents=True)
+        sync_folder(self.folder)
+
+    def _prune(self, newest: Path) -> None:
+        """Keeps the newest `keep` of the current stage and the last of every other stage."""
+        for stage in self.folder.iterdir():
+            steps = sorted((step for step in stage.glob("step-*") if _step_of(step) >= 0), key=_step_of, reverse=True)
+            if stage == newest.parent:
+                steps = [step for step in steps if _step_of(step) <= _step_of(newest)]
+            for old in steps[self.keep if stage == newest.parent else 1 :]:
+                self._remove(old)
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        doomed = path.with_name(path.name + ".old.tmp")
+        os.rename(path, doomed)  # so that a kill while removing leaves nothing that looks whole
+        shutil.rmtree(doomed)
+
+
+def gathered(module: nn.Module, ema: Ema | None = None) -> dict[str, Tensor]:
+    """Whole copies on the CPU, on every rank, of a module's parameters and buffers; with ema, of the averaged ones."""
+    averaged = ema.shadows if ema is not None else {}
+    state = get_model_state_dict(module)
+    return {name: whole(averaged.get(name, t).detach()).cpu().clone().contiguous() for name, t in state.items()}
+
+
+def export_weights(path: Path, module: nn.Module, world: World, *, ema: Ema | None = None, **metadata: object) -> None:
+    """Writes the gathered weights (with ema, the averaged ones) as safetensors, atomically.
+
+    metadata (JSON values such as config=..., stage=..., step=...) is kept in the file; a Config as its values.
+    """
+    weights = gathered(module, ema)
+    texts = {key: json.dumps(v.model_dump(mode="json") if isinstance(v, Config) else v) for key, v in metadata.items()}
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as waiting:
+            safetensors.torch.save_file(weights, waiting, metadata=texts)
+
+    world.on_main(write)
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a file that `export_weights` wrote. Raises CheckpointError for any other file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
+    except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not a readable weights file: {error}") from None
+
+
+def _step_of(path: Path) -> int:
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def _state_of(part: nn.Module | Stateful) -> dict[str, Any]:
+    return get_model_state_dict(part) if isinstance(part, nn.Module) else part.state_dict()
+
+
+def _split(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The leaves of all parts by path ("generator/blocks.0.weight"): tensors, and plain values."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, part in state.items():
+        for path, leaf in _leaves(name, _state_of(part)):
+            if isinstance(leaf, Tensor):
+                tensors[path] = leaf.detach()
+            else:
+                values[path] = _plain(path, leaf)
+    return tensors, values
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, part in value.items():
+        if not isinstance(key, str):
+            raise TypeError(
+                f"{path}: keys of a state must be strings, got {key!r}; torch optimisers need optim.Optimiser"
+            )
+        yield from _leaves(f"{path}/{key}", part)
+
+
+def _plain(path: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(path, part) for part in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"{path}: a state holds tensors, numbers, strings, None and lists of them, got {type(value).__name__}"
+    )
+
+
+def _restore(name: str, part: nn.Module | Stateful, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    def filled(path: str, own: Any) -> Any:
+        if isinstance(own, dict):
+            return {key: filled(f"{path}/{key}", value) for key, value in own.items()}
+        return tensors[path] if path in tensors else values[path]
+
+    loaded = filled(name, _state_of(part))
+    if isinstance(part, nn.Module):
+        set_model_state_dict(part, loaded)
+    else:
+        part.load_state_dict(loaded)
+
+
+def _dcp_save(tensors: dict[str, Tensor], path: Path, world: World) -> None:
+    writer = dcp.FileSystemWriter(path, single_file_per_rank=True, sync_files=True)
+    _quietly(lambda: dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1))
+
+
+def _dcp_load(tensors: dict[str, Tensor], path: Path, world: World) -> None:
+    _quietly(lambda: dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=world.size == 1))
+
+
+def _quietly(work: Callable[[], object]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(single process|TypedStorage).*")
+        work()
+
+
+def _check_owner(path: Path) -> None:
+    user = os.getuid() if hasattr(os, "getuid") else None
+    for file in (path, *path.iterdir()):
+        if user is not None and file.stat().st_uid != user:
+            raise CheckpointError(
+                f"{file} belongs to user {file.stat().st_uid}, not to you ({user}); loading a checkpoint can run code, "
+                "so it is refused. If you trust it, copy the folder, or load with trust=True"
+            )
+
+
+def _check_config(saved: Saved, config: Config, ignore: tuple[str, ...]) -> None:
+    now = config.model_dump(mode="json")
+    if saved.config is None or config_hash(saved.config) == config_hash(now):
+        return
+    ignored = tuple(f"{key}." for key in ignore)
+    changed = {key: pair for key, pair in differences(saved.config, now).items() if not f"{key}.".startswith(ignored)}
+    if changed:
+        listed = ", ".join(f"{key} ({old!r} then, {new!r} now)" for key, (old, new) in changed.items())
+        raise CheckpointError(
+            f"{saved.path} was made with other settings: {listed}; allow_changes=True loads it anyway"
+        )
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    if set(stored) != set(tensors):
+        raise CheckpointError(f"{path}: tensors differ from this run's: {_some(set(stored) ^ set(tensors))}")
+    for name, tensor in tensors.items():
+        if tuple(stored[name].size) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(stored[name].size)}, expected {tuple(tensor.shape)}"
+            )
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -1,0 +1,151 @@
+"""The ``aad`` command: info, demo, train, generate, report. Only ``info`` works without the train extra."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TRAIN_MODULES = {"diffusers": "diffusers", "pydantic": "pydantic", "yaml": "pyyaml", "av": "av", "rich": "rich", "sklearn": "scikit-learn"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. User errors are one line on stderr and status 2."""
+    args = parser().parse_args(argv)
+    if args.command != "info":
+        missing = [package for module, package in TRAIN_MODULES.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            print(f"aad {args.command}: needs {', '.join(missing)}: pip install 'aadkern[train]'", file=sys.stderr)
+            return 2
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"aad {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"aad {args.command}: interrupted; what was saved stays, and resume=RUN goes on from it", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo,train,generate,report}")
+
+    info = commands.add_parser("info", help="which backend serves which operator, and why")
+    info.set_defaults(run=lambda args: print(info_text()))
+
+    demo = commands.add_parser("demo", help="train all stages on moving digits, stream, and write a report")
+    demo.add_argument("settings", nargs="*", metavar="key=value", help="profile=quick|full, out=DIR (runs/demo), or any setting of the recipe")
+    demo.set_defaults(run=run_demo)
+
+    train = commands.add_parser("train", help="train a recipe: digits, or clips data.path=FOLDER")
+    train.add_argument("recipe", nargs="?", help="digits or clips; left out with resume=RUN")
+    train.add_argument("settings", nargs="*", metavar="key=value", help="out=DIR, resume=RUN, overwrite=true, or any setting")
+    train.add_argument("--show", action="store_true", help="print the settings and stop")
+    train.set_defaults(run=run_train)
+
+    generate = commands.add_parser("generate", help="stream a video from a trained generator and a first frame")
+    generate.add_argument("--checkpoint", required=True, type=Path, help="RUN, or RUN/weights/STAGE.safetensors")
+    generate.add_argument("--image", type=Path, help="first frame: an image or video file (default: one held out of training)")
+    generate.add_argument("--index", type=int, default=0, help="which held-out first frame, without --image")
+    generate.add_argument("--chunks", type=int, default=12, help="chunks to generate")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    generate.add_argument("--fps", type=float, default=8.0)
+    generate.add_argument("--out", type=Path, default=Path("video.mp4"), help="a .mp4 or .gif file")
+    generate.set_defaults(run=run_generate)
+
+    report = commands.add_parser("report", help="write RUN/report.html anew")
+    report.add_argument("folder", type=Path)
+    report.set_defaults(run=run_report)
+    return top
+
+
+def info_text() -> str:
+    """Versions, the build, and each backend with its reason."""
+    import platform
+
+    import torch
+
+    import aadkern
+    from aadkern import _build, runtime
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    lines = [f"aadkern {aadkern.__version__}, torch {torch.__version__}, Python {platform.python_version()}"]
+    lines.append(f"build: {_build.describe()}")
+    for device in devices:
+        name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+        lines.append(f"attention on {device} ({name}): {runtime.choose_backend('auto', device)} by default")
+        for backend, answer in aadkern.backends(device).items():
+            lines.append(f"  {backend:<10} {answer}; verified on: {', '.join(runtime.VERIFIED[backend]) or 'nothing yet'}")
+    return "\n".join(lines)
+
+
+def split_settings(settings: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The command's own key=value words, and the recipe's."""
+    own, rest = {}, []
+    for word in settings:
+        key, equals, value = word.partition("=")
+        if equals and key in names:
+            own[key] = value
+        else:
+            rest.append(word)
+    return own, rest
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from aadkern_train.demo import demo
+
+    own, rest = split_settings(args.settings, ("profile", "out"))
+    report = demo(own.get("profile", "quick"), Path(own.get("out", "runs/demo")), rest)
+    if report is not None:
+        print(f"\nThe report: {report}")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from aadkern_train.config import apply_overrides, to_yaml
+    from aadkern_train.demo import run_recipe
+    from aadkern_train.recipes import RECIPES, Recipe
+    from aadkern_train.runs import RunFolder
+
+    settings, recipe_name = list(args.settings), args.recipe
+    if recipe_name is not None and "=" in recipe_name:
+        settings, recipe_name = [recipe_name, *settings], None
+    own, rest = split_settings(settings, ("out", "resume", "overwrite"))
+    resume = own.get("resume")
+    if resume is not None:
+        recipe = RunFolder.open(resume).config(Recipe)
+        if recipe_name not in (None, recipe.recipe):
+            raise ValueError(f"{resume} is a run of {recipe.recipe!r}, not of {recipe_name!r}")
+        changed = apply_overrides(recipe, rest)
+        if changed != recipe:
+            raise ValueError(f"a resumed run keeps its settings; leave out {' '.join(rest)}, or start a new run")
+    elif recipe_name in RECIPES:
+        recipe = apply_overrides(RECIPES[recipe_name](), rest)
+    else:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe_name!r}")
+    if args.show:
+        print(to_yaml(recipe))
+        return
+    folder = Path(resume or own.get("out", f"runs/{recipe.recipe}"))
+    report = run_recipe(recipe, folder, resume=resume is not None, overwrite=own.get("overwrite", "false").lower() in ("true", "1", "yes"))
+    if report is not None:
+        print(f"The report: {report}")
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    from aadkern_train.generate import generate
+
+    generate(args.checkpoint, args.out, image=args.image, index=args.index, chunks=args.chunks, seed=args.seed, fps=args.fps)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from aadkern_train.report import write_report
+
+    print(write_report(args.folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""CausalWan in the training layer's terms: clips [B, F, C, H, W] with one sigma per frame in, the clean clip's estimate out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from aadkern.plans import AttentionPlan, VideoLayout, Window
+from aadkern.streaming.cache import StreamingCache
+from aadkern.wan import CausalWan
+from aadkern_train.flow import x0_from_flow
+
+PREDICTS = ("flow", "x0")
+
+
+class Denoiser(nn.Module):
+    """x_sigma [B, F, C, H, W], sigma [B, F] -> x0 [B, F, C, H, W] (or the taps, or None for a pass that only fills the cache).
+
+    ``predicts`` says what the network's output means: "flow" (Wan's eps - x0) or "x0" (easier for a small network at sigma 1, where the
+    flow would make it copy its own input).
+    """
+
+    def __init__(self, net: CausalWan, predicts: str = "flow") -> None:
+        super().__init__()
+        if predicts not in PREDICTS:
+            raise ValueError(f"predicts must be one of {', '.join(PREDICTS)}, got {predicts!r}")
+        self.net, self.predicts = net, predicts
+
+    @property
+    def dim(self) -> int:
+        """Width of a token."""
+        return self.heads * self.net.config.attention_head_dim
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.net.config.num_attention_heads
+
+    @property
+    def layers(self) -> int:
+        """Transformer blocks."""
+        return self.net.config.num_layers
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of that size."""
+        _, patch_h, patch_w = self.net.config.patch_size
+        return (height // patch_h) * (width // patch_w)
+
+    def layout(self, chunks: Sequence[int], x: Tensor) -> VideoLayout:
+        """The layout of clips shaped like x [..., H, W]."""
+        return VideoLayout(tuple(chunks), self.tokens_per_frame(*x.shape[-2:]))
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        *,
+        plan: AttentionPlan | Any = None,
+        cache: StreamingCache | None = None,
+        cache_only: bool = False,
+        taps: Sequence[int] | None = None,
+    ) -> Any:
+        out = self.net(x.transpose(1, 2), 1000 * sigma, plan=plan, cache=cache, cache_only=cache_only, taps=taps)
+        if taps is not None or cache_only:
+            return out
+        flow_or_x0 = out.transpose(1, 2)
+        # A copy, as FSDP2 must not be handed a view.
+        return flow_or_x0.clone() if self.predicts == "x0" else x0_from_flow(x, flow_or_x0, sigma)
+
+
+def new_cache(denoiser: Denoiser, frame: Tensor, window: Window, max_chunk_frames: int, capacity_frames: int | None = None) -> StreamingCache:
+    """An empty cache for clips whose frames are shaped like ``frame`` [B, C, H, W]."""
+    batch, _, height, width = frame.shape
+    return StreamingCache.for_model(
+        denoiser.net, batch, height, width, window, max_chunk_frames=max_chunk_frames, capacity_frames=capacity_frames
+    )

@@ -1,0 +1,107 @@
+"""The discriminator: a CausalWan backbone read at several blocks by learned query tokens (AAD-1 section 3.3, figure 3).
+
+At each tapped block:  K, V = W_k, W_v RMSNorm(h);  o = W_o softmax(q k^T / sqrt(d)) V;  y = Linear(LayerNorm(e + o)), e the query token.
+logit = w . LayerNorm(concat y) + b, in float32. With frame logits the same weights pool each latent frame by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aadkern.plans import AttentionPlan, VideoLayout, Window, bidirectional, block_causal, frame_isolated
+from aadkern_train.denoiser import Denoiser
+
+BACKBONES = ("bidirectional", "causal", "isolated")
+
+
+class QueryTokenHead(nn.Module):
+    """M learned query tokens pool L tokens of width C: [B, L, C] -> [B, segments, M, C]."""
+
+    def __init__(self, dim: int, heads: int, queries: int = 1) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"heads must divide dim {dim}, got {heads}")
+        self.heads = heads
+        self.tokens = nn.Parameter(torch.randn(queries, dim) * 0.02)
+        self.norm_in = nn.RMSNorm(dim, eps=1e-6)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6), nn.RMSNorm(dim // heads, eps=1e-6)
+        self.norm_out = nn.LayerNorm(dim)
+        self.project = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, segments: int = 1) -> Tensor:
+        batch, length, dim = x.shape
+        if length % segments:
+            raise ValueError(f"segments must divide the length {length}, got {segments}")
+        x = self.norm_in(x.reshape(batch * segments, length // segments, dim))
+        k = self.norm_k(self.to_k(x).unflatten(-1, (self.heads, -1)))
+        v = self.to_v(x).unflatten(-1, (self.heads, -1))
+        q = self.norm_q(self.to_q(self.tokens).unflatten(-1, (self.heads, -1)))
+        # Written out: cuDNN's SDPA backward gives NaN for a single query (cudnn-frontend#1072).
+        scores = torch.einsum("mhd,blhd->bhml", q, k).float() * q.shape[-1] ** -0.5
+        pooled = torch.einsum("bhml,blhd->bmhd", scores.softmax(-1).to(v.dtype), v).flatten(-2)
+        y = self.project(self.norm_out(self.tokens + self.to_out(pooled)))
+        return y.unflatten(0, (batch, segments))
+
+
+class QueryTokenHeads(nn.Module):
+    """Heads on several taps, concatenated to one logit per segment: list of [B, L, C] -> [B, segments] in float32."""
+
+    def __init__(self, dim: int, heads: int, taps: int, queries: int = 1) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(QueryTokenHead(dim, heads, queries) for _ in range(taps))
+        self.norm = nn.LayerNorm(dim * taps * queries)
+        self.logit = nn.Linear(dim * taps * queries, 1)
+        # Logits start near 0, so the first loss is 2 ln 2 and the backbone is not kicked.
+        nn.init.normal_(self.logit.weight, std=0.02)
+        nn.init.zeros_(self.logit.bias)
+
+    def forward(self, taps: Sequence[Tensor], segments: int = 1) -> Tensor:
+        pooled = [head(x, segments).flatten(-2) for head, x in zip(self.heads, taps, strict=True)]
+        joined = self.norm(torch.cat(pooled, dim=-1)).float()
+        return F.linear(joined, self.logit.weight.float(), self.logit.bias.float())[..., 0]
+
+
+class Discriminator(nn.Module):
+    """(x_sigma [B, F, C, H, W], sigma [B, F]) -> logits: [B] for "video", [B, F] for "frame".
+
+    ``backbone`` chooses what a token sees: "bidirectional" (AAD-1), "causal" (the ablation: the generator's block-causal plan), or
+    "isolated" (each frame alone: provably blind to a frozen video). ``layers`` are the tapped blocks, 0-indexed.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        layers: Sequence[int],
+        *,
+        backbone: str = "bidirectional",
+        logits: str = "video",
+        queries: int = 1,
+    ) -> None:
+        super().__init__()
+        if backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
+        if logits not in ("video", "frame"):
+            raise ValueError(f'logits must be "video" or "frame", got {logits!r}')
+        depth = denoiser.layers
+        if not layers or any(not 0 <= layer < depth for layer in layers) or list(layers) != sorted(set(layers)):
+            raise ValueError(f"layers must be ascending blocks in [0, {depth}), got {list(layers)}")
+        self.backbone = denoiser
+        self.heads = QueryTokenHeads(denoiser.dim, denoiser.heads, len(layers), queries)
+        self.layers, self.sees, self.per = tuple(layers), backbone, logits
+
+    def plan(self, layout: VideoLayout, window: Window | None) -> AttentionPlan:
+        """What the backbone's tokens see."""
+        if self.sees == "causal":
+            return block_causal(layout, window)
+        return bidirectional(layout) if self.sees == "bidirectional" else frame_isolated(layout)
+
+    def forward(self, x: Tensor, sigma: Tensor, layout: VideoLayout, window: Window | None = None) -> Tensor:
+        taps = self.backbone(x, sigma, plan=self.plan(layout, window), taps=self.layers)
+        if self.per == "video":
+            return self.heads(taps)[:, 0]
+        return self.heads(taps, segments=x.shape[1])

@@ -1,0 +1,90 @@
+"""Flow-matching algebra: x_sigma = (1 - sigma) x0 + sigma eps, and what a network may predict of it.
+
+Everywhere x is [B, F, C, H, W] and sigma is [B, F] in [0, 1]: one noise level per latent frame (methods: AAD-1 section 3, Wan).
+The network's flow is eps - x0; at the diffusers boundary the timestep is 1000 sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def per_frame(sigma: Tensor) -> Tensor:
+    """sigma [B, F] shaped to multiply x [B, F, C, H, W]."""
+    return sigma[:, :, None, None, None]
+
+
+def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """x_sigma = (1 - sigma) x0 + sigma eps."""
+    s = per_frame(sigma)
+    return (1 - s) * x0 + s * eps
+
+
+def x0_from_flow(x_sigma: Tensor, flow: Tensor, sigma: Tensor) -> Tensor:
+    """x0 = x_sigma - sigma flow."""
+    return x_sigma - per_frame(sigma) * flow
+
+
+def eps_from_flow(x_sigma: Tensor, flow: Tensor, sigma: Tensor) -> Tensor:
+    """eps = x_sigma + (1 - sigma) flow."""
+    return x_sigma + (1 - per_frame(sigma)) * flow
+
+
+def flow_from_x0(x_sigma: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """flow = (x_sigma - x0) / sigma, and 0 on frames that are clean (sigma 0), which no sampler moves."""
+    s = per_frame(sigma)
+    return torch.where(s > 0, (x_sigma - x0) / s.clamp_min(1e-12), torch.zeros_like(x_sigma))
+
+
+def score_from_x0(x_sigma: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """grad log p_sigma(x_sigma) = ((1 - sigma) x0 - x_sigma) / sigma^2, for sigma > 0."""
+    s = per_frame(sigma)
+    return ((1 - s) * x0 - x_sigma) / s.square()
+
+
+def shift(u: Tensor | float, factor: float) -> Tensor | float:
+    """Wan's timestep shift: factor u / (1 + (factor - 1) u)."""
+    return factor * u / (1 + (factor - 1) * u)
+
+
+def unshift(sigma: float, factor: float) -> float:
+    """The inverse of ``shift``."""
+    return sigma / (factor - (factor - 1) * sigma)
+
+
+def sigma_schedule(steps: int, shift_factor: float) -> list[float]:
+    """``steps + 1`` noise levels from 1 down to 0, evenly spaced before the shift."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return [float(shift((steps - i) / steps, shift_factor)) for i in range(steps + 1)]
+
+
+def clip_sigma(level: Tensor, frames: int, clean_frames: int) -> Tensor:
+    """One level per clip [B] -> sigma [B, frames], the first ``clean_frames`` at 0 (the image of image-to-video)."""
+    sigma = level[:, None].expand(-1, frames).clone()
+    sigma[:, :clean_frames] = 0
+    return sigma
+
+
+def with_first_frame(x: Tensor, first_frame: Tensor | None) -> Tensor:
+    """x with its first frame replaced by ``first_frame`` [B, C, H, W]; x itself where that is None."""
+    return x if first_frame is None else torch.cat([first_frame[:, None], x[:, 1:]], dim=1)
+
+
+def integrate_ode(
+    predict_x0: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sigmas: Sequence[float], first_frame: Tensor | None = None
+) -> Tensor:
+    """Euler's method along the probability-flow ODE from ``noise`` [B, F, C, H, W] at sigmas[0] to sigmas[-1].
+
+    ``predict_x0(x_sigma, sigma [B, F])`` is the denoiser. With ``first_frame`` the clip's first frame is held clean.
+    """
+    x = with_first_frame(noise, first_frame)
+    clean = 0 if first_frame is None else 1
+    for level, following in zip(sigmas, sigmas[1:], strict=False):
+        sigma = clip_sigma(torch.full((x.shape[0],), level, dtype=x.dtype, device=x.device), x.shape[1], clean)
+        moved = x + (following - level) * flow_from_x0(x, predict_x0(x, sigma), sigma)
+        x = with_first_frame(moved, first_frame)
+    return x

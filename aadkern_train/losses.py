@@ -1,0 +1,61 @@
+"""The losses of the stages as pure functions of tensors; the formulas are in each docstring.
+
+x, x0 are [B, F, C, H, W]; ``frames`` is a mask [B, F], 1 where a frame counts (the image of image-to-video does not).
+Logits are [B] (one per video) or [B, F] (one per frame), in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aadkern_train.flow import per_frame
+
+
+def masked_mean(x: Tensor, frames: Tensor) -> Tensor:
+    """Mean of x [B, F, C, H, W] over the frames that count."""
+    weights = per_frame(frames).expand_as(x)
+    return (x * weights).sum() / weights.sum().clamp_min(1)
+
+
+def regression(prediction: Tensor, target: Tensor, frames: Tensor) -> Tensor:
+    """mean (prediction - target)^2: stage I on x0 (AAD-1 section 3.2), flow matching on the flow."""
+    return masked_mean((prediction.float() - target.float()).square(), frames)
+
+
+def dmd_direction(x_hat: Tensor, x0_fake: Tensor, x0_real: Tensor, frames: Tensor) -> Tensor:
+    """(x0_fake - x0_real) / mean |x_hat - x0_real| per sample: the gradient that DMD sends into the generator's output.
+
+    In scores it is +(1 - sigma)(s_real - s_fake) up to a positive factor, with the sign that lowers KL(generator, teacher);
+    AAD-1's equation 6 read with noise predictions would have the other sign (DMD2 and Self-Forcing use this x0 form).
+    """
+    weights = per_frame(frames).expand_as(x_hat)
+    scale = ((x_hat - x0_real).abs() * weights).sum((1, 2, 3, 4)) / weights.sum((1, 2, 3, 4)).clamp_min(1)
+    direction = (x0_fake - x0_real) / scale.clamp_min(1e-6)[:, None, None, None, None]
+    return torch.nan_to_num(direction * weights)
+
+
+def surrogate(x_hat: Tensor, direction: Tensor, frames: Tensor) -> Tensor:
+    """0.5 mean (x_hat - sg[x_hat - direction])^2, whose gradient in x_hat is direction / (number of elements that count)."""
+    return 0.5 * masked_mean((x_hat - (x_hat - direction).detach()).square(), frames)
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, relativistic: bool = False) -> Tensor:
+    """mean softplus(-real) + mean softplus(fake) (AAD-1 equation 8); relativistic: mean softplus(fake - real)."""
+    if relativistic:
+        return F.softplus(fake - real).mean()
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def generator_loss(fake: Tensor, real: Tensor | None = None) -> Tensor:
+    """mean softplus(-fake), the non-saturating loss; with real logits, the relativistic mean softplus(real - fake)."""
+    return F.softplus(-fake if real is None else real - fake).mean()
+
+
+def perturbation_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:
+    """mean (D(x) - D(x + delta))^2: the approximated R1 or R2 of APT and AAD-1 (equation 9), weighted by lambda outside.
+
+    For small delta ~ N(0, s^2 I) it is about s^2 |grad_x D|^2, so lambda s^2 is the knob that counts.
+    """
+    return (logits - perturbed).square().mean()

@@ -1,0 +1,143 @@
+"""Stage III, asymmetric adversarial refinement: a causal generator against a bidirectional discriminator (AAD-1 section 3.3).
+
+L_D = softplus(-l_real) + softplus(l_fake) + lambda [(l_real - l_real')^2 + (l_fake - l_fake')^2], the primes at x_tau + delta;
+L_G = softplus(-l_fake), through (1 - tau). Real and fake share tau, the first frame and nothing else. No DMD term.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from aadkern_train.discriminator import Discriminator
+from aadkern_train.distributed import accumulating
+from aadkern_train.draws import Draws
+from aadkern_train.flow import clip_sigma, add_noise, unshift
+from aadkern_train.learner import Learner, gradient_of
+from aadkern_train.losses import discriminator_loss, generator_loss, perturbation_penalty
+from aadkern_train.run import Run
+from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches
+from aadkern_train.stages.dmd import self_rollout, send_back
+from aadkern_train.steps import StepPlan
+
+
+class AdversarialRefinement(Stage):
+    name = "adversarial"
+
+    def __init__(self, run: Run) -> None:
+        settings = run.recipe.adversarial
+        super().__init__(run, settings.steps)
+        self.settings = settings
+        start = run.weights("dmd" if settings.warm_up else "ode")
+        # The paper's causal ablation starts the discriminator from stage II's generator, its bidirectional one from the teacher.
+        backbone = run.weights("dmd") if settings.backbone == "causal" else run.weights("pretrain")
+        discriminator = self._discriminator(backbone)
+        self.learners["generator"] = Learner(run.network(start), settings.generator, self.steps, clip=settings.clip, ema=settings.ema)
+        self.learners["discriminator"] = Learner(
+            run.sharded(discriminator),
+            settings.discriminator,
+            self.steps + settings.discriminator_first,
+            clip=settings.clip,
+            lr_factors={"heads.": settings.heads_lr / settings.discriminator.lr},
+        )
+
+    def _discriminator(self, backbone: dict[str, Tensor]) -> Discriminator:
+        settings, denoiser = self.settings, self.run.plain_network()
+        denoiser.net.load_state_dict(backbone)
+        deepest = max(settings.layers)
+        for unused in (*denoiser.net.blocks[deepest + 1 :], denoiser.net.proj_out):
+            unused.requires_grad_(False)
+        denoiser.net.scale_shift_table.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.run.draws(self.name, 0).integers("heads", [0], 2**31).item())
+            return Discriminator(
+                denoiser, settings.layers, backbone=settings.backbone, logits=settings.logits, queries=settings.queries
+            )
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """The first ``discriminator_first`` discriminator steps all belong to step 0."""
+        logged = {}
+        if step == 0:
+            for i in range(self.settings.discriminator_first):
+                logged = self.one_update(self.run.draws("adversarial first", i), self.run.batch(i, self.settings.batch), i, None)
+        count = self.settings.discriminator_first + step
+        return {**logged, **self.one_update(self.run.draws(self.name, step), self.run.batch(count, self.settings.batch), count, step)}
+
+    def one_update(self, draws: Draws, samples: range, count: int, generator_step: int | None) -> dict[str, float]:
+        """One rollout, an update of the discriminator on it and, unless None, one of the generator through it."""
+        generator, discriminator = self.learners["generator"], self.learners["discriminator"]
+        settings, learns = self.settings, generator_step is not None
+        logged: dict[str, float] = {}
+        rolled = []
+        for some, last in micro_batches(samples, settings.accumulate):
+            made, exit = self_rollout(self.run, generator.module, draws, some, with_grad=learns and not settings.replay)
+            rolled.append((some, last, made, exit))
+            loss, values = self.discriminator_part(draws, some, self.run.clips(some), made.x.detach(), exit)
+            with accumulating(discriminator.module, last=last):
+                (loss / settings.accumulate).backward()
+            for name, value in values.items():
+                logged[name] = logged.get(name, 0.0) + value / settings.accumulate
+        logged["discriminator_norm"] = discriminator.update(count)
+        if not learns:
+            return logged
+        for some, last, made, exit in rolled:
+            loss_value, gradient = self.generator_gradient(draws, some, made.x.detach(), exit)
+            send_back(made, gradient / settings.accumulate, generator.module, last, settings.replay)
+            logged["generator_loss"] = logged.get("generator_loss", 0.0) + loss_value / settings.accumulate
+        logged["grad_norm"] = generator.update(generator_step)
+        return logged
+
+    def levels(self, draws: Draws, name: str, samples: range, like: Tensor, exit: int) -> Tensor:
+        """sigma [B, F] at which the discriminator looks: the interval that the exit pass answers for (methods 1.4)."""
+        low, high = StepPlan(self.run.recipe.levels, self.run.recipe.levels).interval(exit)
+        factor = self.settings.shift
+        level = draw_levels(draws, name, samples, factor, like, between=(unshift(low, factor), unshift(high, factor)))
+        return clip_sigma(level, like.shape[1], 1 if self.settings.image_clean else 0)
+
+    def logits(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """[B], or [B, F - 1] for frame logits: the given first frame is not judged."""
+        out = self.learners["discriminator"].module(x, sigma, self.run.layout, self.run.window)
+        return out if out.dim() == 1 else out[:, 1:]
+
+    def discriminator_part(self, draws: Draws, samples: range, real: Tensor, fake: Tensor, exit: int) -> tuple[Tensor, dict[str, float]]:
+        """L_D with its penalty: real, fake and their perturbed twins in one batch."""
+        settings, count = self.settings, len(samples)
+        sigma = self.levels(draws, "level", samples, real, exit)
+        views = [add_noise(x, draw_noise(draws, f"eps {name}", samples, x), sigma) for name, x in (("real", real), ("fake", fake))]
+        some = max(1, math.ceil(count * settings.penalty_share)) if settings.penalty else 0
+        for name in ("real", "fake"):
+            x = views[0 if name == "real" else 1][:some]
+            moves = clip_sigma(torch.ones(some, device=x.device), x.shape[1], 1 if settings.image_clean else 0)
+            delta = settings.delta * draw_noise(draws, f"delta {name}", samples[:some], x)
+            views.append(x + moves[:, :, None, None, None] * delta)
+        out = self.logits(torch.cat(views), torch.cat([sigma, sigma, sigma[:some], sigma[:some]]))
+        l_real, l_fake, l_real_moved, l_fake_moved = out.split([count, count, some, some])
+        adversarial = discriminator_loss(l_real, l_fake, settings.relativistic)
+        penalty = out.new_zeros(())
+        if some:
+            penalty = perturbation_penalty(l_real[:some], l_real_moved) + perturbation_penalty(l_fake[:some], l_fake_moved)
+        values = {
+            "discriminator_loss": adversarial.item(),
+            "penalty": penalty.item(),
+            "real_logit": l_real.mean().item(),
+            "fake_logit": l_fake.mean().item(),
+            "accuracy": 0.5 * ((l_real > 0).float().mean() + (l_fake < 0).float().mean()).item(),
+        }
+        return adversarial + settings.penalty * penalty, values
+
+    def generator_gradient(self, draws: Draws, samples: range, fake: Tensor, exit: int) -> tuple[float, Tensor]:
+        """L_G and its gradient in the clip, under noise and levels of its own; the discriminator gets none."""
+        leaf = fake.requires_grad_()
+        sigma = self.levels(draws, "generator level", samples, leaf, exit)
+        l_fake = self.logits(add_noise(leaf, draw_noise(draws, "generator eps", samples, leaf), sigma), sigma)
+        l_real = None
+        if self.settings.relativistic:
+            with torch.no_grad():
+                real = self.run.clips(samples)
+                l_real = self.logits(add_noise(real, draw_noise(draws, "generator eps real", samples, real), sigma), sigma)
+        loss = generator_loss(l_fake, l_real)
+        gradient = gradient_of(loss, leaf)
+        gradient[:, 0] = 0
+        return loss.item(), gradient

@@ -1,0 +1,35 @@
+"""How many denoising passes a chunk gets, at which noise levels, and which of them carries the gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The noise levels of a chunk's denoising passes: ``first`` for the first generated chunk, ``rest`` for the others.
+
+    ``exit`` is which pass ends the chunk and carries the gradient: "last", or the index drawn for this rollout.
+    """
+
+    first: tuple[float, ...] = (1.0,)
+    rest: tuple[float, ...] = (1.0,)
+    exit: int | str = "last"
+
+    def __post_init__(self) -> None:
+        for name, levels in (("first", self.first), ("rest", self.rest)):
+            falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+            if not levels or not falling or not all(0 < s <= 1 for s in levels):
+                raise ValueError(f"{name} must be falling noise levels in (0, 1], got {levels}")
+        if self.exit != "last" and not (isinstance(self.exit, int) and self.exit >= 0):
+            raise ValueError(f'exit must be "last" or a step index of at least 0, got {self.exit!r}')
+
+    def levels(self, is_first: bool) -> tuple[float, ...]:
+        """The levels that a chunk really runs, the exit last."""
+        levels = self.first if is_first else self.rest
+        return levels if self.exit == "last" else levels[: int(self.exit) + 1]
+
+    def interval(self, exit: int) -> tuple[float, float]:
+        """The noise levels that the exit pass is answerable for: from the next pass's level (0 after the last) up to its own."""
+        below = self.rest[exit + 1] if exit + 1 < len(self.rest) else 0.0
+        return below, self.rest[exit]

@@ -1,0 +1,157 @@
+"""The Triton kernels of range attention, interpreted on the CPU, against fp64."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import aadkern
+from aadkern import AttentionPlan, VideoLayout, Window, ops, plans, testing
+from aadkern.range_attention import tiles, triton_forward
+
+# Whole tiles and tails of 32 x 16 on both sides, a one-token range, four ranges, queries that see nothing, keys that
+# nobody sees.
+RAGGED = AttentionPlan.from_ranges(
+    75, 90, [((0, 35), [(0, 7), (20, 70)]), ((40, 41), [(89, 90)]), ((41, 75), [(0, 1), (3, 4), (10, 42), (50, 85)])]
+)
+CHUNKED = plans.block_causal(VideoLayout((1, 2, 2, 2), 7), Window(4, sink=1))
+
+
+def run(q, k, v, plan, dout, dlse=None, scale=None):
+    """The five results of the interpreted kernels, through the public operator."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = aadkern.attention(*leaves, plan, return_lse=True, scale=scale, backend="triton")
+    outputs, gradients = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+    return testing.Results(out.detach(), lse.detach(), *torch.autograd.grad(outputs, leaves, gradients))
+
+
+def check(q, k, v, plan, dout, dlse=None, scale=None):
+    actual = run(q, k, v, plan, dout, dlse, scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    truth = testing.exact(q, k, v, plan, scale, dout, dlse)
+    testing.assert_results_close(actual, truth, testing.eager(q, k, v, plan, scale, dout, dlse))
+    return actual
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.float32, 16), (torch.float32, 80), (torch.float16, 128), (torch.float16, 5), (torch.bfloat16, 64)],
+)
+def test_all_results_match_fp64(dtype, head_dim):
+    q, k, v = testing.make_inputs(RAGGED, 1, head_dim, dtype)
+    check(q, k, v, RAGGED, *testing.make_gradients(q))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_plans(seed):
+    plan = testing.random_plan(random.Random(seed))
+    q, k, v = testing.make_inputs(plan, 1, 16, (torch.float32, torch.float16)[seed % 2], seed=seed)
+    check(q, k, v, plan, *testing.make_gradients(q))
+
+
+@settings(max_examples=6)
+@given(plan=testing.plans(max_q=50, max_k=50))
+def test_any_plan(plan):
+    q, k, v = testing.make_inputs(plan, 1, 16, torch.float32)
+    check(q, k, v, plan, *testing.make_gradients(q))
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_any_strides(layout):
+    q, k, v = testing.make_inputs(CHUNKED, 2, 16, torch.float16, batch=2, layout=layout)
+    dout, dlse = testing.make_gradients(q)
+    check(q, k, v, CHUNKED, dout.transpose(1, 2).contiguous().transpose(1, 2), dlse[..., :1].expand_as(dlse))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
+def test_any_scale(scale):
+    q, k, v = testing.make_inputs(CHUNKED, 1, 16, torch.float32)
+    check(q, k, v, CHUNKED, *testing.make_gradients(q), scale=scale)
+
+
+@pytest.mark.parametrize("size", [1e-2, 30.0])
+def test_scores_of_any_size(size):
+    """Scores of about 1000 in fp32: the scale is applied after the product and the maximum taken off before the
+    power."""
+    q, k, v = testing.make_inputs(CHUNKED, 1, 16, torch.float32)
+    check(q * size, k * size, v, CHUNKED, *testing.make_gradients(q))
+
+
+def test_scores_of_minus_infinity_before_finite_ones():
+    plan = AttentionPlan.from_ranges(5, 40, [((0, 5), [(0, 40)])])
+    q, k, v = testing.make_inputs(plan, 1, 16, torch.float32)
+    q[..., 0] = 1.0
+    k[:, :33, :, 0] = -math.inf
+    out = aadkern.attention(q, k, v, plan, backend="triton")
+    expected = testing.exact(q, k, v, plan, 0.25, torch.zeros_like(q)).out
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_a_sum_has_stride_zero():
+    q, k, v = testing.make_inputs(CHUNKED, 1, 16, torch.float32)
+    check(q, k, v, CHUNKED, torch.ones(()).expand(q.shape))
+
+
+def test_gradient_of_lse_alone():
+    q, k, v = testing.make_inputs(CHUNKED, 1, 16, torch.float32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    _, lse = aadkern.attention(*leaves, CHUNKED, return_lse=True, backend="triton")
+    dlse = torch.randn_like(lse)
+    grads = torch.autograd.grad(lse, leaves, dlse)
+    expected = testing.exact(q, k, v, CHUNKED, 0.25, torch.zeros_like(q), dlse)
+    for grad, truth in zip(grads, expected[2:], strict=True):
+        torch.testing.assert_close(grad.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_what_sees_nothing_is_zero_and_gets_no_gradient():
+    q, k, v = testing.make_inputs(RAGGED, 1, 16, torch.float32)
+    results = run(q, k, v, RAGGED, *testing.make_gradients(q))
+    assert (results.out[:, 35:40] == 0).all() and (results.dq[:, 35:40] == 0).all()
+    assert (results.lse[:, :, 35:40] == float("-inf")).all()
+    assert (results.dk[:, 85:89] == 0).all() and (results.dv[:, 85:89] == 0).all()
+    assert all(x.isfinite().all() for x in (results.out, results.dq, results.dk, results.dv))
+
+
+def test_runs_are_bitwise_equal():
+    q, k, v = testing.make_inputs(RAGGED, 1, 16, torch.float16)
+    gradients = testing.make_gradients(q)
+    first, second = (run(q, k, v, RAGGED, *gradients) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_wide_offsets_give_the_same(monkeypatch):
+    """The 64-bit variant of the kernels; a tensor that needs it is among the bad inputs."""
+    q, k, v = testing.make_inputs(CHUNKED, 1, 16, torch.float32)
+    gradients = testing.make_gradients(q)
+    narrow = run(q, k, v, CHUNKED, *gradients)
+    from aadkern.range_attention import triton_backward
+
+    for module in (triton_forward, triton_backward):
+        monkeypatch.setattr(module, "is_wide", lambda *tensors: True)
+    assert all(torch.equal(a, b) for a, b in zip(narrow, run(q, k, v, CHUNKED, *gradients), strict=True))
+
+
+@pytest.mark.parametrize("budget", [0, 3 * 2 * 40 * 16 * 4])
+def test_the_order_of_heads_changes_nothing(monkeypatch, budget):
+    """Groups of one head, and of three heads of which the last group has two."""
+    plan = plans.frame_isolated(VideoLayout((2,), 20))
+    q, k, v = testing.make_inputs(plan, 5, 16, torch.float32)
+    monkeypatch.setattr(tiles, "L2_BYTES", budget)
+    check(q, k, v, plan, *testing.make_gradients(q))
+
+
+def test_operator_contract():
+    q, k, v = (x.requires_grad_() for x in testing.make_inputs(RAGGED, 1, 16, torch.float32))
+    torch.library.opcheck(ops.range_attention, (q, k, v, RAGGED.code, 0.3, "triton", False))
+
+
+def test_refuses_what_it_does_not_serve():
+    plan = plans.bidirectional(VideoLayout((1,), 4))
+    with pytest.raises(TypeError, match="float64"):
+        aadkern.attention(*testing.make_inputs(plan, 1, 16, torch.float64), plan, backend="triton")
+    with pytest.raises(ValueError, match="head_dim up to 256, got 257"):
+        aadkern.attention(*testing.make_inputs(plan, 1, 257, torch.float32), plan, backend="triton")

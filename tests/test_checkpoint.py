@@ -1,0 +1,436 @@
+"""Checkpoints: bitwise resume, other world sizes, kills at any moment, and what must be refused.
+
+This file is also a program: `python test_checkpoint.py save|load FOLDER` in two processes, `crash FOLDER ROUNDS` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from aadkern_train.checkpoint import CheckpointError, Checkpoints, export_weights, gathered, load_weights
+from aadkern_train.config import Config
+from aadkern_train.distributed import World, reshard, shard, start, whole
+from aadkern_train.ema import Ema
+from aadkern_train.optim import Optimiser, build
+from tests.processes import BATCH, Net, inputs, run_processes
+
+
+class Inner(Config):
+    lr: float = 1e-3
+    levels: tuple[float, ...] = (1.0, 0.5)
+
+
+class Settings(Config):
+    steps: int = 10
+    inner: Inner = Inner()
+
+
+class Counters:
+    """Plain values of a run."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, object] = {
+            "best": float("-inf"),
+            "third": 0.0,
+            "seen": [],
+            "note": None,
+            "nested": {"n": 0},
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        return {"values": self.values, "table": torch.arange(3.0) * self.values["nested"]["n"]}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.values = state["values"]
+        assert torch.equal(state["table"], torch.arange(3.0) * self.values["nested"]["n"])
+
+
+def training(world: World, seed: int = 0) -> dict[str, object]:
+    torch.manual_seed(seed)
+    net = Net()
+    shard(net, world, net.blocks, shard_blocks_above=0)
+    optimiser = build(net.named_parameters(), kind="muon", lr=1e-2, muon_lr=0.02)
+    return {"net": net, "optimiser": optimiser, "ema": Ema(net, 0.9, warmup=True), "counters": Counters()}
+
+
+def train(parts: dict[str, object], world: World, steps: range) -> None:
+    net, counters = parts["net"], parts["counters"]
+    for step in steps:
+        x = inputs(step)[world.local_slice(range(BATCH))]
+        loss = (net(x[:, 0], x[:, 1]) - x[:, 2]).square().mean()
+        loss.backward()
+        parts["optimiser"].step()
+        parts["optimiser"].zero_grad()
+        parts["ema"].update()
+        net.seen.add_(1)
+        n = counters.values["nested"]["n"] + 1
+        counters.values = {"best": float("inf"), "third": n / 3, "seen": [*range(n)], "note": "x", "nested": {"n": n}}
+
+
+def everything(parts: dict[str, object]) -> dict[str, torch.Tensor]:
+    """All tensors of the parts, whole."""
+    reshard(parts["net"])
+    out = {f"net.{name}": tensor for name, tensor in parts["net"].state_dict().items()}
+    for kind, states in parts["optimiser"].state_dict().items():
+        for name, state in states.items():
+            out.update({f"{kind}.{name}.{key}": torch.as_tensor(value) for key, value in state.items()})
+    out.update({f"ema.{name}": shadow for name, shadow in parts["ema"].shadows.items()})
+    out["ema count"] = torch.tensor(parts["ema"].count)
+    return {name: whole(tensor.detach()).clone() for name, tensor in out.items()}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert set(left) == set(right)
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.fixture(scope="module")
+def world():
+    with start("cpu") as one:
+        yield one
+
+
+def test_resumed_training_ends_bitwise_equal(world, tmp_path):
+    unbroken = training(world)
+    train(unbroken, world, range(6))
+    first = training(world)
+    train(first, world, range(3))
+    saved = everything(first)
+    path = Checkpoints(tmp_path, world).save("ode", 3, first, Settings())
+    assert path == tmp_path / "ode" / "step-3" and (tmp_path / "latest").read_text() == "ode/step-3\n"
+    train(first, world, range(3, 6))
+    assert_same(everything(first), everything(unbroken))
+    resumed = training(world, seed=1)
+    train(resumed, world, range(7, 9))
+    with torch.no_grad():
+        resumed["net"](torch.randn(1, 3), torch.randn(1, 3))  # leaves gathered copies of the old weights behind
+    found = Checkpoints(tmp_path, world).load(resumed, Settings())
+    assert (found.stage, found.step, found.path) == ("ode", 3, path)
+    assert_same(everything(resumed), saved)
+    values = resumed["counters"].values
+    assert values == {"best": float("inf"), "third": 1.0, "seen": [0, 1, 2], "note": "x", "nested": {"n": 3}}
+    train(resumed, world, range(3, 6))
+    assert_same(everything(resumed), everything(unbroken))
+    assert resumed["counters"].values["third"] == unbroken["counters"].values["third"] == 2.0
+
+
+def test_two_processes_and_one_exchange_checkpoints(world, tmp_path):
+    alone = training(world)
+    train(alone, world, range(2))
+    Checkpoints(tmp_path / "one", world).save("ode", 2, alone)
+    run_processes(__file__, "exchange", str(tmp_path))
+    assert_same(torch.load(tmp_path / "loaded.pt"), everything(alone))
+    resumed = training(world, seed=1)
+    assert Checkpoints(tmp_path / "two", world).load(resumed).step == 2
+    assert_same(everything(resumed), torch.load(tmp_path / "saved.pt"))
+    for name, tensor in everything(alone).items():  # and two processes trained as one did
+        torch.testing.assert_close(tensor, everything(resumed)[name], rtol=2e-5, atol=2e-6)
+
+
+def exchange(folder: Path) -> None:
+    """In two processes: loads what one saved, and saves what two trained."""
+    with start("cpu") as two:
+        parts = training(two, seed=3)
+        Checkpoints(folder / "one", two).load(parts)
+        loaded = everything(parts)
+        fresh = training(two)
+        train(fresh, two, range(2))
+        Checkpoints(folder / "two", two).save("ode", 2, fresh)
+        trained = everything(fresh)
+        export_weights(folder / "two.safetensors", fresh["net"], two, ema=fresh["ema"])
+        if two.is_main:
+            torch.save(loaded, folder / "loaded.pt")
+            torch.save(trained, folder / "saved.pt")
+            exported = load_weights(folder / "two.safetensors")[0]
+            assert all(torch.equal(exported[n], trained[f"ema.{n}"]) for n, _ in fresh["net"].named_parameters())
+
+
+class Marked:
+    """Tensors and a value that all say the same step."""
+
+    def __init__(self, step: int = -1) -> None:
+        self.step, self.tensors = step, {f"t{i}": torch.full((50, 40), float(step)) for i in range(6)}
+
+    def state_dict(self) -> dict[str, object]:
+        return {"step": self.step, **self.tensors}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.step = state["step"]
+
+
+def in_child(work) -> int:
+    """Runs work in a forked process; its process id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def saving(folder: Path, saves: int, die_at: int | None = None) -> None:
+    """Goes on from the latest checkpoint and saves again and again; with die_at, ends without warning at that call
+    into the file system's durable operations."""
+    with start("cpu") as world:
+        checkpoints = Checkpoints(folder, world, keep=2)
+        latest = checkpoints.latest()
+        begin = 0 if latest is None else latest.step + 1
+        calls = 0
+
+        def dying(operation):
+            def call(*arguments, **keywords):
+                nonlocal calls
+                calls += 1
+                if calls == die_at:
+                    os._exit(9)
+                return operation(*arguments, **keywords)
+
+            return call
+
+        if die_at is not None:
+            for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "rmdir"), (os, "unlink")):
+                setattr(module, name, dying(getattr(module, name)))
+        for step in range(begin, begin + saves):
+            checkpoints.save("dmd" if step > 20 else "ode", step, {"marked": Marked(step)})
+
+
+def checking(folder: Path, at_least: int) -> None:
+    """Fails unless the folder loads a whole checkpoint that is no older than at_least."""
+    with start("cpu") as world:
+        checkpoints, marked = Checkpoints(folder, world), Marked()
+        assert not list(folder.glob("*/*.tmp")), "unfinished saves are still there"
+        if checkpoints.latest() is None:
+            assert at_least < 0
+            return
+        saved = checkpoints.load({"marked": marked})
+        assert saved.step >= at_least and marked.step == saved.step, (saved.step, marked.step, at_least)
+        for name, tensor in marked.tensors.items():
+            assert bool((tensor == saved.step).all()), (name, saved.step, tensor)
+        assert sum(path.is_dir() for path in folder.glob("*/step-*")) <= 5
+        (folder / "reached").write_text(str(saved.step))
+
+
+def crash(folder: Path, rounds: int) -> None:
+    """Kills a saving process at random moments, then lets one die at each durable operation, checking after each."""
+    chance = random.Random(rounds)
+
+    def check() -> None:
+        reached = folder / "reached"
+        at_least = int(reached.read_text()) if reached.exists() else -1
+        assert os.waitpid(in_child(lambda: checking(folder, at_least)), 0)[1] == 0
+
+    for _ in range(rounds):
+        child = in_child(lambda: saving(folder, 10**6))
+        time.sleep(chance.uniform(0.02, 0.4))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        check()
+    begun, die_at = int((folder / "reached").read_text()), 0
+    while True:
+        die_at += 1
+        child = in_child(lambda die_at=die_at: saving(folder, 1, die_at))
+        status = os.waitpid(child, 0)[1]
+        check()
+        if os.waitstatus_to_exitcode(status) == 0:
+            break
+    assert die_at > 10 and int((folder / "reached").read_text()) > begun
+    print(f"{rounds} kills, {die_at - 1} deaths at durable operations, step {(folder / 'reached').read_text()}")
+
+
+@pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, rounds):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, __file__, "crash", str(tmp_path), str(rounds)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def linear(world: World, value: float, size: int = 2) -> dict[str, nn.Module]:
+    net = nn.Linear(size, size)
+    nn.init.constant_(net.weight, value)
+    return {"net": shard(net, world)}
+
+
+def first_weight(parts: dict[str, nn.Module]) -> float:
+    return whole(parts["net"].weight)[0, 0].item()
+
+
+def test_keeps_the_newest_and_the_end_of_earlier_stages(world, tmp_path):
+    checkpoints = Checkpoints(tmp_path, world, keep=2)
+    for stage, step in [("ode", 9), ("ode", 10), ("ode", 11), ("dmd", 5), ("dmd", 10), ("dmd", 100)]:
+        checkpoints.save(stage, step, linear(world, step))
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/*")) == [
+        "dmd/step-10",
+        "dmd/step-100",
+        "ode/step-11",
+    ]
+    found = linear(world, 0.0)
+    assert checkpoints.load(found).step == 100 and first_weight(found) == 100
+    with pytest.raises(ValueError, match="saved already"):
+        checkpoints.save("dmd", 100, linear(world, 1))
+    assert checkpoints.latest().step == 100
+
+
+def test_nothing_but_latest_is_believed(world, tmp_path):
+    checkpoints = Checkpoints(tmp_path, world)
+    assert checkpoints.latest() is None
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoints.load(linear(world, 0.0))
+    checkpoints.save("ode", 1, linear(world, 1.0))
+    shutil.copytree(tmp_path / "ode" / "step-1", tmp_path / "ode" / "step-2")  # whole, but `latest` never moved to it
+    (tmp_path / "ode" / "step-3.tmp").mkdir()
+    again = Checkpoints(tmp_path, world)
+    assert again.latest().step == 1 and not (tmp_path / "ode" / "step-3.tmp").exists()
+    again.save("ode", 2, linear(world, 2.0))
+    found = linear(world, 0.0)
+    assert again.load(found).step == 2 and first_weight(found) == 2
+
+
+def test_other_settings_are_named(world, tmp_path):
+    checkpoints = Checkpoints(tmp_path, world)
+    checkpoints.save("ode", 1, linear(world, 1.0), Settings())
+    assert checkpoints.load(linear(world, 0.0), Settings()).config["steps"] == 10
+    other = Settings(steps=20, inner=Inner(lr=2e-3))
+    found = linear(world, 0.0)
+    with pytest.raises(
+        CheckpointError, match=r"other settings: steps \(10 then, 20 now\), inner.lr \(0.001 then, 0.002"
+    ):
+        checkpoints.load(found, other)
+    with pytest.raises(CheckpointError, match=r"other settings: inner.lr"):
+        checkpoints.load(found, other, ignore=("steps",))
+    assert first_weight(found) == 0
+    checkpoints.load(found, other, ignore=("steps", "inner"))
+    checkpoints.load(found, other, allow_changes=True)
+    assert first_weight(found) == 1
+
+
+def test_other_parts_and_shapes_are_refused_before_anything_changes(world, tmp_path):
+    checkpoints = Checkpoints(tmp_path, world)
+    checkpoints.save("ode", 1, {**linear(world, 1.0), "counters": Counters()})
+    found = linear(world, 0.0)
+    with pytest.raises(CheckpointError, match=r"tensors differ from this run's: counters/table"):
+        checkpoints.load(found)
+    with pytest.raises(CheckpointError, match=r"net/weight has shape \(2, 2\), expected \(3, 3\)|net/bias has shape"):
+        checkpoints.load({**linear(world, 0.0, size=3), "counters": Counters()})
+    odd = Counters()
+    odd.values["more"] = 1
+    with pytest.raises(CheckpointError, match=r"values differ from this run's: counters/values/more"):
+        checkpoints.load({**found, "counters": odd})
+    assert first_weight(found) == 0
+
+
+def test_untrusted_folders_are_refused(world, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "run", world)
+    checkpoints.save("ode", 1, linear(world, 1.0))
+    shutil.copytree(tmp_path / "run" / "ode", tmp_path / "foreign")
+    pointer = tmp_path / "run" / "latest"
+    for line in ("../foreign/step-1", "/etc/step-1", "ode/../../foreign/step-1", "ode/step-x", "", "ode"):
+        pointer.write_text(line)
+        with pytest.raises(CheckpointError, match=r"latest says .*; expected <stage>/step-<number>"):
+            checkpoints.load(linear(world, 0.0))
+    (tmp_path / "run" / "away").symlink_to(tmp_path / "foreign")
+    pointer.write_text("away/step-1\n")
+    with pytest.raises(CheckpointError, match="outside of the run folder"):
+        checkpoints.load(linear(world, 0.0))
+    pointer.write_text("ode/step-7\n")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        checkpoints.latest()
+    pointer.write_text("ode/step-1\n")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(CheckpointError, match="belongs to user"):
+        checkpoints.load(linear(world, 0.0))
+    assert checkpoints.load(linear(world, 0.0), trust=True).step == 1
+
+
+def test_states_that_cannot_be_saved_exactly_are_refused(world, tmp_path):
+    class Holds:
+        def __init__(self, value: object) -> None:
+            self.value = value
+
+        def state_dict(self) -> dict[str, object]:
+            return {"value": self.value}
+
+        def load_state_dict(self, state: dict[str, object]) -> None:
+            pass
+
+    checkpoints = Checkpoints(tmp_path, world)
+    for value, message in [(Path("x"), "got PosixPath"), ({1: 2}, "keys of a state must be strings, got 1")]:
+        with pytest.raises(TypeError, match=f"odd/value: .*{message}"):
+            checkpoints.save("ode", 1, {"odd": Holds(value)})
+    net = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"optim\.Optimiser"):
+        net(torch.ones(1, 2)).sum().backward()
+        adam = torch.optim.Adam(net.parameters())
+        adam.step()
+        checkpoints.save("ode", 1, {"adam": adam})
+    with pytest.raises(ValueError, match="stage must be a plain name"):
+        checkpoints.save("../ode", 1, linear(world, 0.0))
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        Checkpoints(tmp_path, world, keep=0)
+    assert checkpoints.latest() is None
+
+
+def test_exported_weights_carry_their_origin(world, tmp_path):
+    parts = training(world)
+    train(parts, world, range(3))
+    path = tmp_path / "weights" / "ode.safetensors"
+    export_weights(path, parts["net"], world, config=Settings(), stage="ode", step=3)
+    weights, metadata = load_weights(path)
+    assert metadata == {"config": Settings().model_dump(mode="json"), "stage": "ode", "step": 3}
+    assert_same(
+        {f"net.{name}": tensor for name, tensor in weights.items()},
+        {name: tensor for name, tensor in everything(parts).items() if name.startswith("net.")},
+    )
+    plain = Net()
+    plain.load_state_dict(weights)
+    export_weights(path, parts["net"], world, ema=parts["ema"])
+    averaged = load_weights(path)[0]
+    assert set(averaged) == set(weights) and torch.equal(averaged["seen"], weights["seen"])
+    assert all(torch.equal(averaged[name], whole(shadow)) for name, shadow in parts["ema"].shadows.items())
+    assert not torch.equal(averaged["enter.weight"], weights["enter.weight"])
+    assert not list(path.parent.glob("*.tmp"))
+    copies = gathered(parts["net"])
+    copies["enter.weight"].zero_()
+    assert not torch.equal(gathered(parts["net"])["enter.weight"], copies["enter.weight"])
+
+
+def test_files_that_are_no_weights(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+    for name in ("broken", "absent"):
+        with pytest.raises(CheckpointError, match=f"{name}.safetensors is not a readable weights file"):
+            load_weights(tmp_path / f"{name}.safetensors")
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
+    assert load_weights(tmp_path / "foreign.safetensors")[1] == {}
+
+
+def test_state_json_is_readable_and_exact(world, tmp_path):
+    counters = Counters()
+    counters.values["third"] = 0.1 + 0.2
+    path = Checkpoints(tmp_path, world).save("ode", 1, {"counters": counters}, Settings())
+    header = json.loads((path / "state.json").read_text())
+    assert header["values"]["counters/values/third"] == 0.1 + 0.2 and header["stage"] == "ode"
+    assert isinstance(build(nn.Linear(2, 2).named_parameters()), Optimiser)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "exchange":
+        exchange(Path(sys.argv[2]))
+    else:
+        crash(Path(sys.argv[2]), int(sys.argv[3]))

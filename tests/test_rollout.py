@@ -1,0 +1,103 @@
+"""Self-rollout: the order of passes, the gradient by replay, streaming beyond the trained length."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from aadkern import VideoLayout, Window
+from aadkern.streaming.context import CausalContext
+from aadkern_train.rollout import rollout, stream, uniform
+from aadkern_train.run import Run
+from aadkern_train.steps import StepPlan
+from tests.tiny_runs import small_recipe
+
+CHUNKS, WINDOW = (1, 2, 2, 2, 2), Window(5, sink=1)
+
+
+@pytest.fixture(params=["relative", "absolute"])
+def generator(request, tmp_path):
+    run = Run.alone(small_recipe(f"network.rope={request.param}"), tmp_path)
+    network = run.plain_network().double()
+    torch.nn.init.normal_(network.net.proj_out.weight, std=0.3)
+    return network
+
+
+def noise_table(seed=3, batch=2):
+    made = {}
+
+    def noise(chunk, step):
+        draw = torch.Generator().manual_seed(seed * 1000 + chunk * 10 + step)
+        return made.setdefault((chunk, step), torch.randn(batch, 2, 1, 12, 12, generator=draw, dtype=torch.float64))
+
+    return noise
+
+
+def roll(generator, steps=StepPlan(), **options):  # noqa: B008
+    layout = VideoLayout(CHUNKS, 9)
+    first = torch.randn(2, 1, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return rollout(generator, first, layout, WINDOW, noise_table(), steps, **options), first, layout
+
+
+def test_each_chunk_is_one_pass_over_its_clean_past(generator):
+    """Chunk c of the rollout equals the last chunk of one full-clip forward over [clean earlier chunks, noise]."""
+    made, first, layout = roll(generator)
+    noise = noise_table()
+    for chunk in range(1, len(CHUNKS)):
+        start, end = layout.chunk_frames(chunk)
+        x = torch.cat([made.x[:, :start], noise(chunk, 0)], dim=1)
+        sigma = torch.cat([torch.zeros(2, start), torch.ones(2, end - start)], dim=1).double()
+        with torch.no_grad():
+            whole = generator(x, sigma, plan=CausalContext(VideoLayout(CHUNKS[: chunk + 1], 9), WINDOW))
+        torch.testing.assert_close(whole[:, start:], made.x[:, start:end], rtol=1e-8, atol=1e-9)
+    assert torch.equal(made.x[:, 0], first)
+
+
+@pytest.mark.parametrize("steps", [StepPlan(), StepPlan((1.0, 0.9, 0.8), (1.0, 0.8333)), StepPlan((1.0, 0.8), (1.0, 0.8), exit=0)])
+def test_replay_gives_the_recorded_graphs_gradient(generator, steps):
+    recorded, _, _ = roll(generator, steps, with_grad=True)
+    gradient = torch.randn_like(recorded.x)
+    recorded.x.backward(gradient)
+    expected = {name: p.grad.clone() for name, p in generator.named_parameters() if p.grad is not None}
+    assert len(expected) > 20
+    generator.zero_grad()
+    unrecorded, _, _ = roll(generator, steps)
+    assert not unrecorded.x.requires_grad and torch.equal(unrecorded.x, recorded.x.detach())
+    unrecorded.replay(gradient, generator)
+    for name, p in generator.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_gradient_stays_in_its_own_chunk(generator):
+    """Cached keys and values are constants: a loss on chunk 3 alone has the gradient of chunk 3's own pass alone."""
+    made, _, layout = roll(generator, with_grad=True)
+    start, end = layout.chunk_frames(3)
+    made.x[:, start:end].sum().backward()
+    whole = generator.net.proj_out.weight.grad.clone()
+    generator.zero_grad()
+    made.cache.rewind(start)
+    generator(made.made[2].exit_input, uniform(made.made[2].x, 1.0), cache=made.cache).sum().backward()
+    torch.testing.assert_close(whole, generator.net.proj_out.weight.grad)
+
+
+def test_streaming_equals_the_rollout_and_goes_on(generator):
+    made, first, _ = roll(generator)
+    chunks = stream(generator, first, WINDOW, itertools.repeat(2), noise_table(), StepPlan())
+    with torch.no_grad():
+        streamed = torch.cat([first[:, None], *itertools.islice(chunks, 12)], dim=1)
+    torch.testing.assert_close(streamed[:, : made.x.shape[1]], made.x, rtol=1e-9, atol=1e-10)
+    assert streamed.shape[1] == 25 and streamed.isfinite().all()
+
+
+def test_step_plans():
+    plan = StepPlan(first=(1.0, 0.9), rest=(1.0,))
+    assert plan.levels(True) == (1.0, 0.9) and plan.levels(False) == (1.0,)
+    two = StepPlan((1.0, 0.8333), (1.0, 0.8333))
+    assert two.interval(0) == (0.8333, 1.0) and two.interval(1) == (0.0, 0.8333)
+    assert StepPlan((1.0, 0.8), (1.0, 0.8), exit=0).levels(False) == (1.0,)
+    for bad in ({"rest": ()}, {"rest": (0.5, 0.7)}, {"first": (1.2,)}, {"exit": -1}, {"exit": "random"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            StepPlan(**bad)

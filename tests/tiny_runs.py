@@ -1,0 +1,36 @@
+"""A digits run small enough for tests."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from aadkern_train.config import apply_overrides
+from aadkern_train.distributed import World
+from aadkern_train.recipes import Recipe, digits
+from aadkern_train.run import Run
+from aadkern_train.runs import RunFolder
+
+SMALL = [
+    "network={heads: 2, head_dim: 8, layers: 2, ffn: 24}",
+    "data={sprites: 2, torus: 12}",
+    "chunks=[1,2,2,2]",
+    "window=5",
+    "pretrain={steps: 3, batch: 4}",
+    "ode={steps: 3, batch: 4, pairs: 8, solver_steps: 3}",
+    "dmd={steps: 3, batch: 4, fake_per_generator: 2}",
+    "dmd_continued=1",
+    "adversarial={steps: 3, batch: 4, discriminator_first: 2, layers: [0, 1]}",
+    "evaluate={every: 2, clips: 4, final_clips: 8, show: 2, batch: 4}",
+    "checkpoint_every=1",
+]
+
+
+def small_recipe(*overrides: str) -> Recipe:
+    return apply_overrides(digits(), [*SMALL, *overrides])
+
+
+def new_run(path: Path, world: World, *overrides: str) -> Run:
+    warnings.filterwarnings("ignore", message=".*Newton-Schulz.*")
+    recipe = small_recipe(*overrides)
+    return Run(recipe, world, RunFolder.create(path, recipe, active=world.is_main))
