@@ -74,7 +74,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | 
         if (x.shape[0], x.shape[2], x.shape[3]) != (batch, heads, head_dim):
             wanted = f"[{batch}, {plan.k_len}, {heads}, {head_dim}]"
             raise ValueError(f"attention: {name} must have q's batch, heads and head_dim, {wanted}, got {list(x.shape)}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"attention: scale must be finite, got {scale}")
+    if scale is not None:
+        if isinstance(scale, Tensor) or not hasattr(scale, "__float__"):
+            raise TypeError(f"attention: scale must be a real number or None, got {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise ValueError(f"attention: scale must be finite, got {scale}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"attention: backend must be one of {', '.join(BACKENDS)}, or None, got {backend!r}")

@@ -1,7 +1,8 @@
 """How the Triton kernels cut a plan into work: the tables of tiles, the order of programs, and the device classes.
 
-A tile is up to ``rows`` rows of one run, so that all its rows see the same ranges and no element needs a mask but the tail of
-a range: ``tiles(run) = {[s, min(s + rows, end)) : s = start, start + rows, ...}``. Knows nothing of Triton.
+A tile is up to ``rows`` rows of one run, so that all its rows see the same ranges and no element needs a mask but
+the tail of a range: ``tiles(run) = {[s, min(s + rows, end)) : s = start, start + rows, ...}``. Knows nothing of
+Triton.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 
 from aadkern.plans import AttentionPlan
 
-# K and V of the heads in flight should stay in L2. An H100 has 50 MB in two halves that may each hold a copy, an A100 40 MB.
-# Unverified on a GPU.
+# K and V of the heads in flight should stay in L2. An H100 has 50 MB in two halves that may each hold a copy, an A100
+# 40 MB. Unverified on a GPU.
 L2_BYTES = 25 << 20
 
 
@@ -28,8 +29,8 @@ class Tile(NamedTuple):
 
 
 class TileTable(NamedTuple):
-    """What a launch reads: ``tiles`` int32 [T, 4] of (first row, end of the rows, first range, end of the ranges), longest
-    first, and ``ranges`` int32 [R, 2] of (start, end), both on the device."""
+    """What a launch reads: ``tiles`` int32 [T, 4] of (first row, end of the rows, first range, end of the ranges),
+    longest first, and ``ranges`` int32 [R, 2] of (start, end), both on the device."""
 
     tiles: torch.Tensor
     ranges: torch.Tensor
@@ -38,8 +39,8 @@ class TileTable(NamedTuple):
 def cut(plan: AttentionPlan, rows: int, step: int) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int]]]:
     """The rows of the two tables of ``TileTable``: tiles, longest first, and ranges.
 
-    Chunks differ in work by 1:7 and more, so the longest tiles start first and the short ones fill the end of the launch. Work is
-    counted in steps, a range's masked tail step included.
+    Chunks differ in work by 1:7 and more, so the longest tiles start first and the short ones fill the end of the
+    launch. Work is counted in steps, a range's masked tail step included.
     """
     tiles: list[tuple[int, tuple[int, int, int, int]]] = []
     ranges: list[tuple[int, int]] = []
@@ -66,7 +67,8 @@ def tile_table(plan: AttentionPlan, rows: int, step: int, device: torch.device) 
 
 
 def heads_per_group(bytes_per_head: int, heads: int) -> int:
-    """How many of ``heads`` (batch and head counted together) walk the tiles side by side: those whose looped-over tensors fit L2.
+    """How many of ``heads`` (batch and head counted together) walk the tiles side by side: those whose looped-over
+    tensors fit L2.
 
     Programs run group by group, inside a group tile by tile (longest first), inside a tile head by head.
     """
@@ -76,7 +78,8 @@ def heads_per_group(bytes_per_head: int, heads: int) -> int:
 def device_class(capability: tuple[int, int]) -> str:
     """The configuration row of a compute capability, chosen by its tensor cores and shared memory per block.
 
-    "sm90": wgmma, 227 KB. "sm80": mma.sync, 163 KB; later data-centre parts too. "sm89": mma.sync, 99 KB (8.6, 8.9, 12.x).
+    "sm90": wgmma, 227 KB. "sm80": mma.sync, 163 KB; later data-centre parts too. "sm89": mma.sync, 99 KB (8.6, 8.9,
+    12.x).
     """
     if capability == (9, 0):
         return "sm90"

@@ -1,9 +1,11 @@
-"""Attention over key ranges, backward, in Triton: with p = exp(s - lse), s = scale q k^T, delta = rowsum(dout out) - dlse,
+"""Attention over key ranges, backward, in Triton: with p = exp(s - lse), s = scale q k^T, delta = rowsum(dout out) -
+dlse,
 
 ``dv = p^T dout``, ``ds = p (dout v^T - delta)``, ``dq = scale ds k``, ``dk = scale ds^T q``.
 
-Three launches without atomics, so every sum has one order: delta; dq, a program per tile of queries; dk and dv, a program per
-tile of keys walking the transposed plan's query ranges. Recomputing p twice costs 7 products instead of 5.
+Three launches without atomics, so every sum has one order: delta; dq, a program per tile of queries; dk and dv, a
+program per tile of keys walking the transposed plan's query ranges. Recomputing p twice costs 7 products instead of
+5.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from aadkern.range_attention.tiles import Tile, heads_per_group, tile_table
 from aadkern.range_attention.triton_forward import (
     COUNTS,
     INTERPRETED,
-    INTERPRETER,
     LOG2_E,
-    check_device,
+    check_served,
     dense_rows,
     head_base,
     is_wide,
@@ -32,10 +33,29 @@ from aadkern.range_attention.triton_forward import (
     strides,
 )
 
-DQ_CONFIGS: dict[tuple[str, int], Tile] = {}
-DQ_CONFIGS_FP32: dict[int, Tile] = {}
-DKV_CONFIGS: dict[tuple[str, int], Tile] = {}
-DKV_CONFIGS_FP32: dict[int, Tile] = {}
+# As triton_forward.CONFIGS: rows are queries for dq and keys for dk and dv.
+DQ_CONFIGS: dict[tuple[str, int], Tile] = {
+    ("sm90", 64): Tile(128, 128, warps=8, stages=2),  # 240 registers
+    ("sm90", 128): Tile(128, 64, warps=8, stages=2),  # 218 registers; 128 keys spill
+    ("sm90", 256): Tile(64, 32, warps=8, stages=2),  # 128 queries spill
+    ("sm80", 64): Tile(128, 64, warps=8, stages=2),  # 128 keys spill
+    ("sm80", 128): Tile(128, 32, warps=8, stages=2),  # 64 keys spill
+    ("sm80", 256): Tile(64, 32, warps=8, stages=2),  # 100 KB; 128 queries spill
+    ("sm89", 64): Tile(128, 64, warps=8, stages=2),  # as sm80
+    ("sm89", 128): Tile(64, 64, warps=8, stages=2),  # 128 queries spill
+    ("sm89", 256): Tile(64, 16, warps=8, stages=2),  # 32 keys need 100 of 99 KB
+}
+DKV_CONFIGS: dict[tuple[str, int], Tile] = {
+    ("sm90", 64): Tile(128, 64, warps=8, stages=2),  # 128 queries spill
+    ("sm90", 128): Tile(128, 32, warps=8, stages=2),  # dk and dv hold 128 registers; 64 queries spill
+    ("sm90", 256): Tile(32, 32, warps=8, stages=1),  # too few rows for wgmma; 64 keys spill hundreds of bytes
+    ("sm80", 64): Tile(128, 32, warps=8, stages=2),  # 191 registers; 64 queries spill
+    ("sm80", 128): Tile(64, 64, warps=8, stages=2),  # 128 keys spill
+    ("sm80", 256): Tile(64, 32, warps=8, stages=1),  # 112 KB
+    ("sm89", 64): Tile(128, 32, warps=8, stages=2),  # as sm80
+    ("sm89", 128): Tile(64, 64, warps=8, stages=2),  # 128 keys spill
+    ("sm89", 256): Tile(64, 16, warps=8, stages=1),  # 32 queries need 112 of 99 KB
+}
 DELTA_ROWS = 64
 
 
@@ -43,32 +63,17 @@ DELTA_ROWS = 64
 def row_stats(lse, delta, start, end, ROWS: tl.constexpr):
     """lse in base 2 and delta of rows [start, start + ROWS), 0 from ``end`` on."""
     rows = start + tl.arange(0, ROWS)
-    return tl.load(lse + rows, mask=rows < end, other=0.0) * 1.4426950408889634, tl.load(delta + rows, mask=rows < end, other=0.0)
+    lse_log2 = tl.load(lse + rows, mask=rows < end, other=0.0) * LOG2_E
+    return lse_log2, tl.load(delta + rows, mask=rows < end, other=0.0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def delta_kernel(
-    dout,
-    out,
-    dlse,
-    delta,
-    heads,
-    q_len,
-    dout_stride_b,
-    dout_stride_l,
-    dout_stride_h,
-    out_stride_b,
-    out_stride_l,
-    out_stride_h,
-    dlse_stride_b,
-    dlse_stride_h,
-    dlse_stride_l,
-    HAS_DLSE: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    dout, out, dlse, delta, heads, q_len,
+    dout_stride_b, dout_stride_l, dout_stride_h, out_stride_b, out_stride_l, out_stride_h,
+    dlse_stride_b, dlse_stride_h, dlse_stride_l,
+    HAS_DLSE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     tile_count = tl.cdiv(q_len, ROWS)
     start = tl.program_id(0) % tile_count * ROWS
     bh = tl.program_id(0) // tile_count
@@ -88,25 +93,10 @@ def delta_kernel(
 
 @triton.jit
 def dq_step(
-    dq,
-    q,
-    dout,
-    lse_log2,
-    delta,
-    k_head,
-    v_head,
-    start,
-    end,
-    k_stride,
-    v_stride,
-    scale_log2,
-    BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    dq, q, dout, lse_log2, delta, k_head, v_head, start, end, k_stride, v_stride, scale_log2,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """Add what the keys [start, start + BLOCK_K) give to dq, before the scale."""
     k = load_tile(k_head, start, end, k_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     v = load_tile(v_head, start, end, v_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
@@ -120,44 +110,12 @@ def dq_step(
 
 @triton.jit(do_not_specialize=COUNTS)
 def dq_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    dq,
-    tiles,
-    ranges,
-    scale,
-    scale_log2,
-    tile_count,
-    group,
-    heads,
-    bh_count,
-    q_len,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
-    k_stride_b,
-    k_stride_l,
-    k_stride_h,
-    v_stride_b,
-    v_stride_l,
-    v_stride_h,
-    dout_stride_b,
-    dout_stride_l,
-    dout_stride_h,
-    dq_stride_b,
-    dq_stride_l,
-    dq_stride_h,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    q, k, v, dout, lse, delta, dq, tiles, ranges, scale, scale_log2, tile_count, group, heads, bh_count, q_len,
+    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
+    dout_stride_b, dout_stride_l, dout_stride_h, dq_stride_b, dq_stride_l, dq_stride_h,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     q_start, q_end, first, last, batch, head = own_tile(tiles, tile_count, group, heads, bh_count)
     q_head = head_base(q, batch, head, q_stride_b, q_stride_h)
     k_head = head_base(k, batch, head, k_stride_b, k_stride_h)
@@ -172,16 +130,18 @@ def dq_kernel(
     for r in range(first, last):
         k_start = tl.load(ranges + 2 * r)
         k_end = tl.load(ranges + 2 * r + 1)
-        whole_end = k_end - (k_end - k_start) % BLOCK_K
-        for start in range(k_start, whole_end, BLOCK_K):
+        for start in range(k_start, k_end - (k_end - k_start) % BLOCK_K, BLOCK_K):
             acc = dq_step(
-                acc, q_tile, dout_tile, lse_log2, row_delta, k_head, v_head, start, k_end, k_stride_l, v_stride_l, scale_log2,
-                BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+                acc, q_tile, dout_tile, lse_log2, row_delta, k_head, v_head, start, k_end, k_stride_l, v_stride_l,
+                scale_log2, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
-        if whole_end < k_end:
+    for r in range(first, last):
+        k_end = tl.load(ranges + 2 * r + 1)
+        tail = (k_end - tl.load(ranges + 2 * r)) % BLOCK_K
+        if tail > 0:
             acc = dq_step(
-                acc, q_tile, dout_tile, lse_log2, row_delta, k_head, v_head, whole_end, k_end, k_stride_l, v_stride_l, scale_log2,
-                BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+                acc, q_tile, dout_tile, lse_log2, row_delta, k_head, v_head, k_end - tail, k_end, k_stride_l,
+                v_stride_l, scale_log2, BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
     dq_head = head_base(dq, batch, head, dq_stride_b, dq_stride_h)
     store_tile(acc * scale, dq_head, q_start, q_end, dq_stride_l, BLOCK_Q, HEAD_DIM, BLOCK_D, WIDE)
@@ -189,33 +149,18 @@ def dq_kernel(
 
 @triton.jit
 def dkv_step(
-    dk,
-    dv,
-    k,
-    v,
-    q_head,
-    dout_head,
-    lse,
-    delta,
-    start,
-    end,
-    q_stride,
-    dout_stride,
-    scale_log2,
-    BLOCK_Q: tl.constexpr,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    dk, dv, k, v, q_head, dout_head, lse, delta, start, end, q_stride, dout_stride, scale_log2,
+    BLOCK_Q: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
-):
-    """Add what the queries [start, start + BLOCK_Q) give to dk, before the scale, and dv; p and ds are made transposed."""
+):  # fmt: skip
+    """Add what the queries [start, start + BLOCK_Q) give to dk, before the scale, and dv; p and ds are made transposed.
+
+    Where MASKED, p needs no mask: q, dout, lse and delta are 0 from ``end`` on, so p is 1 there and adds nothing.
+    """
     q = load_tile(q_head, start, end, q_stride, BLOCK_Q, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     dout = load_tile(dout_head, start, end, dout_stride, BLOCK_Q, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     lse_log2, row_delta = row_stats(lse, delta, start, end, BLOCK_Q)
     p_t = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse_log2[None, :])
-    if MASKED:
-        p_t = tl.where(tl.arange(0, BLOCK_Q)[None, :] < end - start, p_t, 0.0)
     dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
     dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
     ds_t = p_t * (dp_t - row_delta[None, :])
@@ -225,45 +170,12 @@ def dkv_step(
 
 @triton.jit(do_not_specialize=COUNTS)
 def dkv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    dk,
-    dv,
-    tiles,
-    ranges,
-    scale,
-    scale_log2,
-    tile_count,
-    group,
-    heads,
-    bh_count,
-    q_len,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
-    k_stride_b,
-    k_stride_l,
-    k_stride_h,
-    v_stride_b,
-    v_stride_l,
-    v_stride_h,
-    dout_stride_b,
-    dout_stride_l,
-    dout_stride_h,
-    dk_stride_b,
-    dk_stride_l,
-    dk_stride_h,
-    BLOCK_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    q, k, v, dout, lse, delta, dk, dv, tiles, ranges, scale, scale_log2, tile_count, group, heads, bh_count, q_len,
+    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
+    dout_stride_b, dout_stride_l, dout_stride_h, dk_stride_b, dk_stride_l, dk_stride_h,
+    BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     k_start, k_end, first, last, batch, head = own_tile(tiles, tile_count, group, heads, bh_count)
     q_head = head_base(q, batch, head, q_stride_b, q_stride_h)
     k_head = head_base(k, batch, head, k_stride_b, k_stride_h)
@@ -278,15 +190,17 @@ def dkv_kernel(
     for r in range(first, last):
         q_start = tl.load(ranges + 2 * r)
         q_end = tl.load(ranges + 2 * r + 1)
-        whole_end = q_end - (q_end - q_start) % BLOCK_Q
-        for start in range(q_start, whole_end, BLOCK_Q):
+        for start in range(q_start, q_end - (q_end - q_start) % BLOCK_Q, BLOCK_Q):
             dk_tile, dv_tile = dkv_step(
                 dk_tile, dv_tile, k_tile, v_tile, q_head, dout_head, lse + stats, delta + stats, start, q_end,
                 q_stride_l, dout_stride_l, scale_log2, BLOCK_Q, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
-        if whole_end < q_end:
+    for r in range(first, last):
+        q_end = tl.load(ranges + 2 * r + 1)
+        tail = (q_end - tl.load(ranges + 2 * r)) % BLOCK_Q
+        if tail > 0:
             dk_tile, dv_tile = dkv_step(
-                dk_tile, dv_tile, k_tile, v_tile, q_head, dout_head, lse + stats, delta + stats, whole_end, q_end,
+                dk_tile, dv_tile, k_tile, v_tile, q_head, dout_head, lse + stats, delta + stats, q_end - tail, q_end,
                 q_stride_l, dout_stride_l, scale_log2, BLOCK_Q, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
     dk_head = head_base(dk, batch, head, dk_stride_b, dk_stride_h)
@@ -302,7 +216,8 @@ def delta_of(dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor) -
     grid = (triton.cdiv(q_len, DELTA_ROWS) * batch * heads,)
     delta_kernel[grid](
         dout, out, dlse, delta, heads, q_len, *strides(dout, out), *((0, 0, 0) if dlse is None else dlse.stride()),
-        HAS_DLSE=dlse is not None, ROWS=DELTA_ROWS, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), WIDE=is_wide(dout, out),
+        HAS_DLSE=dlse is not None, ROWS=DELTA_ROWS, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim),
+        WIDE=is_wide(dout, out),
     )  # fmt: skip
     return delta
 
@@ -320,19 +235,31 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv), contiguous, of ``forward``'s out and lse (``dlse`` None: lse was not used).
 
-    Bitwise the same at every run. Raises ValueError for a device that Triton cannot serve.
+    Bitwise the same at every run. Raises as ``forward``.
     """
-    check_device(q)
+    check_served(q)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     batch, q_len, heads, head_dim = q.shape
     bh_count = batch * heads
     if q_len == 0 or bh_count == 0:
         return dq, dk.zero_(), dv.zero_()
-    sign = -1.0 if scale < 0 else 1.0
-    dout, q, k, v = (dense_rows(x) for x in (dout, q, k, v))
-    sizes = dict(
-        HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), WIDE=is_wide(q, k, v, dout), UPCAST=INTERPRETED and q.dtype == torch.bfloat16
+    dout, q, k, v, out, lse = (dense_rows(x) for x in (dout, q, k, v, out, lse))
+    passes = (
+        (dq_kernel, DQ_CONFIGS, plan, (dq,), ("BLOCK_Q", "BLOCK_K")),
+        (dkv_kernel, DKV_CONFIGS, plan.transpose(), (dk, dv), ("BLOCK_K", "BLOCK_Q")),
     )
     with on_device(q):
-        delta = delta_of(dout, dlse, dense_rows(out))
+        delta = delta_of(dout, dlse, out)
+        for kernel, configs, side, results, blocks in passes:
+            if side.q_len == 0:
+                continue
+            tile = pick(configs, q)
+            table = tile_table(side, tile.rows, tile.step, q.device)
+            group = heads_per_group(2 * side.k_len * head_dim * q.element_size(), bh_count)
+            kernel[(len(table.tiles) * bh_count,)](
+                q, k, v, dout, lse, delta, *results, *table, scale, scale * LOG2_E.value, len(table.tiles), group,
+                heads, bh_count, q_len, *strides(q, k, v, dout, results[0]), **dict(zip(blocks, tile, strict=False)),
+                HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), WIDE=is_wide(q, k, v, dout),
+                UPCAST=INTERPRETED and q.dtype == torch.bfloat16, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
     return dq, dk, dv

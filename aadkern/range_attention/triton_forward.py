@@ -1,12 +1,16 @@
-"""Attention over key ranges, forward, in Triton: ``out = softmax(scale q k^T) v`` and ``lse = log sum exp(scale q k^T)``.
+"""Attention over key ranges, forward, in Triton: ``out = softmax(scale q k^T) v`` and ``lse = log sum exp(scale q
+k^T)``.
 
-One program makes one tile of queries of one head. It walks its run's ranges in two nested loops, whole key tiles first and then
-the range's tail, which alone is masked. A flat loop over a list of key tiles would fill the pipeline once instead of once per
-range (at most 4), but its addresses hang on a table load in every step, and every step would carry the tail's mask.
+One program makes one tile of queries of one head: first the whole key tiles of its run's ranges, unmasked, then the
+ranges' tails, masked. The softmax does not mind the order, and the tails in a loop of their own cost the main loop
+no registers (inside it, they made 128 x 128 spill on sm_90). A flat loop over a list of key tiles would fill the
+pipeline once instead of once per range (at most 4), but its addresses hang on a table load in every step, and every
+step would carry the tail's mask.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,20 +20,41 @@ import triton.language as tl
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.tiles import Tile, device_class, heads_per_group, tile_table
 
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
 COUNTS = ["tile_count", "group", "heads", "bh_count", "q_len"]  # a new clip length or head count is no new binary
 INTERPRETED = triton.knobs.runtime.interpret
 
-# (device class, padded head_dim) -> configuration of 16-bit inputs. None has run on a GPU yet; tests/test_triton_compile.py
-# holds each to its shared memory and to no spills.
-CONFIGS: dict[tuple[str, int], Tile] = {}
-CONFIGS_FP32: dict[int, Tile] = {}
-INTERPRETER = Tile(rows=32, step=16, warps=4, stages=1)
+# (device class, padded head_dim) -> configuration for bf16 and fp16: the largest tile that compiles without spilling
+# and fits shared memory (tests/test_triton_compile.py holds each to both), since a larger one reads K and V less often.
+# No speed measured yet.
+CONFIGS: dict[tuple[str, int], Tile] = {
+    ("sm90", 64): Tile(128, 128, warps=8, stages=3),  # two warpgroups of 64 queries, 112 KB
+    ("sm90", 128): Tile(128, 128, warps=8, stages=2),  # all 255 registers; a third stage would need 224 KB
+    ("sm90", 256): Tile(128, 32, warps=8, stages=2),  # the output alone holds 128 registers; 64 keys spill
+    ("sm80", 64): Tile(128, 64, warps=4, stages=3),  # 128 keys spill
+    ("sm80", 128): Tile(128, 64, warps=8, stages=3),  # 4 warps spill
+    ("sm80", 256): Tile(64, 32, warps=8, stages=2),  # 128 queries spill
+    ("sm89", 64): Tile(64, 64, warps=4, stages=3),  # 128 queries spill
+    ("sm89", 128): Tile(128, 32, warps=8, stages=2),  # 64 keys spill
+    ("sm89", 256): Tile(64, 32, warps=8, stages=2),  # 68 of 99 KB
+}
+# fp32 is multiplied exactly, without tensor cores, so registers bound the tile. Shared with the backward, whose tiles
+# spill above these.
+CONFIGS_FP32: dict[int, Tile] = {
+    64: Tile(64, 32, warps=8, stages=1),
+    128: Tile(32, 16, warps=4, stages=1),
+    256: Tile(16, 16, warps=4, stages=1),
+}
+INTERPRETER = Tile(rows=32, step=16, warps=4, stages=1)  # small, so that small tests have whole tiles and tails
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
 
 
 @triton.jit
 def own_tile(tiles, tile_count, group, heads, bh_count):
-    """This program's row of the tile table, batch element and head: groups of heads, then tiles, then the heads of a group."""
+    """This program's row of the tile table, batch element and head: groups of heads, then tiles, then the heads of a
+    group."""
     program = tl.program_id(0)
     first = program // (tile_count * group) * group
     width = tl.minimum(group, bh_count - first)
@@ -47,7 +72,8 @@ def head_base(pointer, batch, head, stride_batch, stride_head):
 
 @triton.jit
 def tile_pointers(pointer, start, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
-    """Addresses of rows [start, start + ROWS): the base in 64 bits, offsets inside the tile in 64 bits only if they need it."""
+    """Addresses of rows [start, start + ROWS): the base in 64 bits, offsets inside the tile in 64 bits only if they
+    need it."""
     rows = tl.arange(0, ROWS)
     if WIDE:
         rows = rows.to(tl.int64)
@@ -56,19 +82,13 @@ def tile_pointers(pointer, start, stride, ROWS: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def tile_mask(count, ROWS: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Which elements of a [ROWS, BLOCK_D] tile are there: the first ``count`` rows if MASKED, HEAD_DIM columns; None if all."""
+    """Which elements of a [ROWS, BLOCK_D] tile are there: the first ``count`` rows (all if not MASKED), HEAD_DIM
+    columns."""
     rows = tl.arange(0, ROWS)[:, None] < count
     columns = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
-    if MASKED:
-        if HEAD_DIM < BLOCK_D:
-            mask = rows & columns
-        else:
-            mask = rows
-    elif HEAD_DIM < BLOCK_D:
-        mask = columns
-    else:
-        mask = None
-    return mask
+    if HEAD_DIM < BLOCK_D:
+        rows = rows & columns if MASKED else columns
+    return rows
 
 
 @triton.jit
@@ -84,7 +104,8 @@ def load_tile(
     WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Rows [start, start + ROWS) of a matrix; rows from ``end`` on (if MASKED) and padded columns are 0, whatever lies there."""
+    """Rows [start, start + ROWS) of a matrix; rows from ``end`` on (if MASKED) and padded columns are 0, whatever
+    lies there."""
     pointers = tile_pointers(pointer, start, stride, ROWS, BLOCK_D, WIDE)
     if MASKED or HEAD_DIM < BLOCK_D:
         tile = tl.load(pointers, mask=tile_mask(end - start, ROWS, MASKED, HEAD_DIM, BLOCK_D), other=0.0)
@@ -95,7 +116,15 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    tile, pointer, start, end, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
+    tile,
+    pointer,
+    start,
+    end,
+    stride,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Write the rows [start, end) of a tile, rounded to the pointer's type."""
     pointers = tile_pointers(pointer, start, stride, ROWS, BLOCK_D, WIDE)
@@ -105,25 +134,12 @@ def store_tile(
 
 @triton.jit
 def attend(
-    out,
-    top,
-    total,
-    q,
-    k_head,
-    v_head,
-    start,
-    end,
-    k_stride,
-    v_stride,
-    scale_log2,
-    BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    out, top, total, q, k_head, v_head, start, end, k_stride, v_stride, scale_log2,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
-):
-    """One step of the online softmax in base 2: ``top`` is the running maximum, ``total`` and ``out`` are sums relative to it."""
+):  # fmt: skip
+    """One step of the online softmax in base 2: ``top`` is the running maximum, ``total`` and ``out`` are sums
+    relative to it."""
     k = load_tile(k_head, start, end, k_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
@@ -133,10 +149,7 @@ def attend(
         new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
     # While every score is -inf (infinite inputs), -inf - -inf would turn the row into NaN.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    if MASKED:
-        p = tl.exp2(scores - base[:, None])
-    else:
-        p = tl.exp2(scores * scale_log2 - base[:, None])
+    p = tl.exp2(scores - base[:, None]) if MASKED else tl.exp2(scores * scale_log2 - base[:, None])
     shrink = tl.exp2(top - base)
     v = load_tile(v_head, start, end, v_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
@@ -145,38 +158,12 @@ def attend(
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    tiles,
-    ranges,
-    scale_log2,
-    tile_count,
-    group,
-    heads,
-    bh_count,
-    q_len,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
-    k_stride_b,
-    k_stride_l,
-    k_stride_h,
-    v_stride_b,
-    v_stride_l,
-    v_stride_h,
-    out_stride_b,
-    out_stride_l,
-    out_stride_h,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    q, k, v, out, lse, tiles, ranges, scale_log2, tile_count, group, heads, bh_count, q_len,
+    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
+    out_stride_b, out_stride_l, out_stride_h,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     q_start, q_end, first, last, batch, head = own_tile(tiles, tile_count, group, heads, bh_count)
     q_head = head_base(q, batch, head, q_stride_b, q_stride_h)
     k_head = head_base(k, batch, head, k_stride_b, k_stride_h)
@@ -189,22 +176,24 @@ def forward_kernel(
     for r in range(first, last):
         k_start = tl.load(ranges + 2 * r)
         k_end = tl.load(ranges + 2 * r + 1)
-        whole_end = k_end - (k_end - k_start) % BLOCK_K
-        for start in range(k_start, whole_end, BLOCK_K):
+        for start in range(k_start, k_end - (k_end - k_start) % BLOCK_K, BLOCK_K):
             acc, top, total = attend(
-                acc, top, total, q_tile, k_head, v_head, start, k_end, k_stride_l, v_stride_l, scale_log2,
-                BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+                acc, top, total, q_tile, k_head, v_head, start, k_end, k_stride_l, v_stride_l,
+                scale_log2, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
-        if whole_end < k_end:
+    for r in range(first, last):
+        k_end = tl.load(ranges + 2 * r + 1)
+        tail = (k_end - tl.load(ranges + 2 * r)) % BLOCK_K
+        if tail > 0:
             acc, top, total = attend(
-                acc, top, total, q_tile, k_head, v_head, whole_end, k_end, k_stride_l, v_stride_l, scale_log2,
-                BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+                acc, top, total, q_tile, k_head, v_head, k_end - tail, k_end, k_stride_l, v_stride_l,
+                scale_log2, BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
 
     # total is 0 only where nothing was seen; there out is 0 and lse -inf (top and log2 would give -inf + -inf).
     seen = total != 0.0
     acc = acc / tl.where(seen, total, 1.0)[:, None]
-    log_sum = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    log_sum = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
     out_head = head_base(out, batch, head, out_stride_b, out_stride_h)
     store_tile(acc, out_head, q_start, q_end, out_stride_l, BLOCK_Q, HEAD_DIM, BLOCK_D, WIDE)
     rows = q_start + tl.arange(0, BLOCK_Q)
@@ -212,15 +201,18 @@ def forward_kernel(
     tl.store(lse_head + rows, log_sum, mask=rows < q_end)
 
 
-def check_device(q: torch.Tensor) -> None:
-    """Raise ValueError where these kernels cannot run: a CPU tensor needs Triton's interpreter, and the interpreter the CPU."""
-    if INTERPRETED and q.device.type != "cpu":
-        raise ValueError(f"backend='triton' is interpreted (TRITON_INTERPRET=1) and then serves CPU tensors only, got {q.device}")
-    if not INTERPRETED and q.device.type != "cuda":
+def check_served(q: torch.Tensor) -> None:
+    """Raise ValueError or TypeError where these kernels cannot run."""
+    if (q.device.type == "cpu") != INTERPRETED:
+        where = "CPU tensors, interpreted" if INTERPRETED else "CUDA tensors"
+        was = "set" if INTERPRETED else "not set"
         raise ValueError(
-            f"backend='triton' needs CUDA tensors, got {q.device}; on the CPU it only runs for tests, with TRITON_INTERPRET=1 set"
-            " before the start, and backend='sdpa' is the fast one"
+            f"backend 'triton' serves {where}, because TRITON_INTERPRET=1 was {was} on import, got q on {q.device}"
         )
+    if q.dtype not in DTYPES:
+        raise TypeError(f"backend 'triton' serves float32, float16 and bfloat16, got q of {q.dtype}; 'sdpa' serves it")
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"backend 'triton' serves head_dim up to {MAX_HEAD_DIM}, got {q.shape[3]}; 'sdpa' serves it")
 
 
 def on_device(q: torch.Tensor) -> AbstractContextManager[object]:
@@ -228,13 +220,13 @@ def on_device(q: torch.Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
-def pick(configs: dict[tuple[str, int], Tile], configs_fp32: dict[int, Tile], q: torch.Tensor, interpreter: Tile) -> Tile:
+def pick(configs: dict[tuple[str, int], Tile], q: torch.Tensor) -> Tile:
     """The configuration for a device, dtype and head_dim."""
-    if not q.is_cuda:
-        return interpreter
+    if INTERPRETED:
+        return INTERPRETER
     block_d = max(64, padded(q.shape[3]))
     if q.dtype == torch.float32:
-        return configs_fp32[block_d]
+        return CONFIGS_FP32[block_d]
     return configs[device_class(torch.cuda.get_device_capability(q.device)), block_d]
 
 
@@ -263,9 +255,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q [B, Lq, H, D] over k, v [B, Lk, H, D] under a plan: (out [B, Lq, H, D], lse fp32 [B, H, Lq]).
 
-    bf16, fp16 or fp32, D at most 256, any strides. Raises ValueError for a device that Triton cannot serve.
+    bf16, fp16 or fp32, D at most 256, any strides. Raises ValueError or TypeError for a device, head_dim or dtype
+    not served.
     """
-    check_device(q)
+    check_served(q)
     batch, q_len, heads, head_dim = q.shape
     out = torch.empty((batch, q_len, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
@@ -273,14 +266,14 @@ def forward(
         return out, lse
     # The running maximum commutes with a scale of at least 0 only; a sign moves to q exactly.
     q, k, v = dense_rows(-q if scale < 0 else q), dense_rows(k), dense_rows(v)
-    tile = pick(CONFIGS, CONFIGS_FP32, q, INTERPRETER)
+    tile = pick(CONFIGS, q)
     table = tile_table(plan, tile.rows, tile.step, q.device)
     group = heads_per_group(2 * plan.k_len * head_dim * k.element_size(), batch * heads)
     with on_device(q):
         forward_kernel[(len(table.tiles) * batch * heads,)](
-            q, k, v, out, lse, *table, abs(scale) * LOG2_E, len(table.tiles), group, heads, batch * heads, q_len,
-            *strides(q, k, v, out),
-            BLOCK_Q=tile.rows, BLOCK_K=tile.step, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), WIDE=is_wide(q, k, v, out),
-            UPCAST=INTERPRETED and q.dtype == torch.bfloat16, num_warps=tile.warps, num_stages=tile.stages,
+            q, k, v, out, lse, *table, abs(scale) * LOG2_E.value, len(table.tiles), group, heads, batch * heads,
+            q_len, *strides(q, k, v, out), BLOCK_Q=tile.rows, BLOCK_K=tile.step, HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim), WIDE=is_wide(q, k, v, out), UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse

@@ -1,0 +1,90 @@
+"""Wan's rotary positions over (frame, row, column), for any frame index.
+
+Channel pair i of an axis turns by ``position * frequency[i]`` with ``frequency[i] = 10000^(-2 i / dim)``; on a torus of
+``period`` patches it is ``2 pi (i + 1) / period``. Angles are fp64 on the host: no table to run out of (Wan's has 1024
+rows).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+THETA = 10000.0
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that turn with the frame, the row and the column: (44, 42, 42) of 128, (8, 4, 4) of 16."""
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even and at least 2, got {head_dim}")
+    space = 2 * (head_dim // 6)
+    return head_dim - 2 * space, space, space
+
+
+def frequencies(dim: int, period: int | None = None) -> Tensor:
+    """Radians per position of each of the ``dim / 2`` channel pairs, fp64."""
+    pair = torch.arange(dim // 2, dtype=torch.float64)
+    if period is None:
+        return THETA ** (-2.0 * pair / max(dim, 1))
+    return (pair + 1) * (2.0 * math.pi / period)
+
+
+def _turns(positions: Sequence[int], frequency: Tensor) -> Tensor:
+    """exp(i position frequency), complex128 [positions, pairs]."""
+    angle = torch.outer(torch.tensor(list(positions), dtype=torch.float64), frequency)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def table_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The rotation of fp64 keys runs in fp64, every other in fp32."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
+@lru_cache(maxsize=16)  # one clip at 480p is 17 MB on the device
+def rotation_table(
+    head_dim: int,
+    frames: range | tuple[int, ...],
+    height: int,
+    width: int,
+    periods: tuple[int, int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Unit complex numbers [F * height * width, 1, head_dim / 2] that turn each token's channel pairs; frame-major.
+
+    ``frames`` are the frame indices, ``height`` and ``width`` the grid in patches, ``periods`` the torus or None.
+    """
+    dims = axis_dims(head_dim)
+    row_period, column_period = periods or (None, None)
+    # Cached, so never an inference tensor: those cannot be saved for backward.
+    with torch.inference_mode(False):
+        frame = _turns(frames, frequencies(dims[0])).to(device=device, dtype=dtype)
+        row = _turns(range(height), frequencies(dims[1], row_period)).to(device=device, dtype=dtype)
+        column = _turns(range(width), frequencies(dims[2], column_period)).to(device=device, dtype=dtype)
+        shape = (len(frames), height, width, -1)
+        axes = (frame[:, None, None].expand(shape), row[:, None].expand(shape), column.expand(shape))
+        return torch.cat(axes, dim=-1).flatten(0, 2).unsqueeze(1)
+
+
+@lru_cache(maxsize=64)
+def shift_table(head_dim: int, shifts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Unit complex numbers [len(shifts), 1, 1, head_dim / 2] that move turned keys by whole frames, in time alone."""
+    time = axis_dims(head_dim)[0] // 2
+    with torch.inference_mode(False):
+        turns = torch.ones(len(shifts), head_dim // 2, dtype=torch.complex128)
+        turns[:, :time] = _turns(shifts, frequencies(2 * time))
+        return turns[:, None, None].to(device=device, dtype=dtype)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn the adjacent channel pairs of x [..., tokens, heads, head_dim] by a table [tokens or 1, 1, head_dim / 2].
+
+    One complex product: 4 times faster on a CPU, forward and backward, than cosines and sines on the halves of pairs.
+    """
+    wide = torch.float64 if table.dtype == torch.complex128 else torch.float32
+    pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)

@@ -1,0 +1,337 @@
+"""CausalWan: diffusers' WanTransformer3DModel, same parameters, with its own forward.
+
+Flow of a clip at per-frame timesteps: modulation is kept per frame, attention goes through ``aadkern.attention``
+under a plan, or through a ``StreamingCache``; without text the cross-attention is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
+from torch import Tensor
+
+from aadkern.plans import AttentionPlan
+from aadkern.streaming.cache import ROPE_MODES, LayerAttention, StreamingCache
+from aadkern.streaming.context import CausalContext, ClipAttention, everything
+from aadkern.streaming.rope import rotate, rotation_table, table_dtype
+
+CLEAN_FIRST_FRAME = "give the image as a clean first latent frame"
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Norms, modulation and gates run in fp32, for fp64 inputs in fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift, for x [B, F, n, dim] and shift, scale that broadcast to it."""
+    return torch.addcmul(shift, F.layer_norm(x.to(shift.dtype), x.shape[-1:], eps=eps), scale + 1).to(x.dtype)
+
+
+def _gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate y, for x, y [B, F, n, dim]."""
+    return torch.addcmul(x.to(gate.dtype), y.to(gate.dtype), gate).to(x.dtype)
+
+
+class CausalWanBlock(WanTransformerBlock):
+    """diffusers' Wan block: the same parameters; attention comes from outside, modulation is per frame."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rotation: Tensor,
+        attend: LayerAttention,
+        text: Tensor | None = None,
+        store_only: bool = False,
+    ) -> Tensor | None:
+        """x [B, F, n, dim]: n tokens in each of F frames; modulation [B, F or 1, n or 1, 6, dim]; text [B, T, dim].
+
+        ``rotation`` is complex [F n, 1, head_dim / 2]; ``attend`` maps q, k, v [B, F n, H, D] to [B, F n, H, D].
+        ``store_only`` hands k and v to ``attend.store`` and stops.
+        """
+        wide = _wide(x.dtype)
+        rows = self.scale_shift_table.to(wide) + modulation.to(wide)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(-2)
+        attn = self.attn1
+        h = _modulated_norm(x, shift, scale, self.norm1.eps)
+        shape = (x.shape[0], -1, attn.heads, attn.inner_dim // attn.heads)
+        v = attn.to_v(h).view(shape)
+        k = rotate(attn.norm_k(attn.to_k(h)).view(shape), rotation).to(v.dtype)
+        if store_only:
+            attend.store(k, v)  # type: ignore[attr-defined]
+            return None
+        q = rotate(attn.norm_q(attn.to_q(h)).view(shape), rotation).to(v.dtype)
+        x = _gated_sum(x, attn.to_out[0](attend(q, k, v).reshape(h.shape)), gate)
+        if text is not None:
+            x = x + self._cross_attention(x, text)
+        return _gated_sum(x, self.ffn(_modulated_norm(x, ffn_shift, ffn_scale, self.norm3.eps)), ffn_gate)
+
+    def _cross_attention(self, x: Tensor, text: Tensor) -> Tensor:
+        attn, norm, h = self.attn2, self.norm2, x
+        if isinstance(norm, torch.nn.LayerNorm):
+            wide = _wide(x.dtype)
+            h = F.layer_norm(x.to(wide), x.shape[-1:], norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(x.dtype)
+        q, k, v = attn.norm_q(attn.to_q(h)), attn.norm_k(attn.to_k(text)), attn.to_v(text)
+        heads_first = [y.to(v.dtype).unflatten(-1, (attn.heads, -1)).flatten(1, -3).transpose(1, 2) for y in (q, k, v)]
+        return attn.to_out[0](F.scaled_dot_product_attention(*heads_first).transpose(1, 2).reshape(x.shape))
+
+
+class CausalWan(WanTransformer3DModel):
+    """Wan 2.1's transformer for causal video: ``from_pretrained`` takes diffusers' weights, with the same keys.
+
+    Beside diffusers' configuration: ``rope`` is "absolute" (Self-Forcing's) or "relative" (StreamingLLM's: the sink
+    sits just before the window); ``rope_periods`` is (rows, columns) of a torus in patches, on which spatial
+    frequencies are whole multiples of 2 pi / period, or None for Wan's own. Time is not patched (patch_size[0] = 1),
+    and Wan 2.1's image embeddings (``image_dim``, ``added_kv_proj_dim``) are refused: causal image-to-video starts
+    from a clean first latent frame instead.
+    """
+
+    _no_split_modules = ["CausalWanBlock"]  # noqa: RUF012 (diffusers' spelling)
+    _repeated_blocks = ["CausalWanBlock"]  # noqa: RUF012
+    _cp_plan: Any = None  # diffusers' sequence split knows no plans
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        rope: str = "absolute",
+        rope_periods: tuple[int, int] | None = None,
+    ) -> None:
+        if len(patch_size) != 3 or patch_size[0] != 1:
+            raise ValueError(
+                f"patch_size must be (1, rows, columns): frames have own timesteps, got {tuple(patch_size)}"
+            )
+        for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} must be None: image embeddings are not supported; {CLEAN_FIRST_FRAME}, got {value}"
+                )
+        if rope not in ROPE_MODES:
+            raise ValueError(f"rope must be one of {', '.join(ROPE_MODES)}, got {rope!r}")
+        if rope_periods is not None and (len(rope_periods) != 2 or min(rope_periods) < 1):
+            raise ValueError(f"rope_periods must be None or (rows, columns) of at least 1, got {rope_periods}")
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=num_layers,
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            image_dim=image_dim,
+            added_kv_proj_dim=added_kv_proj_dim,
+            rope_max_seq_len=rope_max_seq_len,
+            pos_embed_seq_len=pos_embed_seq_len,
+        )
+        del self.rope  # a table of 1024 frames; ours has no end
+        for block in self.blocks:
+            block.__class__ = CausalWanBlock  # same parameters, own forward: building 14B twice takes minutes
+        self._patch, self._head_dim = (int(patch_size[1]), int(patch_size[2])), attention_head_dim
+        self._rope_periods = None if rope_periods is None else (int(rope_periods[0]), int(rope_periods[1]))
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of height x width: 1560 for 60 x 104. ValueError where patches do not tile it."""
+        rows, columns = self._patch
+        if height < rows or width < columns or height % rows or width % columns:
+            raise ValueError(f"height and width must be multiples of ({rows}, {columns}), got ({height}, {width})")
+        return (height // rows) * (width // columns)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_image: Tensor | None = None,
+        *,
+        plan: AttentionPlan | CausalContext | None = None,
+        cache: StreamingCache | None = None,
+        first_frame: int | Sequence[int] = 0,
+        taps: Sequence[int] | None = None,
+        cache_only: bool = False,
+        return_dict: bool | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Flow (eps - x0) of latents at their noise levels.
+
+        ``hidden_states`` [B, C, F, H, W] latents; ``timestep`` 1000 sigma, float32, float64 or integer: [B], or [B,
+        F] one per frame, or [B, F * tokens_per_frame] (diffusers' per-token form, which costs its memory);
+        ``encoder_hidden_states`` [B, T, text_dim], or None to leave the cross-attention out.
+
+        ``plan``: an ``AttentionPlan`` over the clip's tokens, a ``CausalContext`` (block-causal, in the model's own
+        kind of positions), or None for bidirectional. Under an ``AttentionPlan`` positions are absolute in either
+        mode. ``cache``, instead: the frames are one chunk, which sees the cached frames in view and itself;
+        ``StreamingCache`` tells the protocol. ``cache_only``: only write the cache, without gradient, and stop after
+        the last layer's keys and values; returns None. ``first_frame``: the index of the clip's first frame; a
+        sequence for equal segments that each start at their own: teacher forcing's [clean, noisy] is (0, 0).
+        ``taps``: ascending block indices, whose outputs [B, F * tokens_per_frame, dim] are returned in a list
+        instead; later blocks do not run.
+
+        Returns flow [B, C_out, F, H, W]; as in diffusers, ``return_dict=False`` gives it in a 1-tuple, True in an
+        object. Raises ValueError or TypeError naming the argument, before any work.
+        """
+        batch, _, frames, height, width = self._check_clip(hidden_states, timestep, encoder_hidden_states)
+        if encoder_hidden_states_image is not None:
+            raise ValueError(f"encoder_hidden_states_image must be None; {CLEAN_FIRST_FRAME}")
+        if attention_kwargs:
+            raise ValueError(f"attention_kwargs must be empty: no processor takes them, got {attention_kwargs}")
+        blocks = self._check_taps(taps)
+        if cache_only and (cache is None or taps is not None):
+            raise ValueError("cache_only must come with a cache and without taps")
+        grid = (frames, height // self._patch[0], width // self._patch[1])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not cache_only):
+            attention_of = self._attention_of(batch, grid, plan, cache, first_frame)
+            positions = _positions(first_frame if cache is None else cache.frame, frames)
+            x = self._patchify(hidden_states)
+            temb, modulation, text = self._conditions(timestep, encoder_hidden_states, frames)
+            rotation = rotation_table(
+                self._head_dim, positions, *grid[1:], self._rope_periods, table_dtype(x.dtype), x.device
+            )
+            tapped: list[Tensor] = []
+            for i, block in enumerate(self.blocks):
+                if i == blocks:
+                    return tapped
+                arguments = (x, modulation, rotation, attention_of(i), text)
+                if cache_only and i == len(self.blocks) - 1:
+                    return block(*arguments, True)
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    x = self._gradient_checkpointing_func(block, *arguments)
+                else:
+                    x = block(*arguments)
+                if taps is not None and i in taps:
+                    tapped.append(x.flatten(1, 2))
+            if taps is not None:
+                return tapped
+            flow = self._head(x, temb, grid)
+        if return_dict is None:
+            return flow
+        return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
+
+    def _check_clip(self, x: Tensor, timestep: Tensor, text: Tensor | None) -> tuple[int, int, int, int, int]:
+        channels = self.config["in_channels"]
+        if x.dim() != 5 or x.shape[1] != channels or x.shape[2] < 1:
+            raise ValueError(f"hidden_states must be [B, {channels}, F, H, W] with F at least 1, got {list(x.shape)}")
+        batch, _, frames, height, width = x.shape
+        tokens = frames * self.tokens_per_frame(height, width)
+        if tuple(timestep.shape) not in ((batch,), (batch, frames), (batch, tokens)):
+            shapes = f"[{batch}], [{batch}, {frames}] or [{batch}, {tokens}]"
+            raise ValueError(f"timestep must be {shapes} for hidden_states {list(x.shape)}, got {list(timestep.shape)}")
+        if timestep.dtype in (torch.bfloat16, torch.float16):
+            # FSDP's cast_forward_inputs does this unasked.
+            raise ValueError(f"timestep must be float32: 937.5 would be 936 in bfloat16, got {timestep.dtype}")
+        dim = self.config["text_dim"]
+        if text is not None and (text.dim() != 3 or text.shape[0] != batch or text.shape[2] != dim):
+            raise ValueError(f"encoder_hidden_states must be [{batch}, T, {dim}] or None, got {list(text.shape)}")
+        return batch, channels, frames, height, width
+
+    def _check_taps(self, taps: Sequence[int] | None) -> int:
+        """The number of blocks to run."""
+        layers = len(self.blocks)
+        if taps is None:
+            return layers
+        if not taps or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < layers:
+            raise ValueError(f"taps must be ascending block indices in [0, {layers}), at least one, got {tuple(taps)}")
+        return taps[-1] + 1
+
+    def _attention_of(
+        self,
+        batch: int,
+        grid: tuple[int, int, int],
+        plan: AttentionPlan | CausalContext | None,
+        cache: StreamingCache | None,
+        first_frame: int | Sequence[int],
+    ) -> Callable[[int], LayerAttention]:
+        """What gives each layer its attention."""
+        frames, height, width = grid
+        n = height * width
+        rope: str = self.config["rope"]
+        if cache is not None:
+            if plan is not None or first_frame != 0:
+                raise ValueError("plan and first_frame must not be given with a cache, which knows both")
+            ours = (len(self.blocks), batch, n, rope)
+            theirs = (cache.layers, cache.batch, cache.tokens_per_frame, cache.rope)
+            if ours != theirs:
+                raise ValueError(f"cache must have (layers, batch, tokens_per_frame, rope) = {ours}, got {theirs}")
+            return cache.begin(frames)
+        if plan is None:
+            plan = everything(frames * n, frames * n)
+        elif isinstance(plan, CausalContext):
+            if (plan.layout.frames, plan.layout.tokens_per_frame) != (frames, n):
+                raise ValueError(f"plan must be a context of {frames} frames of {n} tokens, got {plan.layout}")
+        elif not isinstance(plan, AttentionPlan):
+            raise TypeError(f"plan must be an AttentionPlan, a CausalContext or None, got {type(plan).__name__}")
+        elif (plan.q_len, plan.k_len) != (frames * n, frames * n):
+            lengths = f"q_len {plan.q_len}, k_len {plan.k_len}"
+            raise ValueError(f"plan must be over {frames} frames of {n} tokens, {frames * n}, got {lengths}")
+        weight = self.patch_embedding.weight
+        clip = ClipAttention(plan, rope, self._head_dim, weight.dtype, weight.device)
+        return lambda layer: clip
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """[B, C, F, H, W] -> [B, F, n, dim]: the patch convolution."""
+        conv = self.patch_embedding
+        x = x.to(conv.weight.dtype)
+        if type(conv) is not torch.nn.Conv3d:  # an adapter around it
+            return conv(x).flatten(3).permute(0, 2, 3, 1).contiguous()
+        rows, columns = self._patch
+        patches = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).permute(0, 2, 3, 5, 1, 4, 6)
+        # As one product: 3 times faster than Conv3d, forward and backward, on a CPU.
+        return F.linear(patches.flatten(4).flatten(2, 3), conv.weight.flatten(1), conv.bias)
+
+    def _conditions(self, timestep: Tensor, text: Tensor | None, frames: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Embedded timesteps [B, F or 1, n or 1, dim], block modulations [..., 6, dim] and text [B, T, dim]."""
+        embedder = self.condition_embedder
+        grid = (1, 1) if timestep.dim() == 1 else (frames, timestep.shape[1] // frames)
+        waves = embedder.timesteps_proj(timestep.flatten()).unflatten(0, (-1, *grid))
+        temb = embedder.time_embedder(waves.to(embedder.time_embedder.linear_1.weight.dtype))
+        temb = temb.to(embedder.time_proj.weight.dtype)
+        modulation = embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
+        if text is not None:
+            text = embedder.text_embedder(text.to(embedder.text_embedder.linear_1.weight.dtype))
+        return temb, modulation, text
+
+    def _head(self, x: Tensor, temb: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, F, n, dim] -> flow [B, C_out, F, H, W]."""
+        wide = _wide(x.dtype)
+        shift, scale = (self.scale_shift_table.to(wide) + temb.to(wide).unsqueeze(-2)).unbind(-2)
+        x = self.proj_out(_modulated_norm(x, shift, scale, self.norm_out.eps))
+        (frames, height, width), (rows, columns) = grid, self._patch
+        patches = x.unflatten(2, (height, width)).unflatten(4, (rows, columns, -1)).permute(0, 6, 1, 2, 4, 3, 5)
+        # One copy, and not a view: FSDP2 warns of modules that return views.
+        return patches.reshape(x.shape[0], -1, frames, height * rows, width * columns)
+
+
+def _positions(first_frame: int | Sequence[int], frames: int) -> range | tuple[int, ...]:
+    """The frame index of each frame."""
+    if isinstance(first_frame, int):
+        return range(first_frame, first_frame + frames)
+    if not first_frame or frames % len(first_frame):
+        raise ValueError(f"first_frame must cut {frames} frames into equal segments, got {len(first_frame)} starts")
+    length = frames // len(first_frame)
+    return tuple(start + i for start in first_frame for i in range(length))
