@@ -50,6 +50,9 @@ class NetworkSettings(Config):
     predicts: Literal["x0", "flow"] = "x0"  # Wan predicts flow; a small net learns x0 faster at sigma 1
     rope: Literal["relative", "absolute"] = "relative"
     torus_rope: bool = True  # spatial frequencies that close on the torus
+    # Whole multiples of 2 pi / 16 in time tell neighbouring frames apart far better than Wan's 1, 0.1, 0.01, ... for head_dim 16: after 400
+    # steps the teacher's legal moves were 60 % against 51 (chance is 50). Positions differ by less than 16 within a window or clip.
+    rope_frames: Count | None = 16
     qk_gain: Rate = 1.7  # initial weight of the norms of q and k: sharper attention from the start
 
 

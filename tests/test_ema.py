@@ -85,8 +85,8 @@ def test_applied_inside_and_restored_exactly_after(net):
     with torch.no_grad():
         before = net(x, x)
         with ema.applied_to(net):
-            inside = net(x, x)
             assert all(torch.equal(value, local(ema.shadows[name])) for name, value in weights(net).items())
+            inside = net(x, x)
         assert torch.equal(net(x, x), before) and not torch.allclose(inside, before)
         plain = Net()
         plain.load_state_dict({**{n: local(s) for n, s in ema.shadows.items()}, "seen": torch.zeros(3)})

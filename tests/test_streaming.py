@@ -26,8 +26,8 @@ HEIGHT, WIDTH, TOKENS, BATCH = 2, 4, 2, 2
 ROPE = ["absolute", "relative"]
 
 
-def causal_wan(rope="absolute", layers=2, dtype=torch.float64) -> CausalWan:
-    model = CausalWan(**CONFIG, num_layers=layers, rope=rope)
+def causal_wan(rope="absolute", layers=2, dtype=torch.float64, **config) -> CausalWan:
+    model = CausalWan(**CONFIG, num_layers=layers, rope=rope, **config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.35)
@@ -115,6 +115,17 @@ def test_streaming_equals_the_whole_clip_for_any_layout(chunks, spare, sink, cou
     cache = cache_for(model, window, chunks)
     cache = cache_for(model, window, chunks, capacity=cache.capacity_frames + slack)
     assert_near(stream(model, cache, x, t, chunks), expected)
+
+
+@pytest.mark.parametrize("rope", ROPE)
+def test_streaming_equals_the_whole_clip_where_frames_repeat(rope):
+    window, chunks = CASES[0]
+    model, (x, t) = causal_wan(rope, rope_periods=(7, 2, 2)), clip(sum(chunks))
+    whole = model(x, t, plan=CausalContext(VideoLayout(chunks, TOKENS), window))
+    assert_near(stream(model, cache_for(model, window, chunks), x, t, chunks), whole)
+    other = causal_wan(rope)
+    with pytest.raises(ValueError, match="frame_period"):
+        model(x[:, :, :1], t[:, :1], cache=cache_for(other, window, chunks))
 
 
 @pytest.mark.parametrize("rope", ROPE)

@@ -124,13 +124,13 @@ def test_gradients_equal_diffusers(diffusers_in_fp64):
 def test_diffusers_weights_load_and_our_configuration_survives(tmp_path):
     theirs = random_weights(WanTransformer3DModel(**CONFIG))
     theirs.save_pretrained(tmp_path / "theirs")
-    model = CausalWan.from_pretrained(tmp_path / "theirs", rope="relative", rope_periods=(3, 2))
+    model = CausalWan.from_pretrained(tmp_path / "theirs", rope="relative", rope_periods=(None, 3, 2))
     assert model.state_dict().keys() == theirs.state_dict().keys()
     for name, weight in theirs.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
     model.save_pretrained(tmp_path / "ours")
     again = CausalWan.from_pretrained(tmp_path / "ours")
-    assert again.config["rope"] == "relative" and tuple(again.config["rope_periods"]) == (3, 2)
+    assert again.config["rope"] == "relative" and tuple(again.config["rope_periods"]) == (None, 3, 2)
     (x, t), y = clip(dtype=torch.float32), text(torch.float32)
     assert torch.equal(again(x, t, y), model(x, t, y))
     WanTransformer3DModel.from_pretrained(tmp_path / "ours")  # and diffusers loads ours
@@ -198,7 +198,7 @@ def test_rotation_table_is_exact_far_out_and_splits_the_head_as_wan():
     assert torch.equal(turned[:, 8:], x[:, 0, 8:])
 
 
-@pytest.mark.parametrize("periods", [(3, 2), None])
+@pytest.mark.parametrize("periods", [(None, 3, 2), (5, 3, 2), None])
 def test_on_a_torus_the_network_commutes_with_rolling(periods):
     model, (x, t) = causal_wan(rope_periods=periods), clip()
     rolled = model(x.roll((2, 2), (3, 4)), t)
@@ -305,7 +305,8 @@ def test_attends_through_aadkern_attention_alone(monkeypatch):
         (dict(added_kv_proj_dim=8), "added_kv_proj_dim"),
         (dict(image_dim=8), "image_dim"),
         (dict(rope="learned"), "rope"),
-        (dict(rope_periods=(4, 0)), "rope_periods"),
+        (dict(rope_periods=(None, 4, 0)), "rope_periods"),
+        (dict(rope_periods=(4, 4)), "rope_periods"),
     ],
 )
 def test_bad_configuration_is_refused(changes, names):

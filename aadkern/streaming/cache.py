@@ -47,7 +47,7 @@ class StreamingCache:
     ``layers``, ``batch``, ``heads`` and ``head_dim`` are the model's; frames are latent frames of
     ``tokens_per_frame`` tokens; ``max_chunk_frames`` is the largest chunk. ``capacity_frames`` counts sink and ring,
     and defaults to the smallest ring in whole chunks that serves ``window``, so that the slots of equal chunks repeat
-    with a short period. ``rope`` must be the model's: "relative" moves the sink's keys to just before the window
+    with a short period. ``rope`` and ``frame_period`` must be the model's: "relative" moves the sink's keys to just before the window
     (``streaming.context``). Frame indices are Python integers without a limit. ``nbytes`` tells the memory: twice
     layers * batch * capacity_frames * tokens_per_frame * heads * head_dim numbers.
 
@@ -68,6 +68,7 @@ class StreamingCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         rope: str = "absolute",
+        frame_period: int | None = None,
     ) -> None:
         sizes = {"layers": layers, "batch": batch, "heads": heads, "head_dim": head_dim}
         sizes |= {"tokens_per_frame": tokens_per_frame, "max_chunk_frames": max_chunk_frames}
@@ -80,7 +81,7 @@ class StreamingCache:
             raise ValueError(f"rope must be one of {', '.join(ROPE_MODES)}, got {rope!r}")
         capacity = _capacity(window, max_chunk_frames, capacity_frames)
         self.layers, self.batch, self.heads, self.head_dim = layers, batch, heads, head_dim
-        self.tokens_per_frame, self.window, self.rope = tokens_per_frame, window, rope
+        self.tokens_per_frame, self.window, self.rope, self.frame_period = tokens_per_frame, window, rope, frame_period
         self.max_chunk_frames, self.capacity_frames, self.ring = max_chunk_frames, capacity, capacity - window.sink
         shape = (layers, batch, capacity * tokens_per_frame, heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -120,6 +121,7 @@ class StreamingCache:
             dtype=dtype or weight.dtype,
             device=device or weight.device,
             rope=config.rope,
+            frame_period=config.rope_periods[0] if config.rope_periods else None,
         )
 
     @property
@@ -205,7 +207,7 @@ class StreamingCache:
             for frame, slot, count in self._slots(a, b):
                 tokens = slice(slot * n, (slot + count) * n)
                 if self._sink_keys is not None and frame < self.window.sink:
-                    keys.append(_moved(self._sink_keys[layer, :, tokens], shift))
+                    keys.append(_moved(self._sink_keys[layer, :, tokens], shift, self.frame_period))
                 else:
                     keys.append(self.keys[layer, :, tokens])
                 values.append(self.values[layer, :, tokens])
@@ -215,7 +217,7 @@ class StreamingCache:
 
     def _place_sink(self, layer: int, shift: int) -> None:
         if self._sink_keys is not None and self._sink_at[layer] != shift:
-            self.keys[layer, :, : self._sink_keys.shape[2]] = _moved(self._sink_keys[layer], shift)
+            self.keys[layer, :, : self._sink_keys.shape[2]] = _moved(self._sink_keys[layer], shift, self.frame_period)
             self._sink_at[layer] = shift
 
     def _check(self, k: Tensor, frames: int) -> None:
@@ -273,11 +275,11 @@ class _ReplayAttention:
         return attention(q, k, v, everything(q.shape[1], k.shape[1]))
 
 
-def _moved(keys: Tensor, shift: int) -> Tensor:
+def _moved(keys: Tensor, shift: int, frame_period: int | None) -> Tensor:
     """Turned keys [B, tokens, H, D], moved by ``shift`` frames."""
     if shift == 0:
         return keys
-    return rotate(keys, shift_table(keys.shape[-1], (shift,), table_dtype(keys.dtype), keys.device)[0])
+    return rotate(keys, shift_table(keys.shape[-1], (shift,), frame_period, table_dtype(keys.dtype), keys.device)[0])
 
 
 def _capacity(window: Window, max_chunk: int, asked: int | None) -> int:

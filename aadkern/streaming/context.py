@@ -78,7 +78,13 @@ class ClipAttention:
     """The attention of a whole clip: under a plan as it stands, or a context in either kind of position."""
 
     def __init__(
-        self, plan: AttentionPlan | CausalContext, rope: str, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        plan: AttentionPlan | CausalContext,
+        rope: str,
+        head_dim: int,
+        frame_period: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.turns: Tensor | None = None
         self.sink = 0
@@ -87,7 +93,7 @@ class ClipAttention:
         elif rope == "relative":
             self.plan, shifts = relative_plan(plan)
             self.sink = plan.window.sink * plan.layout.tokens_per_frame
-            self.turns = shift_table(head_dim, shifts, table_dtype(dtype), device) if shifts else None
+            self.turns = shift_table(head_dim, shifts, frame_period, table_dtype(dtype), device) if shifts else None
         else:
             self.plan = plans.block_causal(plan.layout, plan.window)
 

@@ -1,7 +1,7 @@
 """Wan's rotary positions over (frame, row, column), for any frame index.
 
-Channel pair i of an axis turns by ``position * frequency[i]`` with ``frequency[i] = 10000^(-2 i / dim)``; on a torus of
-``period`` patches it is ``2 pi (i + 1) / period``. Angles are fp64 on the host: no table to run out of (Wan's has 1024
+Channel pair i of an axis turns by ``position * frequency[i]`` with ``frequency[i] = 10000^(-2 i / dim)``; with a
+``period``, for worlds in which positions repeat, it is ``2 pi (i + 1) / period``. Angles are fp64 on the host: no table to run out of (Wan's has 1024
 rows).
 """
 
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 THETA = 10000.0
+
+Periods = tuple[int | None, int, int]
+"""Frames (None: no period), rows and columns after which rotary positions repeat."""
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -50,19 +53,19 @@ def rotation_table(
     frames: range | tuple[int, ...],
     height: int,
     width: int,
-    periods: tuple[int, int] | None,
+    periods: Periods | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
     """Unit complex numbers [F * height * width, 1, head_dim / 2] that turn each token's channel pairs; frame-major.
 
-    ``frames`` are the frame indices, ``height`` and ``width`` the grid in patches, ``periods`` the torus or None.
+    ``frames`` are the frame indices, ``height`` and ``width`` the grid in patches, ``periods`` or None.
     """
     dims = axis_dims(head_dim)
-    row_period, column_period = periods or (None, None)
+    frame_period, row_period, column_period = periods or (None, None, None)
     # Cached, so never an inference tensor: those cannot be saved for backward.
     with torch.inference_mode(False):
-        frame = _turns(frames, frequencies(dims[0])).to(device=device, dtype=dtype)
+        frame = _turns(frames, frequencies(dims[0], frame_period)).to(device=device, dtype=dtype)
         row = _turns(range(height), frequencies(dims[1], row_period)).to(device=device, dtype=dtype)
         column = _turns(range(width), frequencies(dims[2], column_period)).to(device=device, dtype=dtype)
         shape = (len(frames), height, width, -1)
@@ -71,12 +74,14 @@ def rotation_table(
 
 
 @lru_cache(maxsize=64)
-def shift_table(head_dim: int, shifts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def shift_table(
+    head_dim: int, shifts: tuple[int, ...], frame_period: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Unit complex numbers [len(shifts), 1, 1, head_dim / 2] that move turned keys by whole frames, in time alone."""
     time = axis_dims(head_dim)[0] // 2
     with torch.inference_mode(False):
         turns = torch.ones(len(shifts), head_dim // 2, dtype=torch.complex128)
-        turns[:, :time] = _turns(shifts, frequencies(2 * time))
+        turns[:, :time] = _turns(shifts, frequencies(2 * time, frame_period))
         return turns[:, None, None].to(device=device, dtype=dtype)
 
 

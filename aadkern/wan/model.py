@@ -87,8 +87,8 @@ class CausalWan(WanTransformer3DModel):
     """Wan 2.1's transformer for causal video: ``from_pretrained`` takes diffusers' weights, with the same keys.
 
     Beside diffusers' configuration: ``rope`` is "absolute" (Self-Forcing's) or "relative" (StreamingLLM's: the sink
-    sits just before the window); ``rope_periods`` is (rows, columns) of a torus in patches, on which spatial
-    frequencies are whole multiples of 2 pi / period, or None for Wan's own. Time is not patched (patch_size[0] = 1),
+    sits just before the window); ``rope_periods`` is (frames or None, rows, columns) after which positions
+    repeat, as on a torus: frequencies become whole multiples of 2 pi / period; None is Wan's own. Time is not patched (patch_size[0] = 1),
     and Wan 2.1's image embeddings (``image_dim``, ``added_kv_proj_dim``) are refused: causal image-to-video starts
     from a clean first latent frame instead.
     """
@@ -117,7 +117,7 @@ class CausalWan(WanTransformer3DModel):
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
         rope: str = "absolute",
-        rope_periods: tuple[int, int] | None = None,
+        rope_periods: tuple[int | None, int, int] | None = None,
     ) -> None:
         if len(patch_size) != 3 or patch_size[0] != 1:
             raise ValueError(
@@ -130,8 +130,9 @@ class CausalWan(WanTransformer3DModel):
                 )
         if rope not in ROPE_MODES:
             raise ValueError(f"rope must be one of {', '.join(ROPE_MODES)}, got {rope!r}")
-        if rope_periods is not None and (len(rope_periods) != 2 or min(rope_periods) < 1):
-            raise ValueError(f"rope_periods must be None or (rows, columns) of at least 1, got {rope_periods}")
+        if rope_periods is not None and (len(rope_periods) != 3 or min(rope_periods[0] or 1, *rope_periods[1:]) < 1):
+            wanted = "None or (frames or None, rows, columns) of at least 1"
+            raise ValueError(f"rope_periods must be {wanted}, got {rope_periods}")
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,
@@ -154,7 +155,8 @@ class CausalWan(WanTransformer3DModel):
         for block in self.blocks:
             block.__class__ = CausalWanBlock  # same parameters, own forward: building 14B twice takes minutes
         self._patch, self._head_dim = (int(patch_size[1]), int(patch_size[2])), attention_head_dim
-        self._rope_periods = None if rope_periods is None else (int(rope_periods[0]), int(rope_periods[1]))
+        self._rope_periods = None if rope_periods is None else tuple(rope_periods)
+        self._frame_period = None if rope_periods is None else rope_periods[0]
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of height x width: 1560 for 60 x 104. ValueError where patches do not tile it."""
@@ -274,10 +276,10 @@ class CausalWan(WanTransformer3DModel):
         if cache is not None:
             if plan is not None or first_frame != 0:
                 raise ValueError("plan and first_frame must not be given with a cache, which knows both")
-            ours = (len(self.blocks), batch, n, rope)
-            theirs = (cache.layers, cache.batch, cache.tokens_per_frame, cache.rope)
+            ours = (len(self.blocks), batch, n, rope, self._frame_period)
+            theirs = (cache.layers, cache.batch, cache.tokens_per_frame, cache.rope, cache.frame_period)
             if ours != theirs:
-                raise ValueError(f"cache must have (layers, batch, tokens_per_frame, rope) = {ours}, got {theirs}")
+                raise ValueError(f"cache must have (layers, batch, tokens_per_frame, rope, frame_period) = {ours}, got {theirs}")
             return cache.begin(frames)
         if plan is None:
             plan = everything(frames * n, frames * n)
@@ -290,7 +292,7 @@ class CausalWan(WanTransformer3DModel):
             lengths = f"q_len {plan.q_len}, k_len {plan.k_len}"
             raise ValueError(f"plan must be over {frames} frames of {n} tokens, {frames * n}, got {lengths}")
         weight = self.patch_embedding.weight
-        clip = ClipAttention(plan, rope, self._head_dim, weight.dtype, weight.device)
+        clip = ClipAttention(plan, rope, self._head_dim, self._frame_period, weight.dtype, weight.device)
         return lambda layer: clip
 
     def _patchify(self, x: Tensor) -> Tensor:
