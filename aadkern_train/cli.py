@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ TRAIN_MODULES = {"diffusers": "diffusers", "pydantic": "pydantic", "yaml": "pyya
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. User errors are one line on stderr and status 2."""
     args = parser().parse_args(argv)
+    warnings.formatwarning = lambda message, *_: f"aad {args.command}: {message}\n"
     if args.command != "info":
         missing = [package for module, package in TRAIN_MODULES.items() if importlib.util.find_spec(module) is None]
         if missing:

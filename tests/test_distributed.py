@@ -216,6 +216,16 @@ def test_a_world_of_one_needs_no_port_and_ends_cleanly():
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parents[1])
 
 
+@pytest.mark.slow
+def test_torchrun_starts_the_same_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=240)
+    expected = plain_training("adamw")
+    for rank in range(2):
+        assert_trained_alike(torch.load(tmp_path / f"rank{rank}.pt")["adamw False"], expected, f"rank {rank}")
+
+
 def test_blocks_are_sharded_one_by_one_only_in_large_modules(one):
     def sharded_parts(limit: int) -> int:
         net = networks()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +13,34 @@ from aadkern.plans import AttentionPlan
 from aadkern.runtime import BACKENDS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    return_lse: Literal[False] = False,
+    scale: float | None = None,
+    backend: str | None = None,
+    deterministic: bool = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    return_lse: Literal[True],
+    scale: float | None = None,
+    backend: str | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
