@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ _library.define(
     "range_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "int[] plan, float scale, str backend, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+
+
+def _dtypes_as_given(device_type: str) -> AbstractContextManager[Any]:
+    """Kernels compute in the dtypes they are given, also under the caller's autocast."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _lse_dtype(x: Tensor) -> torch.dtype:
@@ -60,7 +66,8 @@ def _range_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Sequence[int], scale: float, backend: str, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     kernel = _forward_kernel(choose_backend(backend, q.device.type))
-    return kernel(q, k, v, AttentionPlan.decode(plan), scale)
+    with _dtypes_as_given(q.device.type):
+        return kernel(q, k, v, AttentionPlan.decode(plan), scale)
 
 
 @torch.library.register_fake("aadkern::range_attention", lib=_library)
@@ -89,7 +96,8 @@ def _range_attention_backward(
     kernel = _backward_kernel(choose_backend(backend, q.device.type))
     if dout.stride(-1) != 1:  # a gradient expanded by .sum() has stride 0
         dout = dout.contiguous()
-    return kernel(dout, dlse, q, k, v, out, lse, AttentionPlan.decode(plan), scale)
+    with _dtypes_as_given(q.device.type):
+        return kernel(dout, dlse, q, k, v, out, lse, AttentionPlan.decode(plan), scale)
 
 
 @torch.library.register_fake("aadkern::range_attention_backward", lib=_library)

@@ -103,6 +103,7 @@ class AdversarialSettings(StageSettings):
 
     steps: Annotated[int, Field(ge=0)] = 240
     discriminator_first: Annotated[int, Field(ge=0)] = 60  # steps in which only the discriminator learns
+    generator_per_discriminator: Count = 1  # generator updates for each of the discriminator's (paper: unstated)
     backbone: Literal["bidirectional", "causal", "isolated"] = "bidirectional"
     logits: Literal["video", "frame"] = "video"
     layers: tuple[int, ...] = (1, 2, 3)  # tapped blocks (paper: 19, 29, 39 of 40)

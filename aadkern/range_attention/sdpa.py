@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aadkern.plans import AttentionPlan
-from aadkern.range_attention.reference import gather, scatter_add
+from aadkern.range_attention.ranges import gather, scatter_add
 
 aten = torch.ops.aten
 

@@ -38,7 +38,7 @@ class AdversarialRefinement(Stage):
         self.learners["discriminator"] = Learner(
             run.sharded(discriminator),
             settings.discriminator,
-            self.steps + settings.discriminator_first,
+            settings.discriminator_first + -(-self.steps // settings.generator_per_discriminator),
             clip=settings.clip,
             lr_factors={"heads.": settings.heads_lr / settings.discriminator.lr},
         )
@@ -58,15 +58,18 @@ class AdversarialRefinement(Stage):
 
     def train_step(self, step: int) -> dict[str, float]:
         """The first ``discriminator_first`` discriminator steps all belong to step 0."""
-        logged = {}
         if step == 0:
             for i in range(self.settings.discriminator_first):
-                logged = self.one_update(self.run.draws("adversarial first", i), self.run.batch(i, self.settings.batch), i, None)
-        count = self.settings.discriminator_first + step
-        return {**logged, **self.one_update(self.run.draws(self.name, step), self.run.batch(count, self.settings.batch), count, step)}
+                self.one_update(self.run.draws("adversarial first", i), self.run.batch(i, self.settings.batch), i, None)
+        first, each = self.settings.discriminator_first, self.settings.generator_per_discriminator
+        samples = self.run.batch(first + step, self.settings.batch)
+        count = first + step // each if step % each == 0 else None
+        return self.one_update(self.run.draws(self.name, step), samples, count, step)
 
-    def one_update(self, draws: Draws, samples: range, count: int, generator_step: int | None) -> dict[str, float]:
-        """One rollout, an update of the discriminator on it and, unless None, one of the generator through it."""
+    def one_update(
+        self, draws: Draws, samples: range, discriminator_step: int | None, generator_step: int | None
+    ) -> dict[str, float]:
+        """One rollout, and an update of the discriminator on it and of the generator through it, each unless None."""
         generator, discriminator = self.learners["generator"], self.learners["discriminator"]
         settings, learns = self.settings, generator_step is not None
         logged: dict[str, float] = {}
@@ -74,12 +77,15 @@ class AdversarialRefinement(Stage):
         for some, last in micro_batches(samples, settings.accumulate):
             made, exit = self_rollout(self.run, generator.module, draws, some, with_grad=learns and not settings.replay)
             rolled.append((some, last, made, exit))
+            if discriminator_step is None:
+                continue
             loss, values = self.discriminator_part(draws, some, self.run.clips(some), made.x.detach(), exit)
             with accumulating(discriminator.module, last=last):
                 (loss / settings.accumulate).backward()
             for name, value in values.items():
                 logged[name] = logged.get(name, 0.0) + value / settings.accumulate
-        logged["discriminator_norm"] = discriminator.update(count)
+        if discriminator_step is not None:
+            logged["discriminator_norm"] = discriminator.update(discriminator_step)
         if not learns:
             return logged
         for some, last, made, exit in rolled:
