@@ -16,7 +16,8 @@ from aadkern.runtime import choose_backend
 # and opaque, hence usable as save-points of selective activation checkpointing by the names torch.ops.aadkern.*.
 _library = torch.library.Library("aadkern", "DEF")
 _library.define(
-    "range_attention(Tensor q, Tensor k, Tensor v, int[] plan, float scale, str backend, bool deterministic) -> (Tensor out, Tensor lse)"
+    "range_attention(Tensor q, Tensor k, Tensor v, int[] plan, float scale, str backend, bool deterministic) "
+    "-> (Tensor out, Tensor lse)"
 )
 _library.define(
     "range_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -101,7 +102,9 @@ def _range_attention_backward(
 
 
 @torch.library.register_fake("aadkern::range_attention_backward", lib=_library)
-def _range_attention_backward_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _range_attention_backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -7,6 +7,7 @@ Every mask of this field gives each run of queries a few contiguous key ranges, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -248,7 +249,7 @@ class AttentionPlan:
     def _transposed(self) -> AttentionPlan:
         edges = sorted({0, self.k_len, *(edge for _, ranges in self.runs for r in ranges for edge in r)})
         runs: list[Run] = []
-        for k0, k1 in zip(edges, edges[1:], strict=False):
+        for k0, k1 in itertools.pairwise(edges):
             seen_by = [run for run, ranges in self.runs if any(a <= k0 < b for a, b in ranges)]
             runs.append(((k0, k1), _merged(seen_by)))
         return AttentionPlan(self.k_len, self.q_len, _canonical(self.k_len, runs))
@@ -322,7 +323,8 @@ def bidirectional(layout: VideoLayout) -> AttentionPlan:
 
 @lru_cache(maxsize=256)
 def block_causal(layout: VideoLayout, window: Window | None = None) -> AttentionPlan:
-    """Each chunk sees itself and the earlier frames that ``window`` (default: all) leaves in view (wan_lineage 1.1, 1.3, with sink)."""
+    """Each chunk sees itself and the earlier frames that ``window`` (default: all) leaves in view (wan_lineage 1.1, 1.3, with
+    sink)."""
     window = window or Window()
     runs = []
     for chunk in range(len(layout.chunks)):

@@ -56,7 +56,8 @@ def choose_backend(requested: str, device_type: str) -> str:
 
 
 def backends(device: str | None = None) -> dict[str, str]:
-    """Each backend of ``aadkern.attention`` and "available", or the reason why not, on ``device`` (default: cuda if present, else cpu).
+    """Each backend of ``aadkern.attention`` and "available", or the reason why not, on ``device`` (default: cuda if present, else
+    cpu).
 
     FlexAttention and FlashAttention are compared against in ``benchmarks/``; they are not backends.
     """

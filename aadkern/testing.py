@@ -89,9 +89,7 @@ def make_gradients(q: Tensor, seed: int = 1) -> tuple[Tensor, Tensor]:
     return dout, torch.randn((batch, heads, q_len), dtype=lse_dtype, device=q.device, generator=generator)
 
 
-def exact(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, dout: Tensor, dlse: Tensor | None = None
-) -> Results:
+def exact(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, dout: Tensor, dlse: Tensor | None = None) -> Results:
     """The answer in fp64, from ``range_attention.reference``."""
     q, k, v = q.detach().double(), k.detach().double(), v.detach().double()
     out, lse = reference.forward(q, k, v, plan, scale)
@@ -99,9 +97,7 @@ def exact(
     return Results(out, lse, *reference.backward(dout.double(), gradient_of_lse, q, k, v, out, lse, plan, scale))
 
 
-def eager(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, dout: Tensor, dlse: Tensor | None = None
-) -> Results:
+def eager(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, dout: Tensor, dlse: Tensor | None = None) -> Results:
     """The same by plain torch and autograd in the inputs' own dtype, run by run: the yardstick of rounding."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     q, k, v = (x.transpose(1, 2) for x in leaves)
@@ -139,17 +135,13 @@ def _rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def assert_close_to_reference(
-    actual: Tensor, expected: Tensor, lowprecision: Tensor, name: str, slack: float = 0.0
-) -> None:
+def assert_close_to_reference(actual: Tensor, expected: Tensor, lowprecision: Tensor, name: str, slack: float = 0.0) -> None:
     """Raise AssertionError, naming both errors, where ``actual`` leaves its budget (plus ``slack``) around
     ``expected`` (fp64), or is not finite exactly where ``expected`` is not."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     finite = expected.isfinite()
     wrong = int((actual.isfinite() != finite).sum() + (actual[~finite] != expected[~finite]).sum())
-    assert wrong == 0, (
-        f"{name}: {wrong} of {actual.numel()} values are non-finite or finite where the exact ones are not"
-    )
+    assert wrong == 0, f"{name}: {wrong} of {actual.numel()} values are non-finite or finite where the exact ones are not"
     if not finite.any():
         return
     exact_values = expected[finite]

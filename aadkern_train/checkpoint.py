@@ -126,9 +126,7 @@ class Checkpoints:
         values = json.loads((saved.path / "state.json").read_text())["values"]
         _check_tensors(saved.path, tensors)
         if set(values) != set(own_values):
-            raise CheckpointError(
-                f"{saved.path}: values differ from this run's: {_some(set(values) ^ set(own_values))}"
-            )
+            raise CheckpointError(f"{saved.path}: values differ from this run's: {_some(set(values) ^ set(own_values))}")
         _dcp_load(tensors, saved.path, self.world)
         for name, part in state.items():
             _restore(name, part, tensors, values)
@@ -243,9 +241,7 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         return
     for key, part in value.items():
         if not isinstance(key, str):
-            raise TypeError(
-                f"{path}: keys of a state must be strings, got {key!r}; torch optimisers need optim.Optimiser"
-            )
+            raise TypeError(f"{path}: keys of a state must be strings, got {key!r}; torch optimisers need optim.Optimiser")
         yield from _leaves(f"{path}/{key}", part)
 
 
@@ -254,9 +250,7 @@ def _plain(path: str, value: Any) -> Any:
         return [_plain(path, part) for part in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(
-        f"{path}: a state holds tensors, numbers, strings, None and lists of them, got {type(value).__name__}"
-    )
+    raise TypeError(f"{path}: a state holds tensors, numbers, strings, None and lists of them, got {type(value).__name__}")
 
 
 def _restore(name: str, part: nn.Module | Stateful, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -305,9 +299,7 @@ def _check_config(saved: Saved, config: Config, ignore: tuple[str, ...]) -> None
     changed = {key: pair for key, pair in differences(saved.config, now).items() if not f"{key}.".startswith(ignored)}
     if changed:
         listed = ", ".join(f"{key} ({old!r} then, {new!r} now)" for key, (old, new) in changed.items())
-        raise CheckpointError(
-            f"{saved.path} was made with other settings: {listed}; allow_changes=True loads it anyway"
-        )
+        raise CheckpointError(f"{saved.path} was made with other settings: {listed}; allow_changes=True loads it anyway")
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -316,9 +308,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{path}: tensors differ from this run's: {_some(set(stored) ^ set(tensors))}")
     for name, tensor in tensors.items():
         if tuple(stored[name].size) != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(stored[name].size)}, expected {tuple(tensor.shape)}"
-            )
+            raise CheckpointError(f"{path}: {name} has shape {tuple(stored[name].size)}, expected {tuple(tensor.shape)}")
 
 
 def _some(names: set[str]) -> str:

@@ -9,7 +9,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-TRAIN_MODULES = {"diffusers": "diffusers", "pydantic": "pydantic", "yaml": "pyyaml", "av": "av", "rich": "rich", "sklearn": "scikit-learn"}
+TRAIN_MODULES = {
+    "diffusers": "diffusers",
+    "pydantic": "pydantic",
+    "yaml": "pyyaml",
+    "av": "av",
+    "rich": "rich",
+    "sklearn": "scikit-learn",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     info.set_defaults(run=lambda args: print(info_text()))
 
     demo = commands.add_parser("demo", help="train all stages on moving digits, stream, and write a report")
-    demo.add_argument("settings", nargs="*", metavar="key=value", help="profile=quick|full, out=DIR (runs/demo), or any setting of the recipe")
+    demo.add_argument(
+        "settings", nargs="*", metavar="key=value", help="profile=quick|full, out=DIR (runs/demo), or any setting of the recipe"
+    )
     demo.set_defaults(run=run_demo)
 
     train = commands.add_parser("train", help="train a recipe: digits, or clips data.path=FOLDER")
@@ -132,7 +141,9 @@ def run_train(args: argparse.Namespace) -> None:
         print(to_yaml(recipe))
         return
     folder = Path(resume or own.get("out", f"runs/{recipe.recipe}"))
-    report = run_recipe(recipe, folder, resume=resume is not None, overwrite=own.get("overwrite", "false").lower() in ("true", "1", "yes"))
+    report = run_recipe(
+        recipe, folder, resume=resume is not None, overwrite=own.get("overwrite", "false").lower() in ("true", "1", "yes")
+    )
     if report is not None:
         print(f"The report: {report}")
 

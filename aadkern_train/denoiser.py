@@ -18,8 +18,8 @@ PREDICTS = ("flow", "x0")
 class Denoiser(nn.Module):
     """x_sigma [B, F, C, H, W], sigma [B, F] -> x0 [B, F, C, H, W] (or the taps, or None for a pass that only fills the cache).
 
-    ``predicts`` says what the network's output means: "flow" (Wan's eps - x0) or "x0" (easier for a small network at sigma 1, where the
-    flow would make it copy its own input).
+    ``predicts`` says what the network's output means: "flow" (Wan's eps - x0) or "x0" (easier for a small network at sigma 1,
+    where the flow would make it copy its own input).
     """
 
     def __init__(self, net: CausalWan, predicts: str = "flow") -> None:
@@ -70,7 +70,9 @@ class Denoiser(nn.Module):
         return flow_or_x0.clone() if self.predicts == "x0" else x0_from_flow(x, flow_or_x0, sigma)
 
 
-def new_cache(denoiser: Denoiser, frame: Tensor, window: Window, max_chunk_frames: int, capacity_frames: int | None = None) -> StreamingCache:
+def new_cache(
+    denoiser: Denoiser, frame: Tensor, window: Window, max_chunk_frames: int, capacity_frames: int | None = None
+) -> StreamingCache:
     """An empty cache for clips whose frames are shaped like ``frame`` [B, C, H, W]."""
     batch, _, height, width = frame.shape
     return StreamingCache.for_model(

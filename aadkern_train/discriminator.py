@@ -1,7 +1,7 @@
 """The discriminator: a CausalWan backbone read at several blocks by learned query tokens (AAD-1 section 3.3, figure 3).
 
-At each tapped block:  K, V = W_k, W_v RMSNorm(h);  o = W_o softmax(q k^T / sqrt(d)) V;  y = Linear(LayerNorm(e + o)), e the query token.
-logit = w . LayerNorm(concat y) + b, in float32. With frame logits the same weights pool each latent frame by itself.
+At each tapped block:  K, V = W_k, W_v RMSNorm(h);  o = W_o softmax(q k^T / sqrt(d)) V;  y = Linear(LayerNorm(e + o)), e the query
+token. logit = w . LayerNorm(concat y) + b, in float32. With frame logits the same weights pool each latent frame by itself.
 """
 
 from __future__ import annotations

@@ -33,9 +33,7 @@ class Draws:
         """The draws of a narrower scope: `draws.at("step", 3)`."""
         return Draws(self._seed, *self._scope, *more_scope)
 
-    def normal(
-        self, name: str, samples: Sequence[int], shape: Sequence[int], device: torch.device | str | None = None
-    ) -> Tensor:
+    def normal(self, name: str, samples: Sequence[int], shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """Standard normal values, fp32 [len(samples), *shape]."""
         out = np.empty((len(samples), *_shape(shape)), np.float32)
         for row, generator in enumerate(self._generators("normal", name, samples)):

@@ -24,7 +24,8 @@ def lengthened(chunks: Sequence[int], times: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def streamed(run: Run, network: Any, samples: range, chunks: tuple[int, ...]) -> Tensor:
-    """Clips [B, F, C, H, W] streamed through the ring cache from held-out first frames; sample i's noise is its own, for every stage."""
+    """Clips [B, F, C, H, W] streamed through the ring cache from held-out first frames; sample i's noise is its own, for every
+    stage."""
     draws, device = run.draws("evaluate", 0), run.processes.device
 
     def noise(chunk: int, step: int) -> Tensor:
@@ -45,13 +46,15 @@ def in_batches(run: Run, count: int, make: Callable[[range], Tensor]) -> Tensor:
 
 
 def real_clips(run: Run, count: int, frames: int) -> Tensor:
-    """Held-out real clips, the ones whose first frames the stages stream from; shorter ones where no held-out video is that long."""
+    """Held-out real clips, the ones whose first frames the stages stream from; shorter ones where no held-out video is that
+    long."""
     longest = run.videos.longest("test") if hasattr(run.videos, "longest") else frames
     return run.videos.clips(range(count), min(frames, longest), "test")
 
 
 def measured(run: Run, x: Tensor) -> dict[str, Any]:
-    """The metrics of clips [N, F, C, H, W]: the decoder's where the world has one, the generic ones against real clips otherwise."""
+    """The metrics of clips [N, F, C, H, W]: the decoder's where the world has one, the generic ones against real clips
+    otherwise."""
     if run.recipe.recipe == "digits":
         from aadkern_train.metrics import measure
 

@@ -6,6 +6,7 @@ The network's flow is eps - x0; at the diffusers boundary the timestep is 1000 s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -83,7 +84,7 @@ def integrate_ode(
     """
     x = with_first_frame(noise, first_frame)
     clean = 0 if first_frame is None else 1
-    for level, following in zip(sigmas, sigmas[1:], strict=False):
+    for level, following in itertools.pairwise(sigmas):
         sigma = clip_sigma(torch.full((x.shape[0],), level, dtype=x.dtype, device=x.device), x.shape[1], clean)
         moved = x + (following - level) * flow_from_x0(x, predict_x0(x, sigma), sigma)
         x = with_first_frame(moved, first_frame)

@@ -32,12 +32,14 @@ def find_weights(checkpoint: Path) -> Path:
         weights = RunFolder(checkpoint).weights(stage)
         if weights.exists():
             return weights
-    raise ValueError(f"checkpoint must be a run with a finished causal stage, or a .safetensors file of one; {checkpoint} is neither")
+    raise ValueError(
+        f"checkpoint must be a run with a finished causal stage, or a .safetensors file of one; {checkpoint} is neither"
+    )
 
 
 def first_frame_from(run: Run, image: Path) -> Tensor:
     """The first frame of an image or video file as a latent frame [1, C, H, W], resized and cropped to the run's size."""
-    channels, height, width = run.videos.frame_shape
+    _channels, height, width = run.videos.frame_shape
     if isinstance(run.recipe.data, ClipsData):
         from aadkern_train.worlds.video_folder import decode
 

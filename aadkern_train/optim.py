@@ -240,7 +240,5 @@ def _gathered(shard: Tensor, like: Tensor) -> Tensor:
     """The whole matrix of which shard is this rank's part, sharded as like is."""
     if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
         return shard
-    whole = DTensor.from_local(
-        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    whole = DTensor.from_local(shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
     return whole.full_tensor()

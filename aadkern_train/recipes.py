@@ -1,7 +1,7 @@
 """The recipes: every setting of a run, with its default and its reason. ``aad train RECIPE key.sub=value`` changes any of them.
 
-Two recipes: ``digits``, moving digits on a torus with an exact teacher to measure against (the demo), and ``clips``, a folder of videos.
-The paper's own figures (14B, 64 GPUs) stand beside the defaults where they differ: small networks want far larger rates.
+Two recipes: ``digits``, moving digits on a torus with an exact teacher to measure against (the demo), and ``clips``, a folder of
+videos. The paper's own figures (14B, 64 GPUs) stand beside the defaults where they differ: small networks want far larger rates.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class NetworkSettings(Config):
     predicts: Literal["x0", "flow"] = "x0"  # Wan predicts flow; a small net learns x0 faster at sigma 1
     rope: Literal["relative", "absolute"] = "relative"
     torus_rope: bool = True  # spatial frequencies that close on the torus
-    # Whole multiples of 2 pi / 16 in time tell neighbouring frames apart far better than Wan's 1, 0.1, 0.01, ... for head_dim 16: after 400
-    # steps the teacher's legal moves were 60 % against 51 (chance is 50). Positions differ by less than 16 within a window or clip.
+    # Whole multiples of 2 pi / 16 in time tell neighbouring frames apart far better than Wan's 1, 0.1, 0.01, ... for head_dim 16:
+    # after 400 steps the teacher's legal moves were 60 % against 51 (chance is 50). Positions differ by less than 16 within a
+    # window or clip.
     rope_frames: Count | None = 16
     qk_gain: Rate = 1.7  # initial weight of the norms of q and k: sharper attention from the start
 
@@ -99,7 +100,8 @@ class DmdSettings(StageSettings):
 
 
 class AdversarialSettings(StageSettings):
-    """Stage III: the generator against a bidirectional discriminator on real clips (paper: 200 steps, rates 4e-7, 1e-6, heads 2e-6)."""
+    """Stage III: the generator against a bidirectional discriminator on real clips (paper: 200 steps, rates 4e-7, 1e-6, heads
+    2e-6)."""
 
     steps: Annotated[int, Field(ge=0)] = 240
     discriminator_first: Annotated[int, Field(ge=0)] = 60  # steps in which only the discriminator learns

@@ -1,8 +1,8 @@
 """Self-rollout: the generator makes a clip chunk by chunk, each chunk seeing its own earlier ones through the K/V cache.
 
 A chunk costs its denoising passes and one clean pass that writes the keys and values later chunks will see. Cached keys and values
-are constants for the gradient, so given the rollout each chunk's graph stands alone (Self-Forcing; AAD-1 section 3.2). ``replay`` uses
-that: it sends dL/dx into one chunk at a time, with the peak memory of one chunk and the exact gradient.
+are constants for the gradient, so given the rollout each chunk's graph stands alone (Self-Forcing; AAD-1 section 3.2). ``replay``
+uses that: it sends dL/dx into one chunk at a time, with the peak memory of one chunk and the exact gradient.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def generated(
     *,
     with_grad: bool = False,
 ) -> Iterator[Made]:
-    """Chunks 1, 2, ... of these sizes after ``first_frame`` [B, C, H, W], through ``cache``; each is committed when the next is asked for."""
+    """Chunks 1, 2, ... of these sizes after ``first_frame`` [B, C, H, W], through ``cache``; each is committed when the next is
+    asked for."""
     clean, x = first_frame[:, None], None
     for chunk, _ in enumerate(sizes, start=1):
         with torch.no_grad():

@@ -117,7 +117,9 @@ class Run:
                 ffn_dim=settings.ffn,
                 num_layers=settings.layers,
                 rope=settings.rope,
-                rope_periods=(settings.rope_frames, height // settings.patch, width // settings.patch) if settings.torus_rope else None,
+                rope_periods=(settings.rope_frames, height // settings.patch, width // settings.patch)
+                if settings.torus_rope
+                else None,
             )
         for block in net.blocks:
             for norm in (block.attn1.norm_q, block.attn1.norm_k):

@@ -205,9 +205,7 @@ class Progress:
             self._printed = now
             done = max(1, step - self.start)
             left = (now - self._began) / done * max(0, self.total - step)
-            print(
-                f"{self.stage}: {step}/{self.total}, {_minutes(left)} left  {shown}".rstrip(), file=self.out, flush=True
-            )
+            print(f"{self.stage}: {step}/{self.total}, {_minutes(left)} left  {shown}".rstrip(), file=self.out, flush=True)
 
 
 def _minutes(seconds: float) -> str:

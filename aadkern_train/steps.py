@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -18,7 +19,7 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         for name, levels in (("first", self.first), ("rest", self.rest)):
-            falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+            falling = all(a > b for a, b in itertools.pairwise(levels))
             if not levels or not falling or not all(0 < s <= 1 for s in levels):
                 raise ValueError(f"{name} must be falling noise levels in (0, 1], got {levels}")
         if self.exit != "last" and not (isinstance(self.exit, int) and self.exit >= 0):

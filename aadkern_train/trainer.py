@@ -1,7 +1,7 @@
 """The loop: stage after stage, with log, measurements, checkpoints and resumption. It knows no stage's mathematics.
 
-A stage is finished when its weights stand under RUN/weights (written last, atomically); the current one goes on from its newest whole
-checkpoint. Random numbers are functions of (seed, stage, step, sample), so a resumed run repeats an unbroken one bit for bit.
+A stage is finished when its weights stand under RUN/weights (written last, atomically); the current one goes on from its newest
+whole checkpoint. Random numbers are functions of (seed, stage, step, sample), so a resumed run repeats an unbroken one bit for bit.
 """
 
 from __future__ import annotations

@@ -25,9 +25,7 @@ def as_frames(frames: torch.Tensor | np.ndarray, name: str = "frames") -> np.nda
     if array.dtype != np.uint8:
         raise TypeError(f"{name} must be uint8, got {array.dtype}")
     if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
-        raise ValueError(
-            f"{name} must have shape [T, H, W, 3] with at least one frame and pixel, got {list(array.shape)}"
-        )
+        raise ValueError(f"{name} must have shape [T, H, W, 3] with at least one frame and pixel, got {list(array.shape)}")
     return np.ascontiguousarray(array)
 
 

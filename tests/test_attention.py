@@ -111,7 +111,7 @@ def test_low_precision_stays_within_twice_torchs_own_error(backend, dtype):
 def test_lse_merges_split_keys():
     """Attention over two halves of the keys, merged by lse, is attention over all: what a split-KV user relies on."""
     q, k, v = inputs(ALL_PLANS["bidirectional"])
-    whole, lse = aadkern.attention(q, k, v, ALL_PLANS["bidirectional"], return_lse=True)
+    whole, _lse = aadkern.attention(q, k, v, ALL_PLANS["bidirectional"], return_lse=True)
     parts = []
     for ranges in ([(0, 10)], [(10, 27)]):
         parts.append(aadkern.attention(q, k, v, AttentionPlan.from_ranges(27, 27, [((0, 27), ranges)]), return_lse=True))
@@ -140,7 +140,7 @@ def test_backends_names_reasons():
     assert answers["reference"] == answers["sdpa"] == "available"
     assert "sm90" in answers and answers["sm90"] != "available"
     q, k, v = inputs(CHUNKED)
-    with pytest.raises(ValueError, match="sm90.*no sm_90a kernels"):
+    with pytest.raises(ValueError, match=r"sm90.*no sm_90a kernels"):
         aadkern.attention(q, k, v, CHUNKED, backend="sm90")
 
 

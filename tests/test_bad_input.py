@@ -50,9 +50,7 @@ def test_triton_refuses_cpu_tensors_outside_its_interpreter():
 def test_missing_triton_is_named_and_passed_over(monkeypatch):
     """Case 20: without Triton a GPU falls back to sdpa, and asking for Triton says that it is missing."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest))
     runtime.reason_against.cache_clear()
     try:
         assert runtime.choose_backend("auto", "cuda") == "sdpa"

@@ -309,9 +309,7 @@ def test_other_settings_are_named(world, tmp_path):
     assert checkpoints.load(linear(world, 0.0), Settings()).config["steps"] == 10
     other = Settings(steps=20, inner=Inner(lr=2e-3))
     found = linear(world, 0.0)
-    with pytest.raises(
-        CheckpointError, match=r"other settings: steps \(10 then, 20 now\), inner.lr \(0.001 then, 0.002"
-    ):
+    with pytest.raises(CheckpointError, match=r"other settings: steps \(10 then, 20 now\), inner.lr \(0.001 then, 0.002"):
         checkpoints.load(found, other)
     with pytest.raises(CheckpointError, match=r"other settings: inner.lr"):
         checkpoints.load(found, other, ignore=("steps",))

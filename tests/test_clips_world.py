@@ -60,9 +60,7 @@ def test_clips_are_a_function_of_the_indices(videos: Path, world: ClipsWorld) ->
     a = world.clips([5, 1, 900], 6)
     again = ClipsWorld(videos, size=SIZE, frames=6, fps=None).clips([900, 5], 6)
     assert torch.equal(a[[2, 0]], again) and not torch.equal(a[0], a[1])
-    assert not torch.equal(
-        ClipsWorld(videos, size=SIZE, frames=6, fps=None, seed=1).rgb_clips([5], 6), world.rgb_clips([5], 6)
-    )
+    assert not torch.equal(ClipsWorld(videos, size=SIZE, frames=6, fps=None, seed=1).rgb_clips([5], 6), world.rgb_clips([5], 6))
 
 
 def test_a_shorter_clip_is_the_beginning_of_the_longer(world: ClipsWorld) -> None:
@@ -212,9 +210,7 @@ def test_all_channels_lose_nothing() -> None:
 
 def test_leading_axes_keep_the_most_and_pixels_stay_in_place(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
-    smooth = torch.nn.functional.interpolate(
-        torch.rand(64, 3, 4, 4, generator=generator), size=(16, 16), mode="bicubic"
-    )
+    smooth = torch.nn.functional.interpolate(torch.rand(64, 3, 4, 4, generator=generator), size=(16, 16), mode="bicubic")
     rgb = (255 * smooth.clamp(0, 1)).movedim(1, -1).to(torch.uint8)
     latents = PatchLatents.fit(rgb, patch=4, channels=9)
     variance = torch.linalg.eigvalsh(torch.cov(_plain_patches(rgb).T, correction=0)).flip(0)
@@ -248,14 +244,10 @@ def test_generic_metrics_see_what_is_wrong(world: ClipsWorld) -> None:
     assert same["motion"] == pytest.approx(100, abs=25) and same["sharpness"] == pytest.approx(100, abs=20)
     assert same["dynamic"] > 80 and same["frechet"] < 2.5
     exact = measure_generic(real, real)
-    assert (
-        exact["motion"] == pytest.approx(100) and exact["sharpness"] == pytest.approx(100) and exact["frechet"] < 1e-6
-    )
+    assert exact["motion"] == pytest.approx(100) and exact["sharpness"] == pytest.approx(100) and exact["frechet"] < 1e-6
     frozen = measure_generic(real, real[:, :1].expand(-1, 12, -1, -1, -1))
     assert frozen["motion"] == 0 and frozen["dynamic"] == 0 and frozen["drift"] < 1e-5 and frozen["frechet"] > 3
-    blurred = torch.nn.functional.avg_pool2d(
-        real.flatten(0, 1).movedim(-1, 1).float(), 9, 1, 4, count_include_pad=False
-    )
+    blurred = torch.nn.functional.avg_pool2d(real.flatten(0, 1).movedim(-1, 1).float(), 9, 1, 4, count_include_pad=False)
     blurred = blurred.movedim(1, -1).to(torch.uint8).reshape(real.shape)
     assert measure_generic(real, blurred)["sharpness"] < 75
     ramp = torch.linspace(0, 40, 12)[:, None, None, None] * torch.randn(real.shape, generator=generator)
@@ -283,7 +275,5 @@ def test_frechet_distance_of_known_gaussians() -> None:
 
     scale = a.std(0, correction=0)
     s, t = torch.cov((a / scale).T, correction=0).numpy(), torch.cov((mixed / scale).T, correction=0).numpy()
-    expected = np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real) + float(
-        ((a - mixed) / scale).mean(0).square().sum()
-    )
+    expected = np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real) + float(((a - mixed) / scale).mean(0).square().sum())
     assert frechet_distance(a, mixed) == pytest.approx(expected, abs=1e-6)

@@ -65,9 +65,7 @@ def test_overrides_take_yaml_values_in_order():
         ],
     )
     ode = Ode(steps=400, lr=1e-4, level=1.0, betas=(0.0, 0.99))
-    expected = Settings(
-        seed=2, chunks=(1, 4, 4, 4), ode=ode, control=Ode(steps=3), extra={"z": 2.0}, flag=True, limit=float("inf")
-    )
+    expected = Settings(seed=2, chunks=(1, 4, 4, 4), ode=ode, control=Ode(steps=3), extra={"z": 2.0}, flag=True, limit=float("inf"))
     assert changed == expected
     assert apply_overrides(changed, ["control=null"]).control is None
     assert Settings() == apply_overrides(Settings(), [])

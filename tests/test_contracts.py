@@ -14,9 +14,7 @@ import torch
 import aadkern
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [
-    path for package in ("aadkern", "aadkern_train", "benchmarks") for path in sorted((ROOT / package).rglob("*.py"))
-]
+SOURCES = [path for package in ("aadkern", "aadkern_train", "benchmarks") for path in sorted((ROOT / package).rglob("*.py"))]
 AADKERN = [path for path in SOURCES if path.is_relative_to(ROOT / "aadkern")]
 MAX_LINES = 500
 
@@ -74,9 +72,7 @@ def test_aadkern_imports_only_what_it_may():
 
 def test_the_training_layer_stands_below_benchmarks_and_tests():
     below = [path for path in SOURCES if not path.is_relative_to(ROOT / "benchmarks")]
-    assert [
-        path for path in below if {name.partition(".")[0] for name in imports(path)} & {"benchmarks", "tests"}
-    ] == []
+    assert [path for path in below if {name.partition(".")[0] for name in imports(path)} & {"benchmarks", "tests"}] == []
 
 
 def test_kernels_are_imported_by_their_own_room_and_by_the_contract_page_only():

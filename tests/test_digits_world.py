@@ -293,9 +293,7 @@ def test_a_law_without_change_sees_a_change_of_velocity_as_impossible():
     torch.testing.assert_close(log_p, torch.tensor([math.log(1 / 64 / 8 / 32)]))
 
 
-@pytest.mark.parametrize(
-    ("level", "joint_most", "alone_least"), [(0.8, 0.01, 0.07), (0.9, 0.3, 0.75), (0.95, 0.92, 0.95)]
-)
+@pytest.mark.parametrize(("level", "joint_most", "alone_least"), [(0.8, 0.01, 0.07), (0.9, 0.3, 0.75), (0.95, 0.92, 0.95)])
 def test_other_frames_help_where_the_noise_is_high(level, joint_most, alone_least):
     """Mean squared error of E[x0] from all frames, and from each frame alone."""
     x = WORLD.clips(range(96), 13)

@@ -94,7 +94,12 @@ def test_shapes(run):
 
 @pytest.mark.parametrize(
     "options, says",
-    [({"backbone": "forward"}, "backbone"), ({"logits": "pixel"}, "logits"), ({"layers": (1, 0)}, "layers"), ({"layers": (5,)}, "layers")],
+    [
+        ({"backbone": "forward"}, "backbone"),
+        ({"logits": "pixel"}, "logits"),
+        ({"layers": (1, 0)}, "layers"),
+        ({"layers": (5,)}, "layers"),
+    ],
 )
 def test_bad_input(run, options, says):
     with pytest.raises(ValueError, match=says):

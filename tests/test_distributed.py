@@ -144,9 +144,7 @@ def conversation(world: World) -> dict[str, object]:
 def assert_trained_alike(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], name: str) -> None:
     assert set(got) == set(expected)
     for key, value in expected.items():
-        torch.testing.assert_close(
-            got[key], value, rtol=2e-5, atol=2e-6, msg=lambda text, k=key: f"{name}, {k}: {text}"
-        )
+        torch.testing.assert_close(got[key], value, rtol=2e-5, atol=2e-6, msg=lambda text, k=key: f"{name}, {k}: {text}")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ def test_shift_five_gives_self_forcings_levels(u, sigma):
 def test_schedule_falls_from_one_to_zero():
     sigmas = flow.sigma_schedule(24, 5.0)
     assert len(sigmas) == 25 and sigmas[0] == 1.0 and sigmas[-1] == 0.0
-    assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(sigmas))
     with pytest.raises(ValueError, match="steps"):
         flow.sigma_schedule(0, 5.0)
 

@@ -36,9 +36,7 @@ def sources(tmp_path):
 
 
 def run(command: list[str | Path], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {
-        name: value for name, value in os.environ.items() if name not in ("AADKERN_BUILD_CUDA", "PYTHONPATH", "CXX")
-    }
+    clean = {name: value for name, value in os.environ.items() if name not in ("AADKERN_BUILD_CUDA", "PYTHONPATH", "CXX")}
     return subprocess.run(command, cwd=cwd, env=clean | variables, capture_output=True, text=True)
 
 
@@ -62,9 +60,7 @@ def facts(target: Path) -> tuple[dict | None, str]:
 
 
 def build(sources: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", "built", "--build-temp", "temp"], sources, **variables
-    )
+    return run([sys.executable, "setup.py", "build_ext", "--build-lib", "built", "--build-temp", "temp"], sources, **variables)
 
 
 def nvcc_that_says(folder: Path, text: str) -> str:

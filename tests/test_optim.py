@@ -98,9 +98,7 @@ def test_sharded_and_plain_steps_agree_bitwise_in_a_world_of_one(world, kind):
 
 def test_factors_scale_the_rates_by_prefix_and_by_step():
     def moved(step: float = 1.0, **settings: object) -> dict[str, float]:
-        net = nn.ModuleDict(
-            {"body": nn.Linear(2, 2), "heads": nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})}
-        )
+        net = nn.ModuleDict({"body": nn.Linear(2, 2), "heads": nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})})
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         step_with_gradients(net, build(net.named_parameters(), lr=0.1, **settings), 0, factor=step)
         return {name: float((p - before[name]).abs().mean()) for name, p in net.named_parameters()}

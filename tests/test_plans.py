@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from aadkern import AttentionPlan, VideoLayout, Window, plans
 
-layouts = st.builds(
-    VideoLayout, st.lists(st.integers(1, 4), min_size=1, max_size=5).map(tuple), tokens_per_frame=st.integers(1, 3)
-)
+layouts = st.builds(VideoLayout, st.lists(st.integers(1, 4), min_size=1, max_size=5).map(tuple), tokens_per_frame=st.integers(1, 3))
 
 
 @st.composite
@@ -145,7 +143,14 @@ def test_block_mask_agrees_with_dense():
 
 @pytest.mark.parametrize(
     "frames, chunk, first, chunks",
-    [(21, 4, 1, (1, 4, 4, 4, 4, 4)), (22, 4, None, (4, 4, 4, 4, 6)), (21, 3, None, (3,) * 7), (3, 4, 1, (1, 2)), (2, 4, None, (2,)), (1, 4, 1, (1,))],
+    [
+        (21, 4, 1, (1, 4, 4, 4, 4, 4)),
+        (22, 4, None, (4, 4, 4, 4, 6)),
+        (21, 3, None, (3,) * 7),
+        (3, 4, 1, (1, 2)),
+        (2, 4, None, (2,)),
+        (1, 4, 1, (1,)),
+    ],
 )
 def test_regular_layout(frames, chunk, first, chunks):
     layout = VideoLayout.regular(frames, chunk, 5, first=first)

@@ -81,9 +81,7 @@ def log_lines(rng: np.random.Generator) -> list[dict[str, Any]]:
         for step in range(1, steps + 1):
             decay = np.exp(-3 * step / steps)
             values = {
-                f: round(v * (0.3 + decay) * float(rng.lognormal(0, 0.15)), 5)
-                for f, v in FIELDS[stage].items()
-                if "logit" not in f
+                f: round(v * (0.3 + decay) * float(rng.lognormal(0, 0.15)), 5) for f, v in FIELDS[stage].items() if "logit" not in f
             }
             logits = {f: v + float(rng.normal(0, 0.3)) for f, v in FIELDS[stage].items() if "logit" in f}
             common = {"grad_norm": float(rng.lognormal(0, 0.5)), "lr": 1e-3 * (0.1 + 0.9 * decay)}
@@ -92,10 +90,7 @@ def log_lines(rng: np.random.Generator) -> list[dict[str, Any]]:
             continue
         for step in [*range(0, steps, 40), steps]:
             share = step / steps
-            values = {
-                k: v * (1 + float(rng.normal(0, 0.01)) - 0.2 * (1 - share))
-                for k, v in zip(KEYS, FINAL[stage], strict=True)
-            }
+            values = {k: v * (1 + float(rng.normal(0, 0.01)) - 0.2 * (1 - share)) for k, v in zip(KEYS, FINAL[stage], strict=True)}
             lines.append(
                 {
                     "stage": stage,
@@ -223,13 +218,9 @@ def test_page_is_whole_and_stands_alone(html: str) -> None:
         "How the metrics are defined",
     ]
     assert len(html) < 3e6 and "Left out" not in html
-    assert not re.findall(
-        r"https?:|//[a-z]|url\(|@import|<link|<iframe|\bfetch\b|XMLHttp", re.sub(r"base64,[^\"]*", "", html)
-    )
+    assert not re.findall(r"https?:|//[a-z]|url\(|@import|<link|<iframe|\bfetch\b|XMLHttp", re.sub(r"base64,[^\"]*", "", html))
     for tag in ("img", "canvas"):
-        assert page.all(tag) and all(
-            (a.get("src") or a.get("data-sheet") or "").startswith("data:image/") for a in page.all(tag)
-        )
+        assert page.all(tag) and all((a.get("src") or a.get("data-sheet") or "").startswith("data:image/") for a in page.all(tag))
     assert all(a["alt"] for a in page.all("img"))
     assert all(a["aria-label"] for tag in ("svg", "canvas") for a in page.all(tag))
     assert "nan" not in page.text.lower().replace("finan", "") and "None" not in page.text
@@ -293,9 +284,7 @@ def test_curve_points_stand_where_the_log_says(run_dir: Path, tmp_path: Path) ->
     assert [len(run.train[stage]["lr"]) for stage in STEPS] == list(STEPS.values())
     assert [step for step, *_ in run.evaluations["dmd"]] == [0, 40, 80, 120, 160, 168]
     step, short, long = run.evaluations["adversarial"][-1]
-    assert (
-        step == 281 and set(short) == set(long) == set(KEYS) and long["legal"] == pytest.approx(0.97 * short["legal"])
-    )
+    assert step == 281 and set(short) == set(long) == set(KEYS) and long["legal"] == pytest.approx(0.97 * short["legal"])
     chart = line_chart("a", [Series("s", [(0, 0), (10, 5), (20, 10)], "blue")])
     path = re.search(r'class="line c-blue" d="M([^"]+)"', chart)
     assert path is not None
@@ -344,31 +333,21 @@ def test_user_text_is_escaped(tmp_path: Path) -> None:
     run.mkdir()
     (run / "config.yaml").write_text(f"recipe: {json.dumps(evil)}\nchunks: [1, 2]\n")
     row = {evil: 1.0, "quality": 3, "long": {evil: 2.0}}
-    (run / "metrics.json").write_text(
-        json.dumps({"stages": {evil: row}, "reference": {"real": row}, "machine": {evil: evil}})
-    )
-    lines = [{"stage": evil, "step": i, evil: 1.0} for i in range(3)] + [
-        {"stage": "dmd", "step": 3, "kind": "eval", evil: 1.0}
-    ]
+    (run / "metrics.json").write_text(json.dumps({"stages": {evil: row}, "reference": {"real": row}, "machine": {evil: evil}}))
+    lines = [{"stage": evil, "step": i, evil: 1.0} for i in range(3)] + [{"stage": "dmd", "step": 3, "kind": "eval", evil: 1.0}]
     (run / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (run / "samples").mkdir()
     np.save(run / "samples/a<b>&.npy", np.zeros((1, 3, 8, 8, 3), np.uint8))
     html = write_report(run).read_text()
     page = Page(html)
-    assert (
-        len(page.all("script")) == 1
-        and "<b>" not in html.replace('<td class="best"><b>', "")
-        and page.text.count("alert(") >= 5
-    )
+    assert len(page.all("script")) == 1 and "<b>" not in html.replace('<td class="best"><b>', "") and page.text.count("alert(") >= 5
 
 
 def test_a_world_without_decoder_metrics(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("recipe: clips\nchunks: [1, 4]\nwindow: 5\n")
     real = {"motion": 100.0, "sharpness": 100.0, "drift": 3.0, "frechet": 0.0, "strange": 4.0}
     near, far = {k: v + 1 for k, v in real.items()}, {k: v - 7 for k, v in real.items()}
-    (tmp_path / "metrics.json").write_text(
-        json.dumps({"stages": {"ode": far, "dmd": near}, "reference": {"real": real}})
-    )
+    (tmp_path / "metrics.json").write_text(json.dumps({"stages": {"ode": far, "dmd": near}, "reference": {"real": real}}))
     table = rows(write_report(tmp_path).read_text(), "At the trained length")
     assert table["II: DMD"] == ["*4.0", "*101.0", "*101.0", "*1.00", "*5.00"] and not any(
         "*" in cell for cell in table["I: ODE regression"]

@@ -93,17 +93,13 @@ def test_sheets_hold_every_moment_and_set_chunks_apart() -> None:
 
 
 @pytest.mark.parametrize("chunks", [(1, 4, 4, 4), (3, 3, 3, 3, 5), (1,) * 9, (2, 6)])
-@pytest.mark.parametrize(
-    "window", [Window(9, 1), Window(None, 0), Window(6, 2, includes_sink=False), Window(3, 0), Window(4, 3)]
-)
+@pytest.mark.parametrize("window", [Window(9, 1), Window(None, 0), Window(6, 2, includes_sink=False), Window(3, 0), Window(4, 3)])
 def test_plan_picture_covers_exactly_the_plan(chunks: tuple[int, ...], window: Window) -> None:
     layout = VideoLayout(chunks, 1)
     drawn = torch.zeros(layout.frames, layout.frames, dtype=torch.int)
     for q0, q1, k0, k1, kind in cells(layout, window):
         drawn[q0:q1, k0:k1] += 1
-        assert (
-            (kind == "sink") == (k0 < window.sink) and (kind != "itself" or k0 >= q0) and (kind != "window" or k1 <= q0)
-        )
+        assert (kind == "sink") == (k0 < window.sink) and (kind != "itself" or k0 >= q0) and (kind != "window" or k1 <= q0)
     assert torch.equal(drawn, block_causal(layout, window).dense().int())
 
 

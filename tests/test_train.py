@@ -145,7 +145,9 @@ def test_two_processes_train_like_one_and_one_resumes_them(finished, tmp_path):
 
 def test_accumulated_parts_give_the_whole_batchs_losses(finished, tmp_path):
     with distributed.start("cpu") as world:
-        run = new_run(tmp_path / "parts", world, "pretrain={steps: 2, accumulate: 2}", "ode.accumulate=4", "adversarial.accumulate=2")
+        run = new_run(
+            tmp_path / "parts", world, "pretrain={steps: 2, accumulate: 2}", "ode.accumulate=4", "adversarial.accumulate=2"
+        )
         stage = trainer.MAKERS["pretrain"](run)
         values = [stage.train_step(step) for step in range(2)]
     whole = [line for line in log_of(finished) if line["stage"] == "pretrain" and "kind" not in line]

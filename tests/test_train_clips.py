@@ -38,7 +38,9 @@ def test_a_folder_of_videos_through_all_stages(tmp_path, capsys):
     image = next((tmp_path / "other").iterdir())
     for file in folder.iterdir():
         file.unlink()  # a first frame of one's own needs no training videos
-    assert main(["generate", "--checkpoint", str(run), "--chunks", "3", "--image", str(image), "--out", str(tmp_path / "b.gif")]) == 0
+    assert (
+        main(["generate", "--checkpoint", str(run), "--chunks", "3", "--image", str(image), "--out", str(tmp_path / "b.gif")]) == 0
+    )
     frames, _ = read_video(tmp_path / "b.gif")
     assert frames.shape == (7, 256, 256, 3)
 

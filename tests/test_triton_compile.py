@@ -40,9 +40,7 @@ def compiled(kernel, capability, dtype, constants, warps=4, stages=1):
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or "stride" in name]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
 
 
 def stack_bytes(binary, folder):

@@ -46,9 +46,7 @@ def test_odd_side_repeats_the_edge_and_keeps_the_rest(tmp_path: Path) -> None:
 
 
 def test_scale_is_nearest_neighbour(tmp_path: Path) -> None:
-    frames = torch.from_numpy(np.random.default_rng(1).choice([0, 255], size=(3, 5, 7, 1)).astype(np.uint8)).expand(
-        3, 5, 7, 3
-    )
+    frames = torch.from_numpy(np.random.default_rng(1).choice([0, 255], size=(3, 5, 7, 1)).astype(np.uint8)).expand(3, 5, 7, 3)
     back, _ = read_video(write_video(tmp_path / "a.gif", frames, 5, scale=6))
     assert torch.equal(back, frames.repeat_interleave(6, 1).repeat_interleave(6, 2))
 

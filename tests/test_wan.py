@@ -60,9 +60,7 @@ def diffusers_in_fp64(monkeypatch):
 
 
 def diffusers_twin(model: CausalWan) -> WanTransformer3DModel:
-    twin = WanTransformer3DModel(
-        **{key: value for key, value in model.config.items() if key in CONFIG or key == "cross_attn_norm"}
-    )
+    twin = WanTransformer3DModel(**{key: value for key, value in model.config.items() if key in CONFIG or key == "cross_attn_norm"})
     twin.load_state_dict(model.state_dict())
     dtype = next(model.parameters()).dtype
     if dtype == torch.float64:  # its tables were rounded to fp32

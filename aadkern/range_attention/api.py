@@ -56,14 +56,15 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which each run of queries sees the key ranges that ``plan`` gives it.
 
-    ``q`` is [B, Lq, H, D], ``k`` and ``v`` are [B, Lk, H, D], with Lq = plan.q_len and Lk = plan.k_len; float32, float64, float16 or
-    bfloat16, all of one dtype and device. Any strides serve; a last dimension that is not contiguous is copied first. ``scale``
-    defaults to 1/sqrt(D). ``backend`` None picks the best verified one for the device (``aadkern.backends()``); a named backend never
-    falls back. Every backend of this version is deterministic, so ``deterministic`` changes nothing yet.
+    ``q`` is [B, Lq, H, D], ``k`` and ``v`` are [B, Lk, H, D], with Lq = plan.q_len and Lk = plan.k_len; float32, float64, float16
+    or bfloat16, all of one dtype and device. Any strides serve; a last dimension that is not contiguous is copied first. ``scale``
+    defaults to 1/sqrt(D). ``backend`` None picks the best verified one for the device (``aadkern.backends()``); a named backend
+    never falls back. Every backend of this version is deterministic, so ``deterministic`` changes nothing yet.
 
     Returns the output [B, Lq, H, D] in q's dtype and, with ``return_lse``, the natural logarithm of the softmax denominator
-    [B, H, Lq] in float32 (float64 for float64 inputs). A query that sees no key gets output 0, lse -inf and no gradient. Differentiable
-    once in q, k, v, through both outputs. Works under ``torch.compile(fullgraph=True)``. Under autocast, cast the inputs yourself.
+    [B, H, Lq] in float32 (float64 for float64 inputs). A query that sees no key gets output 0, lse -inf and no gradient.
+    Differentiable once in q, k, v, through both outputs. Works under ``torch.compile(fullgraph=True)``. Under autocast, cast the
+    inputs yourself.
 
     Raises TypeError for a wrong type or dtype and ValueError for a wrong shape, device, scale or backend, before any work.
     """
@@ -87,11 +88,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | 
         if x.dtype not in DTYPES:
             raise TypeError(f"attention: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
         if x.dtype != q.dtype:
-            raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {x.dtype}; cast before the call (also under autocast)")
+            raise TypeError(
+                f"attention: {name} must have q's dtype {q.dtype}, got {x.dtype}; cast before the call (also under autocast)"
+            )
         if x.device != q.device:
             raise ValueError(f"attention: {name} must be on q's device {q.device}, got {x.device}")
     if not isinstance(plan, AttentionPlan):
-        raise TypeError(f"attention: plan must be an aadkern.AttentionPlan, got {type(plan).__name__}; AttentionPlan.from_ranges makes one")
+        raise TypeError(
+            f"attention: plan must be an aadkern.AttentionPlan, got {type(plan).__name__}; AttentionPlan.from_ranges makes one"
+        )
     batch, q_len, heads, head_dim = q.shape
     if head_dim == 0:
         raise ValueError("attention: q must have head_dim of at least 1, got 0")

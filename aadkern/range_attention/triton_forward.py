@@ -206,9 +206,7 @@ def check_served(q: torch.Tensor) -> None:
     if (q.device.type == "cpu") != INTERPRETED:
         where = "CPU tensors, interpreted" if INTERPRETED else "CUDA tensors"
         was = "set" if INTERPRETED else "not set"
-        raise ValueError(
-            f"backend 'triton' serves {where}, because TRITON_INTERPRET=1 was {was} on import, got q on {q.device}"
-        )
+        raise ValueError(f"backend 'triton' serves {where}, because TRITON_INTERPRET=1 was {was} on import, got q on {q.device}")
     if q.dtype not in DTYPES:
         raise TypeError(f"backend 'triton' serves float32, float16 and bfloat16, got q of {q.dtype}; 'sdpa' serves it")
     if q.shape[3] > MAX_HEAD_DIM:

@@ -47,8 +47,8 @@ class StreamingCache:
     ``layers``, ``batch``, ``heads`` and ``head_dim`` are the model's; frames are latent frames of
     ``tokens_per_frame`` tokens; ``max_chunk_frames`` is the largest chunk. ``capacity_frames`` counts sink and ring,
     and defaults to the smallest ring in whole chunks that serves ``window``, so that the slots of equal chunks repeat
-    with a short period. ``rope`` and ``frame_period`` must be the model's: "relative" moves the sink's keys to just before the window
-    (``streaming.context``). Frame indices are Python integers without a limit. ``nbytes`` tells the memory: twice
+    with a short period. ``rope`` and ``frame_period`` must be the model's: "relative" moves the sink's keys to just before the
+    window (``streaming.context``). Frame indices are Python integers without a limit. ``nbytes`` tells the memory: twice
     layers * batch * capacity_frames * tokens_per_frame * heads * head_dim numbers.
 
     Raises ValueError or TypeError naming the argument; RuntimeError from ``commit`` when nothing was written.
@@ -155,9 +155,7 @@ class StreamingCache:
     def commit(self) -> None:
         """Make history of what the last pass under ``torch.no_grad`` wrote, and move past its chunk."""
         if self._written is None:
-            raise RuntimeError(
-                f"nothing was written for the chunk at frame {self._frame}: run all layers under torch.no_grad()"
-            )
+            raise RuntimeError(f"nothing was written for the chunk at frame {self._frame}: run all layers under torch.no_grad()")
         self._frame = self._history = self._written[1]
         self._written = None
 
@@ -285,9 +283,7 @@ def _moved(keys: Tensor, shift: int, frame_period: int | None) -> Tensor:
 def _capacity(window: Window, max_chunk: int, asked: int | None) -> int:
     recent = window.recent(max_chunk)
     if recent is not None and recent < max_chunk:
-        raise ValueError(
-            f"window must leave max_chunk_frames={max_chunk} frames in view, it leaves {recent} beside the sink"
-        )
+        raise ValueError(f"window must leave max_chunk_frames={max_chunk} frames in view, it leaves {recent} beside the sink")
     if asked is None:
         if recent is None:
             raise ValueError("capacity_frames must be given, as window has no limit: the frames to be streamed")

@@ -44,9 +44,7 @@ class CausalContext:
             start, end = self.layout.chunk_frames(chunk)
             seen = sum(min(b, end) - max(a, start) for a, b in self.window.visible_frames(start, end) if b > start)
             if seen < end - start:
-                raise ValueError(
-                    f"window must leave chunks whole: chunk {chunk} has {end - start} frames, it would see {seen}"
-                )
+                raise ValueError(f"window must leave chunks whole: chunk {chunk} has {end - start} frames, it would see {seen}")
 
 
 @lru_cache(maxsize=256)

@@ -1,8 +1,8 @@
 """Wan's rotary positions over (frame, row, column), for any frame index.
 
 Channel pair i of an axis turns by ``position * frequency[i]`` with ``frequency[i] = 10000^(-2 i / dim)``; with a
-``period``, for worlds in which positions repeat, it is ``2 pi (i + 1) / period``. Angles are fp64 on the host: no table to run out of (Wan's has 1024
-rows).
+``period``, for worlds in which positions repeat, it is ``2 pi (i + 1) / period``. Angles are fp64 on the host: no table to run
+out of (Wan's has 1024 rows).
 """
 
 from __future__ import annotations

@@ -88,9 +88,9 @@ class CausalWan(WanTransformer3DModel):
 
     Beside diffusers' configuration: ``rope`` is "absolute" (Self-Forcing's) or "relative" (StreamingLLM's: the sink
     sits just before the window); ``rope_periods`` is (frames or None, rows, columns) after which positions
-    repeat, as on a torus: frequencies become whole multiples of 2 pi / period; None is Wan's own. Time is not patched (patch_size[0] = 1),
-    and Wan 2.1's image embeddings (``image_dim``, ``added_kv_proj_dim``) are refused: causal image-to-video starts
-    from a clean first latent frame instead.
+    repeat, as on a torus: frequencies become whole multiples of 2 pi / period; None is Wan's own. Time is not patched
+    (patch_size[0] = 1), and Wan 2.1's image embeddings (``image_dim``, ``added_kv_proj_dim``) are refused: causal image-to-video
+    starts from a clean first latent frame instead.
     """
 
     _no_split_modules = ["CausalWanBlock"]  # noqa: RUF012 (diffusers' spelling)
@@ -120,14 +120,10 @@ class CausalWan(WanTransformer3DModel):
         rope_periods: tuple[int | None, int, int] | None = None,
     ) -> None:
         if len(patch_size) != 3 or patch_size[0] != 1:
-            raise ValueError(
-                f"patch_size must be (1, rows, columns): frames have own timesteps, got {tuple(patch_size)}"
-            )
+            raise ValueError(f"patch_size must be (1, rows, columns): frames have own timesteps, got {tuple(patch_size)}")
         for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):
             if value is not None:
-                raise ValueError(
-                    f"{name} must be None: image embeddings are not supported; {CLEAN_FIRST_FRAME}, got {value}"
-                )
+                raise ValueError(f"{name} must be None: image embeddings are not supported; {CLEAN_FIRST_FRAME}, got {value}")
         if rope not in ROPE_MODES:
             raise ValueError(f"rope must be one of {', '.join(ROPE_MODES)}, got {rope!r}")
         if rope_periods is not None and (len(rope_periods) != 3 or min(rope_periods[0] or 1, *rope_periods[1:]) < 1):
@@ -212,9 +208,7 @@ class CausalWan(WanTransformer3DModel):
             positions = _positions(first_frame if cache is None else cache.frame, frames)
             x = self._patchify(hidden_states)
             temb, modulation, text = self._conditions(timestep, encoder_hidden_states, frames)
-            rotation = rotation_table(
-                self._head_dim, positions, *grid[1:], self._rope_periods, table_dtype(x.dtype), x.device
-            )
+            rotation = rotation_table(self._head_dim, positions, *grid[1:], self._rope_periods, table_dtype(x.dtype), x.device)
             tapped: list[Tensor] = []
             for i, block in enumerate(self.blocks):
                 if i == blocks:

@@ -125,9 +125,7 @@ def _bands(bands: Sequence[Band], x_of: Callable[[float], float]) -> list[str]:
     for i, band in enumerate(bands):
         left, right = x_of(band.x0), x_of(band.x1)
         if i:
-            parts.append(
-                f'<line class="border" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP - 4}" y2="{HEIGHT - BOTTOM}"/>'
-            )
+            parts.append(f'<line class="border" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP - 4}" y2="{HEIGHT - BOTTOM}"/>')
         middle = (left + right) / 2
         parts.append(f'<text class="band" x="{middle:.1f}" y="11" text-anchor="middle">{escape(band.label)}</text>')
     return parts

@@ -70,9 +70,7 @@ def _groups(fields: dict[str, list[Point]]) -> list[tuple[str, list[tuple[str, l
         groups.setdefault(named[0] if named else _name(field).capitalize(), []).append((field, points))
     first = [title for title in dict.fromkeys(WORDS.values()) if title in groups]
     ordered = [(title, groups[title]) for title in [*first, *sorted(groups.keys() - set(first))]]
-    return [
-        (title, group[at : at + len(PALETTE)]) for title, group in ordered for at in range(0, len(group), len(PALETTE))
-    ]
+    return [(title, group[at : at + len(PALETTE)]) for title, group in ordered for at in range(0, len(group), len(PALETTE))]
 
 
 def metric_charts(run: RunRecord, long: bool) -> str:
@@ -81,9 +79,7 @@ def metric_charts(run: RunRecord, long: bool) -> str:
     Each stage has a stretch of the axis of its own, all equally wide, from step 0 to its last; stage III and its
     control share one.
     """
-    measured = {
-        s: [(step, after if long else short) for step, short, after in rows] for s, rows in run.evaluations.items()
-    }
+    measured = {s: [(step, after if long else short) for step, short, after in rows] for s, rows in run.evaluations.items()}
     lanes = [(stage, name) for stage, name in LANES if _steps(measured, stage)]
     if not lanes:
         return ""
@@ -126,9 +122,7 @@ def segment_charts(run: RunRecord, long: bool) -> str:
             listed = values if isinstance(values, list) else []
             points = [(i + 1.0, y) for i, value in enumerate(listed) if (y := number(value)) is not None]
             series.setdefault(key, []).append(Series(label(name), points, COLOURS.get(name, "grey"), name in DASHED))
-    charts = [
-        line_chart(metric(key).name, series[key], "part of the clip", with_legend=False) for key in in_order({*series})
-    ]
+    charts = [line_chart(metric(key).name, series[key], "part of the clip", with_legend=False) for key in in_order({*series})]
     names = dict.fromkeys((line.name, line.colour, line.dashed) for lines in series.values() for line in lines)
     return legend(list(names)) + _grid(charts) if charts else ""
 

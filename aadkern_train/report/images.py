@@ -29,9 +29,7 @@ def png(picture: np.ndarray) -> bytes:
     rows = np.ascontiguousarray(kept).reshape(len(kept), -1)
     changes = rows.copy()
     changes[1:] -= rows[:-1]
-    packed = [
-        zlib.compress(np.insert(lines, 0, kind, axis=1).tobytes(), 6) for kind, lines in ((0, rows), (2, changes))
-    ]
+    packed = [zlib.compress(np.insert(lines, 0, kind, axis=1).tobytes(), 6) for kind, lines in ((0, rows), (2, changes))]
     colour_type = (0 if grey else 2) + (4 if picture.shape[-1] == 4 else 0)
     header = struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 8, colour_type, 0, 0, 0)
 
@@ -65,9 +63,7 @@ def data_uri(rgba: np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def tiled(
-    rows: Sequence[Sequence[np.ndarray] | np.ndarray], gap: int = 1, wide_before: frozenset[int] | None = None
-) -> np.ndarray:
+def tiled(rows: Sequence[Sequence[np.ndarray] | np.ndarray], gap: int = 1, wide_before: frozenset[int] | None = None) -> np.ndarray:
     """Equal RGB pictures [H, W, 3] in rows as one RGBA picture, the gaps between them transparent.
 
     ``gap`` is in pixels, and three times as wide before the columns in ``wide_before``.
@@ -113,9 +109,7 @@ def sprite_sheet(clips: np.ndarray, columns: int = 4) -> tuple[np.ndarray, tuple
     return np.concatenate(moments), moments[0].shape[:2]
 
 
-def write_contact_sheet(
-    path_png: str | os.PathLike[str], frames: torch.Tensor | np.ndarray, scale: int = 1, gap: int = 1
-) -> Path:
+def write_contact_sheet(path_png: str | os.PathLike[str], frames: torch.Tensor | np.ndarray, scale: int = 1, gap: int = 1) -> Path:
     """Writes a PNG with one clip per row, its frames side by side, atomically.
 
     ``frames`` is uint8 RGB [N, T, H, W, 3], or [T, H, W, 3] for one clip; ``scale`` enlarges by nearest neighbour,

@@ -52,14 +52,10 @@ METRICS = {
     ),
     "velocity_tv_first": Metric("First TV", "lower", 2, "Velocity TV of each video's first displacement alone."),
     "identity": Metric("Identity", "higher", 1, "Percentage of frames that show the same digit as the first frame."),
-    "grid": Metric(
-        "Grid", "lower", 2, "Power of the error at the harmonics of the patch grid, in percent of a real frame's."
-    ),
+    "grid": Metric("Grid", "lower", 2, "Power of the error at the harmonics of the patch grid, in percent of a real frame's."),
     "motion": Metric("Motion", "near real", 1, "100 times the mean absolute frame difference over that of real video."),
     "sharpness": Metric("Sharpness", "near real", 1, "100 times the mean spatial gradient over that of real video."),
-    "frechet": Metric(
-        "Frechet", "lower", 2, "Frechet distance of 8 plain features of a clip: colour, contrast, movement."
-    ),
+    "frechet": Metric("Frechet", "lower", 2, "Frechet distance of 8 plain features of a clip: colour, contrast, movement."),
 }
 
 

@@ -118,9 +118,7 @@ def _along(run: RunRecord) -> str:
     charts = segment_charts(run, long=True)
     words = f"{run.long_words} the trained length" if charts else "the trained length"
     charts = charts or segment_charts(run, long=False)
-    return (
-        f"<p>Clips of {words}, cut into equal parts: what drifts or freezes shows here.</p>{charts}" if charts else ""
-    )
+    return f"<p>Clips of {words}, cut into equal parts: what drifts or freezes shows here.</p>{charts}" if charts else ""
 
 
 def _plan(run: RunRecord) -> str:

@@ -61,9 +61,7 @@ def contact_sheets(run: RunRecord) -> str:
     if not run.samples:
         return ""
     layout = _layout(run)
-    starts = (
-        frozenset(layout.chunk_frames(chunk)[0] for chunk in range(1, len(layout.chunks))) if layout else frozenset()
-    )
+    starts = frozenset(layout.chunk_frames(chunk)[0] for chunk in range(1, len(layout.chunks))) if layout else frozenset()
     usual = min(clips.shape[1] for clips in run.samples.values())
     short = {name: clips for name, clips in run.samples.items() if clips.shape[1] == usual}
     parts = []

@@ -103,12 +103,9 @@ def facts(run: RunRecord) -> str:
     for key, value in metrics.items():
         if key not in (*config, "stages", "reference", "seconds", "seconds_per_stage", "steps", "profile"):
             known += [(f"{key} {k}", v) for k, v in value.items()] if isinstance(value, dict) else [(key, value)]
-    items = [
-        (name.replace("_", " "), value) for name, value in known if isinstance(value, (str, int, float)) and value != ""
-    ]
+    items = [(name.replace("_", " "), value) for name, value in known if isinstance(value, (str, int, float)) and value != ""]
     listed = "".join(
-        f"<div><dt>{escape(name[:1].upper() + name[1:])}</dt><dd>{escape(_fact(value))}</dd></div>"
-        for name, value in items
+        f"<div><dt>{escape(name[:1].upper() + name[1:])}</dt><dd>{escape(_fact(value))}</dd></div>" for name, value in items
     )
     return f'<dl class="facts">{listed}</dl>' if listed else ""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from aadkern_train.discriminator import Discriminator
 from aadkern_train.distributed import accumulating
 from aadkern_train.draws import Draws
-from aadkern_train.flow import clip_sigma, add_noise, unshift
+from aadkern_train.flow import add_noise, clip_sigma, unshift
 from aadkern_train.learner import Learner, gradient_of
 from aadkern_train.losses import discriminator_loss, generator_loss, perturbation_penalty
 from aadkern_train.run import Run
@@ -34,7 +34,9 @@ class AdversarialRefinement(Stage):
         # The paper's causal ablation starts the discriminator from stage II's generator, its bidirectional one from the teacher.
         backbone = run.weights("dmd") if settings.backbone == "causal" else run.weights("pretrain")
         discriminator = self._discriminator(backbone)
-        self.learners["generator"] = Learner(run.network(start), settings.generator, self.steps, clip=settings.clip, ema=settings.ema)
+        self.learners["generator"] = Learner(
+            run.network(start), settings.generator, self.steps, clip=settings.clip, ema=settings.ema
+        )
         self.learners["discriminator"] = Learner(
             run.sharded(discriminator),
             settings.discriminator,
@@ -107,7 +109,9 @@ class AdversarialRefinement(Stage):
         out = self.learners["discriminator"].module(x, sigma, self.run.layout, self.run.window)
         return out if out.dim() == 1 else out[:, 1:]
 
-    def discriminator_part(self, draws: Draws, samples: range, real: Tensor, fake: Tensor, exit: int) -> tuple[Tensor, dict[str, float]]:
+    def discriminator_part(
+        self, draws: Draws, samples: range, real: Tensor, fake: Tensor, exit: int
+    ) -> tuple[Tensor, dict[str, float]]:
         """L_D with its penalty: real, fake and their perturbed twins in one batch."""
         settings, count = self.settings, len(samples)
         sigma = self.levels(draws, "level", samples, real, exit)

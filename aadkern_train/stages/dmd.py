@@ -1,7 +1,8 @@
 """Stage II, one-step DMD warm-up under self-rollout, stopped early (AAD-1 section 3.2, equations 5 to 7).
 
 Generator: x_hat by rollout; x_tau = (1 - tau) x_hat + tau eps; it follows (x0_fake - x0_real) / mean |x_hat - x0_real|.
-Fake score: flow matching on the generator's clips. Prolonged training loses motion, so a fall of the dynamic degree stops the stage.
+Fake score: flow matching on the generator's clips. Prolonged training loses motion, so a fall of the dynamic degree stops the
+stage.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def send_back(made: Rollout, gradient: Tensor, generator: Any, last: bool, repla
 
 
 class DmdWarmUp(Stage):
-    """``continues`` makes it the control for stage III: the same stage taken up again where stage II ended, for its own count of steps."""
+    """``continues`` makes it the control for stage III: the same stage taken up again where stage II ended, for its own count of
+    steps."""
 
     def __init__(self, run: Run, *, continues: bool = False) -> None:
         settings = run.recipe.dmd
@@ -56,10 +58,7 @@ class DmdWarmUp(Stage):
         self.name = "dmd_continued" if continues else "dmd"
         self.settings = settings
         start = run.weights("dmd" if continues else "ode")
-        if continues:
-            fake = run.weights("dmd.fake")
-        else:
-            fake = run.weights("pretrain") if run.recipe.teacher == "neural" else start
+        fake = run.weights("dmd.fake") if continues else run.weights("pretrain") if run.recipe.teacher == "neural" else start
         clip = settings.clip
         self.learners["generator"] = Learner(run.network(start), settings.generator, self.steps, clip=clip, ema=settings.ema)
         self.learners["fake"] = Learner(run.network(fake), settings.fake, self.steps * settings.fake_per_generator, clip=clip)

@@ -1,8 +1,9 @@
 """Stage I, ODE initialisation: a causal student regresses the clean end of the teacher's ODE trajectories (AAD-1 section 3.2).
 
-Each chunk enters at a level drawn from the student's levels and 0, all from one trajectory; one parallel forward under the block-causal plan;
-L = mean over frames with sigma > 0 of || x0_hat - x0* ||^2. Limit: the teacher's ODE map looks ahead and the causal student cannot, so it learns
-a conditional mean and moves too little; stages II and III mend that (Causal-Forcing uses a causal teacher instead).
+Each chunk enters at a level drawn from the student's levels and 0, all from one trajectory; one parallel forward under the
+block-causal plan; L = mean over frames with sigma > 0 of || x0_hat - x0* ||^2. Limit: the teacher's ODE map looks ahead and the
+causal student cannot, so it learns a conditional mean and moves too little; stages II and III mend that (Causal-Forcing uses a
+causal teacher instead).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def teacher(run: Run):
 
 @torch.no_grad()
 def trajectories(run: Run, samples: range, levels: tuple[float, ...], denoise=None) -> Tensor:
-    """ODE trajectories at falling ``levels`` (1 first, 0 last), [B, len(levels), F, C, H, W], from the samples' own noise and first frame.
+    """ODE trajectories at falling ``levels`` (1 first, 0 last), [B, len(levels), F, C, H, W], from the samples' own noise and
+    first frame.
 
     The solver's grid is widened by the levels themselves, so each stored latent has exactly the sigma it is labelled with.
     """
@@ -77,7 +79,9 @@ class OdeInitialisation(Stage):
         self.levels = (*run.recipe.levels, 0.0)
         self.pairs = load_pairs(run, self.levels)
         start = run.weights("pretrain") if run.recipe.teacher == "neural" else None
-        self.learners["generator"] = Learner(run.network(start), settings.optimiser, settings.steps, clip=settings.clip, ema=settings.ema)
+        self.learners["generator"] = Learner(
+            run.network(start), settings.optimiser, settings.steps, clip=settings.clip, ema=settings.ema
+        )
         self.context = CausalContext(run.layout, run.window)
 
     def train_step(self, step: int) -> dict[str, float]:

@@ -33,7 +33,9 @@ class Pretrain(Stage):
         settings = run.recipe.pretrain
         super().__init__(run, settings.steps)
         self.settings = settings
-        self.learners["generator"] = Learner(run.network(), settings.optimiser, settings.steps, clip=settings.clip, ema=settings.ema)
+        self.learners["generator"] = Learner(
+            run.network(), settings.optimiser, settings.steps, clip=settings.clip, ema=settings.ema
+        )
 
     def train_step(self, step: int) -> dict[str, float]:
         run, learner, total = self.run, self.learners["generator"], 0.0

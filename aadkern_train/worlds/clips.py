@@ -56,9 +56,7 @@ class ClipsWorld:
         self.skipped = self.folder.skipped
         self._spans = _split(self.folder, frames, Draws(seed, "clips", "held out"))
         self._draws = Draws(seed, "clips")
-        self.latents = self._latents(
-            patch, channels, None if cache_dir is None else Path(cache_dir) / "latents.safetensors"
-        )
+        self.latents = self._latents(patch, channels, None if cache_dir is None else Path(cache_dir) / "latents.safetensors")
         self.frame_shape = (self.latents.channels, self.size[0] // patch, self.size[1] // patch)
 
     def _latents(self, patch: int, channels: int, saved: Path | None) -> PatchLatents:
@@ -66,16 +64,11 @@ class ClipsWorld:
             latents = PatchLatents.load(saved)
             if (latents.patch, latents.channels) != (patch, channels):
                 had = f"patch={latents.patch} and channels={latents.channels}"
-                raise ValueError(
-                    f"patch={patch} and channels={channels} differ from the {had} that {saved} was fitted with"
-                )
+                raise ValueError(f"patch={patch} and channels={channels} differ from the {had} that {saved} was fitted with")
             return latents
         spans = self._spans["train"]
         each = max(1, FIT_FRAMES // len(spans))
-        chosen = [
-            self.folder.frames(name)[torch.linspace(a, b - 1, min(each, b - a)).long()]
-            for name, a, b in spans[:FIT_FRAMES]
-        ]
+        chosen = [self.folder.frames(name)[torch.linspace(a, b - 1, min(each, b - a)).long()] for name, a, b in spans[:FIT_FRAMES]]
         latents = PatchLatents.fit(torch.cat(chosen), patch, channels)
         if saved is not None:
             latents.save(saved)
@@ -158,9 +151,7 @@ def _split(folder: VideoFolder, frames: int, draws: Draws) -> dict[str, list[Spa
         test.append(train.pop())
     if not test:
         name, length = videos[0]
-        raise ValueError(
-            f"path holds one usable video, {name} of {length} frames; to hold some out it must have {2 * frames}"
-        )
+        raise ValueError(f"path holds one usable video, {name} of {length} frames; to hold some out it must have {2 * frames}")
     return {"train": train, "test": test}
 
 

@@ -71,9 +71,7 @@ class PatchLatents:
         if rgb.dtype != torch.uint8:
             raise TypeError(f"rgb must be uint8, got {rgb.dtype}")
         if rgb.shape[-1] != 3 or rgb.shape[-3] % self.patch or rgb.shape[-2] % self.patch:
-            raise ValueError(
-                f"rgb must be [..., H, W, 3] with H and W divisible by {self.patch}, got {list(rgb.shape)}"
-            )
+            raise ValueError(f"rgb must be [..., H, W, 3] with H and W divisible by {self.patch}, got {list(rgb.shape)}")
         z = (_patches(rgb, self.patch) - self.mean) @ self.basis.T / self.std
         return z.movedim(-1, -3).contiguous()
 

@@ -114,22 +114,16 @@ class VideoFolder:
         if not self.names:
             listed = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[:5])
             more = f"; and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
-            raise ValueError(
-                f"path must hold a usable video; none of the {len(self.skipped)} under {self.path} is: {listed}{more}"
-            )
+            raise ValueError(f"path must hold a usable video; none of the {len(self.skipped)} under {self.path} is: {listed}{more}")
 
     def _found(self) -> list[str]:
         if not self.path.is_dir():
             raise ValueError(f"path must be a folder of video files, got {str(self.path)!r}, which is none")
-        files = (
-            file for file in self.path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-        )
+        files = (file for file in self.path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
         names = sorted(file.relative_to(self.path).as_posix() for file in files if file.is_file())
         if not names:
             looked = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
-            raise ValueError(
-                f"path must hold video files, found none in {str(self.path)!r} or below (looked for {looked})"
-            )
+            raise ValueError(f"path must hold video files, found none in {str(self.path)!r} or below (looked for {looked})")
         return names
 
     def frames(self, name: str) -> torch.Tensor:
