@@ -30,6 +30,10 @@ def _dtypes_as_given(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
+def _serving(backend: str, q: Tensor) -> str:
+    return choose_backend(backend, q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1])
+
+
 def _lse_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -66,7 +70,7 @@ def _backward_kernel(backend: str) -> Any:
 def _range_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Sequence[int], scale: float, backend: str, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    kernel = _forward_kernel(choose_backend(backend, q.device.type))
+    kernel = _forward_kernel(_serving(backend, q))
     with _dtypes_as_given(q.device.type):
         return kernel(q, k, v, AttentionPlan.decode(plan), scale)
 
@@ -94,7 +98,7 @@ def _range_attention_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _backward_kernel(choose_backend(backend, q.device.type))
+    kernel = _backward_kernel(_serving(backend, q))
     if dout.stride(-1) != 1:  # a gradient expanded by .sum() has stride 0
         dout = dout.contiguous()
     with _dtypes_as_given(q.device.type):

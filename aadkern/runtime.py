@@ -12,6 +12,8 @@ AVAILABLE = "available"
 # Best first. Triton serves CPU tensors only under its interpreter, which is for tests, so it is never picked there.
 PREFERENCE = {"cpu": ("sdpa", "reference"), "cuda": ("triton", "sdpa", "reference")}
 
+TRITON_MAX_HEAD_DIM = 256
+
 # Where each backend's tests have passed; a GPU entry names its file under benchmarks/results.
 VERIFIED = {"reference": ("cpu",), "sdpa": ("cpu",), "triton": ("the CPU interpreter",), "sm90": ()}
 
@@ -31,6 +33,8 @@ def reason_against(backend: str, device_type: str) -> str | None:
             return "triton is not installed"
         if device_type == "cpu" and not interpreting():
             return "Triton kernels need a GPU; on the CPU only its interpreter runs them (TRITON_INTERPRET=1)"
+        if device_type == "cuda" and interpreting():
+            return "TRITON_INTERPRET=1 is set, and the interpreter takes CPU tensors only"
         if device_type not in ("cpu", "cuda"):
             return f"no Triton kernels for device type {device_type!r}"
         return None
@@ -39,18 +43,19 @@ def reason_against(backend: str, device_type: str) -> str | None:
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def choose_backend(requested: str, device_type: str) -> str:
-    """The backend that serves this device: the requested one or, for "auto", the first of ``PREFERENCE`` that can.
+def choose_backend(requested: str, device_type: str, dtype: str = "float32", head_dim: int = 64) -> str:
+    """The backend that serves such tensors: the requested one or, for "auto", the first of ``PREFERENCE`` that can.
 
     Raises ValueError, with the reason, where the requested one cannot serve; a named backend never falls back.
     """
+    beyond_triton = dtype == "float64" or head_dim > TRITON_MAX_HEAD_DIM
     if requested != "auto":
         reason = reason_against(requested, device_type)
         if reason is not None:
             raise ValueError(f"attention: backend {requested!r} cannot serve tensors on {device_type!r}: {reason}")
         return requested
     for backend in PREFERENCE.get(device_type, ("reference",)):
-        if reason_against(backend, device_type) is None:
+        if reason_against(backend, device_type) is None and not (backend == "triton" and beyond_triton):
             return backend
     return "reference"
 

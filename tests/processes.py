@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -48,32 +53,42 @@ def inputs(step: int) -> torch.Tensor:
 
 
 def run_processes(script: str, *arguments: str, count: int = 2, timeout: float = 120) -> None:
-    """Runs a Python file in `count` processes that find one another as under torchrun; fails if one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Runs a Python file in `count` processes that find one another as under torchrun.
+
+    When one fails or the time is over, all end, and the AssertionError holds what they printed and where they were.
+    """
     shared = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONFAULTHANDLER": "1",
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(_free_port()),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, *arguments],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
+        processes, outputs = [], [Path(folder) / f"rank{rank}" for rank in range(count)]
+        for rank, output in enumerate(outputs):
+            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command, out = [sys.executable, script, *arguments], files.enter_context(output.open("w"))
+            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
+        end = time.monotonic() + timeout
+        while any(process.poll() is None for process in processes) and time.monotonic() < end:
+            if any(process.poll() for process in processes):
+                time.sleep(2)  # the others may fail for the same reason
+                break
+            time.sleep(0.05)
         for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+            if process.poll() is None:
+                process.send_signal(signal.SIGABRT)  # the fault handler then prints where it was
+        codes = [process.wait() for process in processes]
+        assert not any(codes), "\n".join(f"exit {code}:\n{out.read_text()}" for code, out in zip(codes, outputs, strict=True))
+
+
+def _free_port() -> int:
+    """A port below those that outgoing connections are given, so that none takes it before the processes do."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 30000)
+        with socket.socket() as attempt, contextlib.suppress(OSError):
+            attempt.bind(("127.0.0.1", port))
+            return port

@@ -172,3 +172,13 @@ def test_an_operator_is_a_checkpointing_save_point(monkeypatch):
     for a, b in zip(plain, saved, strict=True):
         assert torch.equal(a, b)
     assert len(runs) == 1
+
+
+def test_the_choice_of_backend(monkeypatch):
+    monkeypatch.setattr(aadkern.runtime, "reason_against", lambda backend, device: "no" if backend == "sm90" else None)
+    choose = aadkern.runtime.choose_backend
+    assert choose("auto", "cuda", "bfloat16", 128) == "triton"
+    assert choose("auto", "cuda", "float64", 128) == choose("auto", "cuda", "bfloat16", 288) == "sdpa"
+    assert choose("auto", "cpu", "float32", 64) == "sdpa" and choose("auto", "mps", "float32", 64) == "reference"
+    with pytest.raises(ValueError, match=r"sm90.*no"):
+        choose("sm90", "cuda", "bfloat16", 128)

@@ -38,10 +38,11 @@ def test_every_part_of_the_key_counts():
         Draws(0).normal("n", [1], (16,)),
         Draws(0, "s").normal("m", [1], (16,)),
         Draws(0, "s").normal("n", [2], (16,)),
-        Draws(0, "s").uniform("n", [1], (16,)),
     ]
     for i, other in enumerate(others):
         assert not torch.equal(base, other), i
+    few = Draws(0, "s").integers("n", [1], 2**24, (4,)) / 2**24
+    assert (few - Draws(0, "s").uniform("n", [1], (4,))).abs().max() > 1e-3  # kinds of one name are independent
     assert not torch.equal(Draws(0, "a", "b").normal("n", [1], (9,)), Draws(0, "a', 'b").normal("n", [1], (9,)))
     assert not torch.equal(Draws(0, 1).normal("n", [1], (9,)), Draws(0, "1").normal("n", [1], (9,)))
 
