@@ -131,7 +131,7 @@ def finish(run: Run, stage: Stage, clock: Clock) -> None:
         metrics, clips = measure_stage(run, stage, network, run.recipe.evaluate.final_clips, long=True)
         steps = clock.stopped_at if clock.stopped_at >= 0 else stage.steps
         if metrics:
-            run.folder.log(stage.name, steps - 1, kind="eval", **plain(metrics))
+            run.folder.log(stage.name, steps, kind="eval", **plain(metrics))
         report = read_metrics(run)
         report["seconds_per_stage"][stage.name] = round(clock.seconds, 1)
         report["seconds"] = round(sum(report["seconds_per_stage"].values()), 1)

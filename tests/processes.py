@@ -52,7 +52,7 @@ def inputs(step: int) -> torch.Tensor:
     return torch.randn(BATCH, CHUNKS, 3, generator=torch.Generator().manual_seed(step))
 
 
-def run_processes(script: str, *arguments: str, count: int = 2, timeout: float = 120) -> None:
+def run_processes(script: str, *arguments: str, count: int = 2, timeout: float = 300) -> None:
     """Runs a Python file in `count` processes that find one another as under torchrun.
 
     When one fails or the time is over, all end, and the AssertionError holds what they printed and where they were.

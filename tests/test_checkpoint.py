@@ -258,7 +258,7 @@ def crash(folder: Path, rounds: int) -> None:
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, rounds):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, __file__, "crash", str(tmp_path), str(rounds)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

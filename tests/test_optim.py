@@ -101,7 +101,7 @@ def test_factors_scale_the_rates_by_prefix_and_by_step():
         net = nn.ModuleDict({"body": nn.Linear(2, 2), "heads": nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})})
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         step_with_gradients(net, build(net.named_parameters(), lr=0.1, **settings), 0, factor=step)
-        return {name: float((p - before[name]).abs().mean()) for name, p in net.named_parameters()}
+        return {name: (p - before[name]).abs().mean().item() for name, p in net.named_parameters()}
 
     once = moved(lr_factors={"heads.": 2.0, "heads.b.": 5.0})
     for name, size in once.items():
