@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -30,47 +31,22 @@ def _dtypes_as_given(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _serving(backend: str, q: Tensor) -> str:
-    return choose_backend(backend, q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1])
-
-
 def _lse_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _forward_kernel(backend: str) -> Any:
-    if backend == "triton":
-        from aadkern.range_attention import triton_forward
-
-        return triton_forward.forward
-    if backend == "sdpa":
-        from aadkern.range_attention import sdpa
-
-        return sdpa.forward
-    from aadkern.range_attention import reference
-
-    return reference.forward
-
-
-def _backward_kernel(backend: str) -> Any:
-    if backend == "triton":
-        from aadkern.range_attention import triton_backward
-
-        return triton_backward.backward
-    if backend == "sdpa":
-        from aadkern.range_attention import sdpa
-
-        return sdpa.backward
-    from aadkern.range_attention import reference
-
-    return reference.backward
+def _kernel(direction: str, backend: str, q: Tensor) -> Any:
+    """The "forward" or "backward" of the backend that serves q."""
+    chosen = choose_backend(backend, q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1])
+    file = f"triton_{direction}" if chosen == "triton" else chosen
+    return getattr(importlib.import_module(f"aadkern.range_attention.{file}"), direction)
 
 
 @torch.library.impl(_library, "range_attention", "CompositeExplicitAutograd")
 def _range_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Sequence[int], scale: float, backend: str, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    kernel = _forward_kernel(_serving(backend, q))
+    kernel = _kernel("forward", backend, q)
     with _dtypes_as_given(q.device.type):
         return kernel(q, k, v, AttentionPlan.decode(plan), scale)
 
@@ -98,7 +74,7 @@ def _range_attention_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _backward_kernel(_serving(backend, q))
+    kernel = _kernel("backward", backend, q)
     if dout.stride(-1) != 1:  # a gradient expanded by .sum() has stride 0
         dout = dout.contiguous()
     with _dtypes_as_given(q.device.type):
