@@ -102,6 +102,5 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, layout: VideoLayout, window: Window | None = None) -> Tensor:
         taps = self.backbone(x, sigma, plan=self.plan(layout, window), taps=self.layers)
-        if self.per == "video":
-            return self.heads(taps)[:, 0].clone()  # a copy, as FSDP2 must not be handed a view
-        return self.heads(taps, segments=x.shape[1])
+        logits = self.heads(taps, 1 if self.per == "video" else x.shape[1])
+        return (logits[:, 0] if self.per == "video" else logits).clone()  # a copy, as FSDP2 must not be handed a view

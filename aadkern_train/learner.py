@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from aadkern_train.distributed import clip_gradients
@@ -57,6 +58,4 @@ class Learner:
 
 def gradient_of(loss: Tensor, x: Tensor) -> Tensor:
     """d loss / d x alone: the networks between get no gradient."""
-    import torch
-
     return torch.autograd.grad(loss, x)[0]

@@ -171,6 +171,17 @@ def test_replayed_steps_are_recorded_steps(finished, tmp_path, stage):
         assert values[name] == pytest.approx(recorded[name], rel=1e-4, abs=1e-6), name
 
 
+def test_the_other_settings_run_too(tmp_path):
+    """The exact teacher, two passes per chunk (three for the first), and the paper's ablation of the discriminator."""
+    options = ["teacher=exact", "levels=[1.0, 0.8333]", "first_levels=[1.0, 0.9, 0.8]", "adversarial.relativistic=true"]
+    options += ["adversarial={backbone: causal, logits: frame, generator_per_discriminator: 2, image_clean: false}"]
+    with distributed.start("cpu") as world:
+        run = new_run(tmp_path / "others", world, *options, "pretrain.steps=1", "evaluate={every: 0, final_clips: 4}")
+        report = trainer.train(run)
+    assert report["reference"]["teacher"]["legal"] > 90, "three solver steps of the exact teacher"
+    assert list(report["stages"]) == STAGES[1:]
+
+
 def test_stage_two_stops_when_motion_collapses(finished, tmp_path, monkeypatch):
     import shutil
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from aadkern_train.learner import Learner
 from aadkern_train.run import Run
 
 
-class Stage:
+class Stage(ABC):
     """Base of the stages. ``learners["generator"]`` is the network that the stage hands on."""
 
     name: str
@@ -24,9 +25,9 @@ class Stage:
         self.run, self.steps = run, steps
         self.learners: dict[str, Learner] = {}
 
+    @abstractmethod
     def train_step(self, step: int) -> dict[str, float]:
         """One step; returns what the log keeps."""
-        raise NotImplementedError
 
     @contextmanager
     def deployed(self) -> Iterator[Denoiser]:
