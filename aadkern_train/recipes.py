@@ -118,7 +118,7 @@ class AdversarialSettings(StageSettings):
     # which it would else tell real from fake, and judges motion. With lambda 4 on a quarter of the batch it still won in one run of
     # four, and the generator's quality fell; with 16 on a half it did not in the three seeds of docs/demo.md.
     delta: Rate = 0.25
-    penalty_share: Share = 0.5  # share of the batch on which the penalty is taken
+    penalty_every: Count = 2  # the penalty is taken on every second clip
     shift: Rate = 3.0  # noise levels the discriminator sees: 1 is the paper's U[0, 1], 5 the lineage's
     image_clean: bool = True  # the discriminator sees the first frame without noise
     warm_up: bool = True  # start from stage II (False: from stage I, the ablation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from aadkern_train import distributed, trainer
-from aadkern_train.config import to_yaml
 from aadkern_train.runs import RunFolder
 from tests.tiny_runs import SMALL, new_run, small_recipe
 
@@ -116,31 +116,32 @@ def test_killed_runs_resume_bit_for_bit(finished, tmp_path):
     assert (path / "report.html").stat().st_size > 10_000
 
 
-def test_two_processes_train_like_one_and_one_resumes_them(finished, tmp_path):
-    path = tmp_path / "two"
+def test_two_processes_train_like_one_and_one_resumes_them(tmp_path):
+    """With AdamW at a small rate: Muon's orthogonal updates blow rounding up in so small a network (test_optim compares those)."""
+    path, gentle = tmp_path / "two", "{kind: adamw, lr: 1.0e-4, warmup_steps: 0}"
+    shorter = ["adversarial.steps=0", "dmd_continued=0", f"pretrain.optimiser={gentle}", f"ode.optimiser={gentle}"]
+    shorter += ["dmd.generator.lr=1e-4", "dmd.fake.lr=1e-4"]
+    with distributed.start("cpu") as world:
+        trainer.train(new_run(tmp_path / "one", world, *shorter))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
-    launch += ["--rdzv-endpoint=localhost:0", "-m", "aadkern_train.cli", "train"]
-    shorter = ["adversarial.steps=0", "dmd_continued=0"]
-    done = subprocess.run(
-        [*launch, "digits", f"out={path}", *SMALL, *shorter], env=environment(), capture_output=True, text=True, timeout=400
-    )
+    launch += ["--rdzv-endpoint=localhost:0", "-m", "aadkern_train.cli", "train", "digits", f"out={path}", *SMALL, *shorter]
+    done = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    one = {(line["stage"], line["step"]): line for line in log_of(finished) if "kind" not in line}
+    one = {(line["stage"], line["step"]): line for line in log_of(tmp_path / "one") if "kind" not in line}
     two = {(line["stage"], line["step"]): line for line in log_of(path) if "kind" not in line}
-    assert len(two) == 9
+    assert one.keys() == two.keys() and len(two) == 9
     for key, line in two.items():
-        for name in line.keys() & {"loss", "generator_loss", "fake_loss"}:
-            assert line[name] == pytest.approx(one[key][name], rel=2e-3, abs=1e-5), (key, name)
+        for name in line:
+            if name not in ("stage", "step"):
+                assert line[name] == pytest.approx(one[key][name], rel=1e-3, abs=1e-5), (key, name)
     (path / "weights" / "dmd.safetensors").unlink()  # as if killed before stage II's end; its checkpoint is of two processes
     with distributed.start("cpu") as world:
-        recipe = small_recipe(*shorter)
-        assert (path / "config.yaml").read_text() == to_yaml(recipe)
         from aadkern_train.run import Run
 
-        trainer.train(Run(recipe, world, RunFolder.open(path)))
-    single = weights(finished)
+        trainer.train(Run(small_recipe(*shorter), world, RunFolder.open(path)))
+    single = weights(tmp_path / "one")
     for name, tensor in weights(path).items():
-        torch.testing.assert_close(tensor, single[name], rtol=0, atol=5e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(tensor, single[name], rtol=0, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_accumulated_parts_give_the_whole_batchs_losses(finished, tmp_path):
@@ -148,19 +149,18 @@ def test_accumulated_parts_give_the_whole_batchs_losses(finished, tmp_path):
         run = new_run(
             tmp_path / "parts", world, "pretrain={steps: 2, accumulate: 2}", "ode.accumulate=4", "adversarial.accumulate=2"
         )
-        stage = trainer.MAKERS["pretrain"](run)
-        values = [stage.train_step(step) for step in range(2)]
-    whole = [line for line in log_of(finished) if line["stage"] == "pretrain" and "kind" not in line]
-    for ours, theirs in zip(values, whole, strict=False):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        shutil.copytree(finished / "weights", tmp_path / "parts" / "weights", dirs_exist_ok=True)
+        shutil.copy(finished / "ode_pairs.safetensors", tmp_path / "parts")
+        values = {name: trainer.MAKERS[name](run).train_step(0) for name in ("pretrain", "ode", "adversarial")}
+    for stage, ours in values.items():
+        theirs = next(line for line in log_of(finished) if line["stage"] == stage and line["step"] == 0)
+        for name in ours:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), (stage, name)
 
 
 @pytest.mark.parametrize("stage", ["dmd", "adversarial"])
 def test_replayed_steps_are_recorded_steps(finished, tmp_path, stage):
     """A training step that takes its gradient chunk by chunk logs what the unbroken run logged."""
-    import shutil
-
     with distributed.start("cpu") as world:
         run = new_run(tmp_path / "replay", world, f"{stage}.replay=true")
         shutil.copytree(finished / "weights", tmp_path / "replay" / "weights", dirs_exist_ok=True)
@@ -183,8 +183,6 @@ def test_the_other_settings_run_too(tmp_path):
 
 
 def test_stage_two_stops_when_motion_collapses(finished, tmp_path, monkeypatch):
-    import shutil
-
     with distributed.start("cpu") as world:
         run = new_run(tmp_path / "stop", world, "dmd={steps: 6}", "evaluate.every=1")
         shutil.copytree(finished / "weights", tmp_path / "stop" / "weights", dirs_exist_ok=True)

@@ -6,15 +6,13 @@ L_G = softplus(-l_fake), through (1 - tau). Real and fake share tau, the first f
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from aadkern_train.discriminator import Discriminator
 from aadkern_train.distributed import accumulating
 from aadkern_train.draws import Draws
-from aadkern_train.flow import add_noise, clip_sigma, unshift
+from aadkern_train.flow import add_noise, clip_sigma, per_frame, unshift
 from aadkern_train.learner import Learner, gradient_of
 from aadkern_train.losses import discriminator_loss, generator_loss, perturbation_penalty
 from aadkern_train.run import Run
@@ -116,18 +114,19 @@ class AdversarialRefinement(Stage):
         settings, count = self.settings, len(samples)
         sigma = self.levels(draws, "level", samples, real, exit)
         views = [add_noise(x, draw_noise(draws, f"eps {name}", samples, x), sigma) for name, x in (("real", real), ("fake", fake))]
-        some = max(1, math.ceil(count * settings.penalty_share)) if settings.penalty else 0
-        for name in ("real", "fake"):
-            x = views[0 if name == "real" else 1][:some]
-            moves = clip_sigma(torch.ones(some, device=x.device), x.shape[1], 1 if settings.image_clean else 0)
-            delta = settings.delta * draw_noise(draws, f"delta {name}", samples[:some], x)
-            views.append(x + moves[:, :, None, None, None] * delta)
-        out = self.logits(torch.cat(views), torch.cat([sigma, sigma, sigma[:some], sigma[:some]]))
-        l_real, l_fake, l_real_moved, l_fake_moved = out.split([count, count, some, some])
+        chosen = torch.tensor([i for i, sample in enumerate(samples) if settings.penalty and sample % settings.penalty_every == 0])
+        chosen = chosen.long().to(real.device)
+        moves = clip_sigma(torch.ones(len(chosen), device=real.device), real.shape[1], 1 if settings.image_clean else 0)
+        for name, view in zip(("real", "fake"), list(views), strict=True):
+            delta = settings.delta * draw_noise(draws, f"delta {name}", [samples[i] for i in chosen], view)
+            views.append(view[chosen] + per_frame(moves) * delta)
+        out = self.logits(torch.cat(views), torch.cat([sigma, sigma, sigma[chosen], sigma[chosen]]))
+        l_real, l_fake, l_real_moved, l_fake_moved = out.split([count, count, len(chosen), len(chosen)])
         adversarial = discriminator_loss(l_real, l_fake, settings.relativistic)
         penalty = out.new_zeros(())
-        if some:
-            penalty = perturbation_penalty(l_real[:some], l_real_moved) + perturbation_penalty(l_fake[:some], l_fake_moved)
+        if len(chosen):
+            penalty = perturbation_penalty(l_real[chosen], l_real_moved) + perturbation_penalty(l_fake[chosen], l_fake_moved)
+            penalty = penalty * len(chosen) * settings.penalty_every / count  # so that equal parts of a batch add up to its mean
         values = {
             "discriminator_loss": adversarial.item(),
             "penalty": penalty.item(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,7 +66,7 @@ def draw_levels(
     return shift(u, factor).clamp(*clamp)
 
 
-def draw_noise(draws: Draws, name: str, samples: range, like: Tensor) -> Tensor:
+def draw_noise(draws: Draws, name: str, samples: Sequence[int], like: Tensor) -> Tensor:
     """Standard normal noise shaped like the clips ``like``."""
     return draws.normal(name, samples, like.shape[1:], device=like.device)
 

@@ -91,7 +91,7 @@ class DmdWarmUp(Stage):
             direction = dmd_direction(x_hat, x0_fake, self.teacher(x_tau, sigma), frames)
         leaf = x_hat.requires_grad_()
         loss = surrogate(leaf, direction, frames)
-        return loss.item(), gradient_of(loss, leaf), direction.square().mean().sqrt().item()
+        return loss.item(), gradient_of(loss, leaf), direction.square().mean((1, 2, 3, 4)).sqrt().mean().item()
 
     def fake_step(self, draws: Draws, step: int, k: int, made: list[tuple[range, Tensor]]) -> float:
         """One update of the fake score on the clips of this step's rollout, with noise and levels of its own."""

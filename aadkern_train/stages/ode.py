@@ -15,11 +15,13 @@ from torch import Tensor
 from aadkern.plans import bidirectional
 from aadkern.streaming.context import CausalContext
 from aadkern_train.distributed import accumulating
+from aadkern_train.draws import Draws
 from aadkern_train.files import atomic_path
 from aadkern_train.flow import integrate_ode, sigma_schedule
 from aadkern_train.learner import Learner
 from aadkern_train.losses import regression
 from aadkern_train.run import Run
+from aadkern_train.runs import Progress
 from aadkern_train.stages.base import Stage, micro_batches
 
 SOLVER_SHIFT = 5.0  # the student's levels are shifted by 5 too; Self-Forcing's pairs by 8, which Self-Forcing#68 calls a mistake
@@ -52,12 +54,16 @@ def trajectories(run: Run, samples: range, levels: tuple[float, ...], denoise=No
     return torch.stack(stored, dim=1)
 
 
-def load_pairs(run: Run, levels: tuple[float, ...], batch: int = 128) -> Tensor:
+def load_pairs(run: Run, levels: tuple[float, ...], batch: int = 64) -> Tensor:
     """All trajectories [P, len(levels), F, C, H, W], made once and kept in RUN/ode_pairs.safetensors."""
     path = run.folder.path / "ode_pairs.safetensors"
     if not path.exists():
         denoise, mine = teacher(run), run.processes.local_slice(range(run.recipe.ode.pairs))
-        parts = [trajectories(run, mine[i : i + batch], levels, denoise) for i in range(0, len(mine), batch)]
+        parts = []
+        with Progress("ode pairs", len(mine), active=run.processes.is_main) as progress:
+            for i in range(0, len(mine), batch):
+                parts.append(trajectories(run, mine[i : i + batch], levels, denoise))
+                progress.update(min(i + batch, len(mine)))
         whole = run.processes.gather_rows(torch.cat(parts))
         if run.processes.is_main:
             with atomic_path(path) as waiting:
@@ -86,23 +92,32 @@ class OdeInitialisation(Stage):
 
     def train_step(self, step: int) -> dict[str, float]:
         learner, total = self.learners["generator"], 0.0
-        draws = self.run.draws(self.name, step)
+        draws, size = self.run.draws(self.name, step), self.settings.batch
+        # Clips have unequal numbers of noisy frames; the mean is over those of the whole batch, however it is shared out.
+        drawn = self.drawn_levels(draws, range(step * size, (step + 1) * size))
+        noisy = max(1, int((drawn < len(self.levels) - 1).sum())) / self.run.processes.size
         for some, last in micro_batches(self.run.batch(step, self.settings.batch), self.settings.accumulate):
             x, sigma, target = self.inputs(draws, some)
             estimate = learner.module(x, sigma, plan=self.context)
-            loss = regression(estimate, target, (sigma > 0).float()) / self.settings.accumulate
+            frames = (sigma > 0).float()
+            loss = regression(estimate, target, frames) * frames.sum() / noisy
             with accumulating(learner.module, last=last):
                 loss.backward()
             total += loss.item()
         return {"loss": total, "grad_norm": learner.update(step)}
 
-    def inputs(self, draws, samples: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Chunks at levels of their own: x [B, F, C, H, W], sigma [B, F], and the clean end x0*."""
-        chunks, device = self.run.recipe.chunks, self.run.processes.device
-        latents = self.pairs[draws.integers("pair", samples, len(self.pairs))].to(device)
+    def drawn_levels(self, draws: Draws, samples: range) -> Tensor:
+        """An index into ``levels`` for each chunk, by frame: [B, F]."""
+        chunks = self.run.recipe.chunks
         drawn = draws.integers("level", samples, len(self.levels), (len(chunks),))
         drawn[:, 0] = len(self.levels) - 1  # the given frame is clean
-        per_frame = torch.repeat_interleave(drawn, torch.tensor(chunks), dim=1).to(device)  # [B, F]
+        return torch.repeat_interleave(drawn, torch.tensor(chunks), dim=1)
+
+    def inputs(self, draws: Draws, samples: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Chunks at levels of their own: x [B, F, C, H, W], sigma [B, F], and the clean end x0*."""
+        device = self.run.processes.device
+        latents = self.pairs[draws.integers("pair", samples, len(self.pairs))].to(device)
+        per_frame = self.drawn_levels(draws, samples).to(device)  # [B, F]
         sigma = torch.tensor(self.levels, device=device)[per_frame]
         rows, frames = torch.arange(len(samples), device=device)[:, None], torch.arange(latents.shape[2], device=device)
         return latents[rows, per_frame, frames], sigma, latents[:, -1]
