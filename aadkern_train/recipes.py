@@ -116,7 +116,7 @@ class AdversarialSettings(StageSettings):
     penalty: Annotated[float, Field(ge=0)] = 16.0  # lambda (paper: 20); lambda * delta^2 is what counts: 1 (paper: 0.05)
     # Standard deviation of the perturbation (paper: 0.05). At 0.25 the discriminator learns to overlook the blur of one step, by
     # which it would else tell real from fake, and judges motion. With lambda 4 on a quarter of the batch it still won in one run of
-    # four, and the generator's quality fell; with 16 on a half it did not in the three seeds of docs/demo.md.
+    # four, and the generator's quality fell; with 16 on a half, in one of the three seeds of docs/demo.md.
     delta: Rate = 0.25
     penalty_every: Count = 2  # the penalty is taken on every second clip
     shift: Rate = 3.0  # noise levels the discriminator sees: 1 is the paper's U[0, 1], 5 the lineage's
