@@ -62,14 +62,15 @@ def measure(case: AttentionCase, rounds: int) -> None:
     length = case.plan.q_len
     inputs = [torch.randn(1, length, case.heads, case.head_dim, requires_grad=True) for _ in range(3)]
     upstream = torch.randn(1, length, case.heads, case.head_dim)
+    constants = [x.detach() for x in inputs]  # FlexAttention refuses inputs that require a gradient on the CPU
     rivals = contenders(case)
     for name, attend in rivals.items():
-        check(name, attend, case, [x.detach() for x in inputs])
+        check(name, attend, case, constants)
 
     def forward(attend: Attend) -> Callable[[], None]:
         def job() -> None:
             with torch.no_grad():
-                attend(*inputs)
+                attend(*constants)
 
         return job
 
