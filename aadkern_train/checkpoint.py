@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from .config import Config, config_hash, differences
 from .distributed import World, whole
 from .ema import Ema
-from .files import atomic_path, replace_file, sync_folder
+from .files import atomic_path, replace_file, sync
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -89,7 +89,7 @@ class Checkpoints:
         def commit() -> None:
             replace_file(waiting / "state.json", json.dumps({**header, "values": values}, indent=1))
             os.rename(waiting, target)
-            sync_folder(target.parent)
+            sync(target.parent)
             replace_file(self.folder / "latest", f"{stage}/{target.name}\n")
             self._prune(target)
 
@@ -162,7 +162,7 @@ class Checkpoints:
         if waiting.exists():
             shutil.rmtree(waiting)
         waiting.mkdir(parents=True)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _prune(self, newest: Path) -> None:
         """Keeps the newest `keep` of the current stage and the last of every other stage."""

@@ -8,17 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames and new names in the folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_file(path: Path) -> None:
-    """Makes the content of a file durable."""
+def sync(path: Path) -> None:
+    """Makes the content of a file durable, or the names and renames in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -32,9 +23,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     waiting = path.with_name(path.name + ".tmp")
     try:
         yield waiting
-        sync_file(waiting)
+        sync(waiting)
         os.replace(waiting, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
         waiting.unlink(missing_ok=True)
 

@@ -76,10 +76,11 @@ def generate(
         raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {out}")
     if image is not None and not image.is_file():
         raise ValueError(f"image must be a file, got {image}")
-    weights, facts = load_weights(find_weights(checkpoint))
+    path = find_weights(checkpoint)
+    weights, facts = load_weights(path)
     if "recipe" not in facts or facts.get("stage") == "pretrain":
         raise ValueError(f"{checkpoint} holds no causal generator of a run")
-    run = Run.alone(Recipe.model_validate(facts["recipe"]), find_weights(checkpoint).parent.parent)
+    run = Run.alone(Recipe.model_validate(facts["recipe"]), path.parent.parent)
     if isinstance(run.recipe.data, ClipsData) and image is not None:  # the videos themselves are not needed
         run.videos = SavedLatents(run.folder.path / "world" / "latents.safetensors", run.recipe.data)
     network: Any = run.plain_network().eval()

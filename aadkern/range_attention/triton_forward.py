@@ -19,6 +19,7 @@ import triton.language as tl
 
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.tiles import Tile, device_class, heads_per_group, tile_table
+from aadkern.runtime import TRITON_MAX_HEAD_DIM
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -48,7 +49,6 @@ CONFIGS_FP32: dict[int, Tile] = {
 }
 INTERPRETER = Tile(rows=32, step=16, warps=4, stages=1)  # small, so that small tests have whole tiles and tails
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
 
 
 @triton.jit
@@ -209,8 +209,8 @@ def check_served(q: torch.Tensor) -> None:
         raise ValueError(f"backend 'triton' serves {where}, because TRITON_INTERPRET=1 was {was} on import, got q on {q.device}")
     if q.dtype not in DTYPES:
         raise TypeError(f"backend 'triton' serves float32, float16 and bfloat16, got q of {q.dtype}; 'sdpa' serves it")
-    if q.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(f"backend 'triton' serves head_dim up to {MAX_HEAD_DIM}, got {q.shape[3]}; 'sdpa' serves it")
+    if q.shape[3] > TRITON_MAX_HEAD_DIM:
+        raise ValueError(f"backend 'triton' serves head_dim up to {TRITON_MAX_HEAD_DIM}, got {q.shape[3]}; 'sdpa' serves it")
 
 
 def on_device(q: torch.Tensor) -> AbstractContextManager[object]:
