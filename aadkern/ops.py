@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from aadkern.plans import AttentionPlan
 from aadkern.runtime import choose_backend
+from aadkern.spans import span
 
 # Whole modules are imported lazily inside the implementations, so that `import aadkern` needs torch alone. Operators are custom
 # and opaque, hence usable as save-points of selective activation checkpointing by the names torch.ops.aadkern.*.
@@ -47,7 +49,7 @@ def _range_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Sequence[int], scale: float, backend: str, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     kernel = _kernel("forward", backend, q)
-    with _dtypes_as_given(q.device.type):
+    with span("range_attention"), _dtypes_as_given(q.device.type):
         return kernel(q, k, v, AttentionPlan.decode(plan), scale)
 
 
@@ -77,7 +79,7 @@ def _range_attention_backward(
     kernel = _kernel("backward", backend, q)
     if dout.stride(-1) != 1:  # a gradient expanded by .sum() has stride 0
         dout = dout.contiguous()
-    with _dtypes_as_given(q.device.type):
+    with span("range_attention_backward"), _dtypes_as_given(q.device.type):
         return kernel(dout, dlse, q, k, v, out, lse, AttentionPlan.decode(plan), scale)
 
 
@@ -112,6 +114,19 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
 
 torch.library.register_autograd("aadkern::range_attention", _attention_gradients, setup_context=_save_for_backward, lib=_library)
 torch.library.register_autograd("aadkern::range_attention_backward", _no_second_derivative, lib=_library)
+
+
+@register_flop_formula(torch.ops.aadkern.range_attention)
+def _attention_flops(q_shape: Sequence[int], k_shape: Any, v_shape: Any, plan: Sequence[int], *_: Any, **__: Any) -> int:
+    return q_shape[0] * AttentionPlan.decode(plan).flops(*q_shape[2:])
+
+
+@register_flop_formula(torch.ops.aadkern.range_attention_backward)
+def _attention_backward_flops(
+    dout: Any, dlse: Any, q_shape: Sequence[int], k: Any, v: Any, out: Any, lse: Any, plan: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return q_shape[0] * AttentionPlan.decode(plan).flops(*q_shape[2:], backward=True)
+
 
 range_attention = torch.ops.aadkern.range_attention.default
 range_attention_backward = torch.ops.aadkern.range_attention_backward.default

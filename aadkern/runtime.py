@@ -1,4 +1,4 @@
-"""Which backend serves attention on which device, and why the others do not. The one place that decides."""
+"""Which backend serves an operator on which device, and why the others do not. The one place that decides."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ AVAILABLE = "available"
 
 # Best first. Triton serves CPU tensors only under its interpreter, which is for tests, so it is never picked there.
 PREFERENCE = {"cpu": ("sdpa", "reference"), "cuda": ("triton", "sdpa", "reference")}
+
+# The other operators: their meaning in plain torch, the fast form of it in torch's own operations, fused kernels.
+FUSED_BACKENDS = ("reference", "torch", "triton")
+FUSED_PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "torch")}
 
 TRITON_MAX_HEAD_DIM = 256
 
@@ -26,7 +30,7 @@ def interpreting() -> bool:
 @functools.cache
 def reason_against(backend: str, device_type: str) -> str | None:
     """None if the backend serves tensors on that kind of device, else why not."""
-    if backend in ("reference", "sdpa"):
+    if backend in ("reference", "sdpa", "torch"):
         return None
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -58,6 +62,22 @@ def choose_backend(requested: str, device_type: str, dtype: str = "float32", hea
         if reason_against(backend, device_type) is None and not (backend == "triton" and beyond_triton):
             return backend
     return "reference"
+
+
+def choose_fused_backend(operator: str, requested: str, device_type: str, dtype: str = "float32") -> str:
+    """``choose_backend`` for the operators that have ``FUSED_BACKENDS``; Triton's kernels take no float64.
+
+    Raises ValueError, naming ``operator``, where the requested one cannot serve.
+    """
+    if requested == "auto":
+        served = (b for b in FUSED_PREFERENCE.get(device_type, ("torch",)) if reason_against(b, device_type) is None)
+        return next(b for b in served if not (b == "triton" and dtype == "float64"))
+    if requested not in FUSED_BACKENDS:
+        raise ValueError(f"{operator}: backend must be one of {', '.join(FUSED_BACKENDS)}, or None, got {requested!r}")
+    reason = reason_against(requested, device_type)
+    if reason is not None:
+        raise ValueError(f"{operator}: backend {requested!r} cannot serve tensors on {device_type!r}: {reason}")
+    return requested
 
 
 def backends(device: str | None = None) -> dict[str, str]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aadkern.spans import span
 from aadkern_train.checkpoint import Checkpoints, export_weights
 from aadkern_train.evaluation import HEADLINE, evaluate, references
 from aadkern_train.run import Run
@@ -88,7 +89,8 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints) -> None:
             if clock.stopped_at >= 0:
                 break
             began = time.monotonic()
-            values = run.processes.mean(stage.train_step(step))
+            with span(f"{stage.name} step"):
+                values = run.processes.mean(stage.train_step(step))
             clock.seconds += time.monotonic() - began
             check_finite(stage.name, step, values)
             run.folder.log(stage.name, step, seconds=round(clock.seconds, 3), **values)

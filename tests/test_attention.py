@@ -182,3 +182,16 @@ def test_the_choice_of_backend(monkeypatch):
     assert choose("auto", "cpu", "float32", 64) == "sdpa" and choose("auto", "mps", "float32", 64) == "reference"
     with pytest.raises(ValueError, match=r"sm90.*no"):
         choose("sm90", "cuda", "bfloat16", 128)
+
+
+def test_torchs_flop_counter_counts_the_plan():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v = inputs(CHUNKED, grad=True)
+    batch, _, heads, head_dim = q.shape
+    with FlopCounterMode(display=False) as counted:
+        out = aadkern.attention(q, k, v, CHUNKED)
+    assert counted.get_total_flops() == batch * heads * head_dim * 4 * int(CHUNKED.dense().sum())
+    with FlopCounterMode(display=False) as counted:
+        out.sum().backward()
+    assert counted.get_total_flops() == batch * heads * head_dim * 10 * int(CHUNKED.dense().sum())

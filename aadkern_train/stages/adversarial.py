@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aadkern.spans import spanned
 from aadkern_train.discriminator import Discriminator
 from aadkern_train.distributed import accumulating
 from aadkern_train.draws import Draws
@@ -107,6 +108,7 @@ class AdversarialRefinement(Stage):
         out = self.learners["discriminator"].module(x, sigma, self.run.layout, self.run.window)
         return out if out.dim() == 1 else out[:, 1:]
 
+    @spanned("discriminator")
     def discriminator_part(
         self, draws: Draws, samples: range, real: Tensor, fake: Tensor, exit: int
     ) -> tuple[Tensor, dict[str, float]]:
@@ -136,6 +138,7 @@ class AdversarialRefinement(Stage):
         }
         return adversarial + settings.penalty * penalty, values
 
+    @spanned("adversarial gradient")
     def generator_gradient(self, draws: Draws, samples: range, fake: Tensor, exit: int) -> tuple[float, Tensor]:
         """L_G and its gradient in the clip, under noise and levels of its own; the discriminator gets none."""
         leaf = fake.requires_grad_()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aadkern.plans import bidirectional
+from aadkern.spans import spanned
 from aadkern_train.distributed import accumulating
 from aadkern_train.draws import Draws
 from aadkern_train.learner import Learner, gradient_of
@@ -25,6 +26,7 @@ from aadkern_train.stages.pretrain import denoising_loss
 from aadkern_train.steps import StepPlan
 
 
+@spanned("rollout")
 def self_rollout(run: Run, generator: Any, draws: Draws, samples: range, with_grad: bool) -> tuple[Rollout, int]:
     """A rollout from training first frames, and the exit pass drawn for it (one for all chunks, samples and processes)."""
     recipe = run.recipe
@@ -39,6 +41,7 @@ def self_rollout(run: Run, generator: Any, draws: Draws, samples: range, with_gr
     return rollout(generator, first, run.layout, run.window, noise, steps, with_grad=with_grad), exit
 
 
+@spanned("generator backward")
 def send_back(made: Rollout, gradient: Tensor, generator: Any, last: bool, replay: bool) -> None:
     """dL/dx into the generator's parameters: by chunk replay, or through the graph that the rollout recorded."""
     if replay:
@@ -81,6 +84,7 @@ class DmdWarmUp(Stage):
         logged["fake_loss"] /= self.settings.fake_per_generator
         return logged
 
+    @spanned("DMD gradient")
     def generator_gradient(self, draws: Draws, samples: range, x_hat: Tensor) -> tuple[float, Tensor, float]:
         """The loss, its gradient in x_hat, and the size of the direction."""
         frames, plan = self.run.frames_that_count.expand(len(samples), -1), bidirectional(self.run.layout)
@@ -93,6 +97,7 @@ class DmdWarmUp(Stage):
         loss = surrogate(leaf, direction, frames)
         return loss.item(), gradient_of(loss, leaf), direction.square().mean((1, 2, 3, 4)).sqrt().mean().item()
 
+    @spanned("fake score")
     def fake_step(self, draws: Draws, step: int, k: int, made: list[tuple[range, Tensor]]) -> float:
         """One update of the fake score on the clips of this step's rollout, with noise and levels of its own."""
         fake, total, plan = self.learners["fake"], 0.0, bidirectional(self.run.layout)
