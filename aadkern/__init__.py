@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aadkern import plans
+from aadkern.noise.api import noised_views
 from aadkern.plans import AttentionPlan, VideoLayout, Window
 from aadkern.range_attention.api import attention
 from aadkern.runtime import backends
@@ -14,7 +15,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["AttentionPlan", "StreamingCache", "VideoLayout", "Window", "__version__", "attention", "backends", "plans"]
+__all__ = [
+    "AttentionPlan",
+    "StreamingCache",
+    "VideoLayout",
+    "Window",
+    "__version__",
+    "attention",
+    "backends",
+    "noised_views",
+    "plans",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from aadkern.plans import AttentionPlan
-from aadkern.runtime import choose_backend
+from aadkern.runtime import choose_backend, choose_fused_backend
 from aadkern.spans import span
 
 # Whole modules are imported lazily inside the implementations, so that `import aadkern` needs torch alone. Operators are custom
@@ -130,3 +130,45 @@ def _attention_backward_flops(
 
 range_attention = torch.ops.aadkern.range_attention.default
 range_attention_backward = torch.ops.aadkern.range_attention_backward.default
+
+
+# aadkern.noised_views
+_library.define(
+    "noised_views(Tensor x0, Tensor sigma, Tensor delta_std, Tensor seed, int first_sample, str backend) "
+    "-> (Tensor x_sigma, Tensor x_perturbed)"
+)
+
+
+@torch.library.impl(_library, "noised_views", "CompositeExplicitAutograd")
+def _noised_views(
+    x0: Tensor, sigma: Tensor, delta_std: Tensor, seed: Tensor, first_sample: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    chosen = choose_fused_backend("noised_views", backend, x0.device.type, str(x0.dtype).removeprefix("torch."))
+    file = "triton_views" if chosen == "triton" else "reference"
+    kernel = importlib.import_module(f"aadkern.noise.{file}").forward
+    with span("noised_views"), _dtypes_as_given(x0.device.type):
+        return kernel(x0, sigma, delta_std, seed, first_sample)
+
+
+@torch.library.register_fake("aadkern::noised_views", lib=_library)
+def _noised_views_fake(x0: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x0), torch.empty_like(x0)
+
+
+def _save_sigma(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+
+
+def _noised_views_gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Both views hold (1 - sigma) x0; the noise is not drawn again."""
+    (sigma,) = ctx.saved_tensors
+    total = sum(g.to(sigma.dtype) for g in gradients if g is not None)
+    dx0 = (1.0 - sigma)[:, :, None, None, None] * total if isinstance(total, Tensor) else None
+    return (None if dx0 is None else dx0.to(ctx.dtype), None, None, None, None, None)
+
+
+torch.library.register_autograd("aadkern::noised_views", _noised_views_gradient, setup_context=_save_sigma, lib=_library)
+
+noised_views = torch.ops.aadkern.noised_views.default

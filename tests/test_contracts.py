@@ -18,7 +18,17 @@ SOURCES = [path for package in ("aadkern", "aadkern_train", "benchmarks") for pa
 AADKERN = [path for path in SOURCES if path.is_relative_to(ROOT / "aadkern")]
 MAX_LINES = 500
 
-PUBLIC = {"AttentionPlan", "StreamingCache", "VideoLayout", "Window", "__version__", "attention", "backends", "plans"}
+PUBLIC = {
+    "AttentionPlan",
+    "StreamingCache",
+    "VideoLayout",
+    "Window",
+    "__version__",
+    "attention",
+    "backends",
+    "noised_views",
+    "plans",
+}
 
 # Beside the standard library; the first match counts. `import aadkern` needs torch alone: the others are imported late.
 MAY_IMPORT = {
@@ -29,7 +39,16 @@ MAY_IMPORT = {
 }
 
 # Every variable read at run time: our one switch, Triton's own, and what torchrun tells the processes that it launches.
-ENVIRONMENT = {"AADKERN_NVTX", "TRITON_INTERPRET", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+ENVIRONMENT = {
+    "AADKERN_NVTX",
+    "TRITON_INTERPRET",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
 
 
 def module_name(path: Path) -> str:
