@@ -6,6 +6,8 @@ Logits are [B] (one per video) or [B, F] (one per frame), in float32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,3 +61,43 @@ def perturbation_penalty(logits: Tensor, perturbed: Tensor) -> Tensor:
     For small delta ~ N(0, s^2 I) it is about s^2 |grad_x D|^2, so lambda s^2 is the knob that counts.
     """
     return (logits - perturbed).square().mean()
+
+
+@dataclass(frozen=True)
+class DiscriminatorObjective:
+    """L_D = adversarial + weight penalty over one batch of views, and its gradient in the logits."""
+
+    adversarial: Tensor
+    penalty: Tensor
+    gradient: Tensor
+
+
+@torch.no_grad()
+def discriminator_objective(
+    logits: Tensor, count: int, chosen: Tensor, *, weight: float, share: float = 1.0, relativistic: bool = False
+) -> DiscriminatorObjective:
+    """The discriminator's loss and its gradient in closed form, for ``logits.backward(gradient)``: no graph over the loss is made.
+
+    ``logits`` [2 count + 2 c], or [2 count + 2 c, F] per frame: ``count`` real clips, as many fake ones, then the perturbed twins
+    of the c real and of the c fake clips that ``chosen`` names by index, each once. ``share`` scales the penalty, for batches
+    computed in parts. With n real logits, m of their twins and w = weight * share,
+
+        dL/dreal = -sigmoid(-real) / n + 2 w (real - real') / m,   dL/dreal' = -2 w (real - real') / m,
+        dL/dfake =  sigmoid(fake) / n + 2 w (fake - fake') / m,    dL/dfake' = -2 w (fake - fake') / m;
+
+    relativistic: -sigmoid(fake - real) / n and +sigmoid(fake - real) / n in the first terms.
+    """
+    real, fake, *twins = logits.split([count, count, len(chosen), len(chosen)])
+    gradient = torch.empty_like(logits)
+    parts = gradient.split([count, count, len(chosen), len(chosen)])
+    pull = torch.sigmoid(fake - real) if relativistic else None
+    parts[0].copy_((-torch.sigmoid(-real) if pull is None else -pull) / real.numel())
+    parts[1].copy_((torch.sigmoid(fake) if pull is None else pull) / real.numel())
+    penalty = logits.new_zeros(())
+    if len(chosen):
+        for own, twin, own_gradient, twin_gradient in zip((real, fake), twins, parts[:2], parts[2:], strict=True):
+            penalty = penalty + share * perturbation_penalty(own[chosen], twin)
+            push = 2 * weight * share * (own[chosen] - twin) / twin.numel()
+            own_gradient.index_add_(0, chosen, push)
+            twin_gradient.copy_(-push)
+    return DiscriminatorObjective(discriminator_loss(real, fake, relativistic), penalty, gradient)

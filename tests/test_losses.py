@@ -102,3 +102,21 @@ def test_penalty_approximates_the_squared_gradient():
     moved = torch.sin((x + s * torch.randn(200_000, 32, dtype=torch.float64)) @ w)
     penalty = losses.perturbation_penalty(torch.sin(x @ w).expand_as(moved), moved).item()
     assert penalty / (s**2 * gradient.square().sum().item()) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("relativistic", [False, True])
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("chosen", [[], [0, 2, 3], [4]])
+def test_the_discriminators_gradient_in_closed_form_is_autograds(relativistic, shape, chosen):
+    count, weight, share = 5, 7.0, 0.4
+    chosen = torch.tensor(chosen, dtype=torch.int64)
+    logits = (3 * torch.randn(2 * count + 2 * len(chosen), *shape, dtype=torch.float64)).requires_grad_()
+    real, fake, real_twins, fake_twins = logits.split([count, count, len(chosen), len(chosen)])
+    adversarial = losses.discriminator_loss(real, fake, relativistic)
+    pairs = ((real[chosen], real_twins), (fake[chosen], fake_twins)) if len(chosen) else ()
+    penalty = share * sum((losses.perturbation_penalty(a, b) for a, b in pairs), torch.zeros((), dtype=torch.float64))
+    (wanted,) = torch.autograd.grad(adversarial + weight * penalty, logits)
+    got = losses.discriminator_objective(logits, count, chosen, weight=weight, share=share, relativistic=relativistic)
+    torch.testing.assert_close(got.gradient, wanted)
+    torch.testing.assert_close((got.adversarial, got.penalty), (adversarial.detach(), penalty.detach()))
+    assert not got.gradient.requires_grad and not got.adversarial.requires_grad

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aadkern import noised_views
 from aadkern.spans import spanned
 from aadkern_train.discriminator import Discriminator
 from aadkern_train.distributed import accumulating
 from aadkern_train.draws import Draws
-from aadkern_train.flow import add_noise, clip_sigma, per_frame, unshift
+from aadkern_train.flow import add_noise, clip_sigma, unshift
 from aadkern_train.learner import Learner, gradient_of
-from aadkern_train.losses import discriminator_loss, generator_loss, perturbation_penalty
+from aadkern_train.losses import DiscriminatorObjective, discriminator_objective, generator_loss
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches
 from aadkern_train.stages.dmd import self_rollout, send_back
@@ -80,10 +81,10 @@ class AdversarialRefinement(Stage):
             rolled.append((some, last, made, exit))
             if discriminator_step is None:
                 continue
-            loss, values = self.discriminator_part(draws, some, self.run.clips(some), made.x.detach(), exit)
+            logits, objective = self.discriminator_part(draws, some, self.run.clips(some), made.x.detach(), exit)
             with accumulating(discriminator.module, last=last):
-                (loss / settings.accumulate).backward()
-            for name, value in values.items():
+                logits.backward(objective.gradient / settings.accumulate)
+            for name, value in told(logits.detach(), len(some), objective).items():
                 logged[name] = logged.get(name, 0.0) + value / settings.accumulate
         if discriminator_step is not None:
             logged["discriminator_norm"] = discriminator.update(discriminator_step)
@@ -111,32 +112,22 @@ class AdversarialRefinement(Stage):
     @spanned("discriminator")
     def discriminator_part(
         self, draws: Draws, samples: range, real: Tensor, fake: Tensor, exit: int
-    ) -> tuple[Tensor, dict[str, float]]:
-        """L_D with its penalty: real, fake and their perturbed twins in one batch."""
-        settings, count = self.settings, len(samples)
+    ) -> tuple[Tensor, DiscriminatorObjective]:
+        """One batch of views (real, fake, and the perturbed twins of a share of each) through the discriminator: logits, L_D."""
+        settings, count, frames = self.settings, len(samples), real.shape[1]
         sigma = self.levels(draws, "level", samples, real, exit)
-        views = [add_noise(x, draw_noise(draws, f"eps {name}", samples, x), sigma) for name, x in (("real", real), ("fake", fake))]
-        chosen = torch.tensor([i for i, sample in enumerate(samples) if settings.penalty and sample % settings.penalty_every == 0])
-        chosen = chosen.long().to(real.device)
-        moves = clip_sigma(torch.ones(len(chosen), device=real.device), real.shape[1], 1 if settings.image_clean else 0)
-        for name, view in zip(("real", "fake"), list(views), strict=True):
-            delta = settings.delta * draw_noise(draws, f"delta {name}", [samples[i] for i in chosen], view)
-            views.append(view[chosen] + per_frame(moves) * delta)
-        out = self.logits(torch.cat(views), torch.cat([sigma, sigma, sigma[chosen], sigma[chosen]]))
-        l_real, l_fake, l_real_moved, l_fake_moved = out.split([count, count, len(chosen), len(chosen)])
-        adversarial = discriminator_loss(l_real, l_fake, settings.relativistic)
-        penalty = out.new_zeros(())
-        if len(chosen):
-            penalty = perturbation_penalty(l_real[chosen], l_real_moved) + perturbation_penalty(l_fake[chosen], l_fake_moved)
-            penalty = penalty * len(chosen) * settings.penalty_every / count  # so that equal parts of a batch add up to its mean
-        values = {
-            "discriminator_loss": adversarial.item(),
-            "penalty": penalty.item(),
-            "real_logit": l_real.mean().item(),
-            "fake_logit": l_fake.mean().item(),
-            "accuracy": 0.5 * ((l_real > 0).float().mean() + (l_fake < 0).float().mean()).item(),
-        }
-        return adversarial + settings.penalty * penalty, values
+        seeds = [draws.integers(f"views of {name}", samples, 2**63 - 1, device=real.device) for name in ("real", "fake")]
+        moves = clip_sigma(torch.full((2 * count,), settings.delta, device=real.device), frames, 1 if settings.image_clean else 0)
+        views, moved = noised_views(torch.cat([real, fake]), sigma.repeat(2, 1), delta_std=moves, seed=torch.cat(seeds))
+        chosen = [i for i, sample in enumerate(samples) if settings.penalty and sample % settings.penalty_every == 0]
+        chosen = torch.tensor(chosen, dtype=torch.int64, device=real.device)
+        twins = torch.cat([chosen, count + chosen])
+        logits = self.logits(torch.cat([views, moved[twins]]), torch.cat([sigma, sigma, sigma[twins % count]]))
+        share = len(chosen) * settings.penalty_every / count  # so that equal parts of a batch add up to its mean
+        objective = discriminator_objective(
+            logits, count, chosen, weight=settings.penalty, share=share, relativistic=settings.relativistic
+        )
+        return logits, objective
 
     @spanned("adversarial gradient")
     def generator_gradient(self, draws: Draws, samples: range, fake: Tensor, exit: int) -> tuple[float, Tensor]:
@@ -153,3 +144,15 @@ class AdversarialRefinement(Stage):
         gradient = gradient_of(loss, leaf)
         gradient[:, 0] = 0
         return loss.item(), gradient
+
+
+def told(logits: Tensor, count: int, objective: DiscriminatorObjective) -> dict[str, float]:
+    """What the log keeps of a discriminator's batch."""
+    real, fake = logits[:count], logits[count : 2 * count]
+    return {
+        "discriminator_loss": objective.adversarial.item(),
+        "penalty": objective.penalty.item(),
+        "real_logit": real.mean().item(),
+        "fake_logit": fake.mean().item(),
+        "accuracy": 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()).item(),
+    }
