@@ -77,7 +77,7 @@ def measure_views(name: str, shape: tuple[int, ...], device: torch.device, secon
 
 
 def discriminator(device: torch.device) -> tuple[Any, tuple[int, ...], VideoLayout]:
-    """A discriminator of random weights, a clip's shape [B, F, C, H, W] and layout: on a GPU Wan-1.3B's width and 4 of its 30 blocks."""
+    """A discriminator of random weights, a clip's shape and layout: on a GPU Wan-1.3B's width and 4 of its 30 blocks."""
     from aadkern.wan import CausalWan
     from aadkern_train.denoiser import Denoiser
     from aadkern_train.discriminator import Discriminator
@@ -104,7 +104,7 @@ def discriminator(device: torch.device) -> tuple[Any, tuple[int, ...], VideoLayo
 
 
 def measure_passes(device: torch.device, seconds: float) -> dict[str, Any]:
-    """Forward and backward of a discriminator over real, fake and their twins: one batch, and four passes that keep their graphs."""
+    """Forward and backward of a discriminator over real, fake and their twins: one batch, and four passes."""
     network, shape, clip_layout = discriminator(device)
     dtype = next(network.parameters()).dtype
     views = [torch.randn(shape, device=device, dtype=dtype) for _ in range(4)]
