@@ -1,0 +1,240 @@
+// Attention over key ranges, forward, warp-specialised: out = softmax(scale q k^T) v and lse, for 128 query rows of a run.
+//
+//   producer warpgroup    warp 0, one thread: loads q, then k and v tiles into rings of stages, k one tile ahead of v
+//                         warp 1: clears the rows of a tail's v that lie beyond its range
+//   consumer warpgroups,  issue S(j) = q k(j)^T and O += P(j-1) v(j-1) together; the softmax of S(j) runs while the second is at
+//   64 query rows each    work, and with PingPong while the other consumer's products are
+//
+// Every stage of k and v has two mbarriers: `full` (the bytes are there) and `empty` (all eight consumer warps are done with it).
+#pragma once
+
+#include "attention/forward_parts.cuh"
+
+namespace aadkern {
+
+// Shared memory: q, rings of k and v, mbarriers, and how many keys each tile of k has.
+template <int HeadDim, int Keys>
+struct ForwardShared {
+    static constexpr int consumers = 2, rows = 64 * consumers, threads = 128 * (1 + consumers);
+    static constexpr int q_panel = rows * panel_row_bytes, q_bytes = rows * HeadDim * 2, tile_bytes = Keys * HeadDim * 2;
+    // As many as fit; registers allow one CTA an SM anyway.
+    static constexpr int stages = HeadDim == 64 ? 4 : Keys == 128 ? 3 : 2;
+    static constexpr int barriers = q_bytes + 2 * stages * tile_bytes, key_counts = barriers + 8 * (1 + 5 * stages);
+    static constexpr int bytes = key_counts + 4 * stages + 1024;  // and what it takes to begin at a multiple of 1024
+    static_assert(bytes <= 227 * 1024);
+
+    SharedAddress base;
+
+    AADKERN_DEVICE SharedAddress q(int row = 0) const { return base + row * panel_row_bytes; }
+    AADKERN_DEVICE SharedAddress k(int stage) const { return base + q_bytes + stage * tile_bytes; }
+    AADKERN_DEVICE SharedAddress v(int stage) const { return base + q_bytes + (stages + stage) * tile_bytes; }
+    AADKERN_DEVICE SharedAddress q_full() const { return base + barriers; }
+    AADKERN_DEVICE SharedAddress k_full(int stage) const { return barrier(0, stage); }
+    AADKERN_DEVICE SharedAddress k_empty(int stage) const { return barrier(1, stage); }
+    AADKERN_DEVICE SharedAddress v_landed(int stage) const { return barrier(2, stage); }  // of a tail, not cleared yet
+    AADKERN_DEVICE SharedAddress v_full(int stage) const { return barrier(3, stage); }
+    AADKERN_DEVICE SharedAddress v_empty(int stage) const { return barrier(4, stage); }
+    AADKERN_DEVICE SharedAddress barrier(int kind, int stage) const { return base + barriers + 8 * (1 + kind * stages + stage); }
+    AADKERN_DEVICE SharedAddress key_count(int stage) const { return base + key_counts + 4 * stage; }
+
+    AADKERN_DEVICE void initialise_barriers() const {
+        mbarrier_init(q_full(), 1);
+        for (int stage = 0; stage < stages; ++stage) {
+            mbarrier_init(k_full(stage), 1);
+            mbarrier_init(v_landed(stage), 1);
+            mbarrier_init(v_full(stage), 1);
+            mbarrier_init(k_empty(stage), 4 * consumers);
+            mbarrier_init(v_empty(stage), 4 * consumers);
+        }
+        fence_mbarrier_init();
+    }
+};
+
+template <int HeadDim, int Keys>
+struct ForwardProducer {
+    using Shared = ForwardShared<HeadDim, Keys>;
+    using Stage = Ring<Shared::stages>;
+    const ForwardParameters& parameters;
+    const Work& work;
+    Shared shared;
+
+    // By one thread.
+    AADKERN_DEVICE void load_all() const {
+        KeyTiles<Keys> tiles(parameters.tables, work);
+        if (!tiles.next()) return;
+        mbarrier_arrive_expect_tx(shared.q_full(), Shared::q_bytes);
+        load_panels<HeadDim>(shared.q(), &parameters.q, shared.q_full(), Shared::rows, work.first_row, work, L2Hint::EvictFirst);
+        Stage k_stage, v_stage;
+        load_k(tiles, k_stage);
+        for (bool more = true; more; v_stage.advance()) {
+            const int v_start = tiles.start, v_count = tiles.count;
+            more = tiles.next();
+            if (more) {
+                k_stage.advance();
+                load_k(tiles, k_stage);
+            }
+            load_v(v_start, v_count, v_stage);
+        }
+    }
+
+    AADKERN_DEVICE void load_k(const KeyTiles<Keys>& tile, const Stage& at) const {
+        const SharedAddress full = shared.k_full(at.stage);
+        mbarrier_wait(shared.k_empty(at.stage), at.parity ^ 1);
+        store_shared_u32(shared.key_count(at.stage), uint32_t(tile.count));
+        mbarrier_arrive_expect_tx(full, Shared::tile_bytes);
+        load_panels<HeadDim>(shared.k(at.stage), &parameters.k, full, Keys, tile.start, work, L2Hint::EvictLast);
+    }
+
+    // A tail is `landed` first, and `full` when its rows beyond the range are cleared.
+    AADKERN_DEVICE void load_v(int start, int count, const Stage& at) const {
+        const SharedAddress there = count == Keys ? shared.v_full(at.stage) : shared.v_landed(at.stage);
+        mbarrier_wait(shared.v_empty(at.stage), at.parity ^ 1);
+        mbarrier_arrive_expect_tx(there, Shared::tile_bytes);
+        load_panels<HeadDim>(shared.v(at.stage), &parameters.v, there, Keys, start, work, L2Hint::EvictLast);
+    }
+
+    // By one warp.
+    AADKERN_DEVICE void clear_tails() const {
+        uint32_t parities = 0;  // of each stage's `landed`, a bit each: only tails use it
+        Stage at;
+        for (KeyTiles<Keys> tiles(parameters.tables, work); tiles.next(); at.advance()) {
+            if (tiles.count == Keys) continue;
+            mbarrier_wait(shared.v_landed(at.stage), parities >> at.stage & 1);
+            parities ^= 1u << at.stage;
+            clear_rows<HeadDim, Keys>(shared.v(at.stage), tiles.count, lane_index(), 32);
+            fence_proxy_async();
+            warp_sync();
+            if (lane_index() == 0) mbarrier_arrive(shared.v_full(at.stage));
+        }
+    }
+};
+
+// The two consumers' turns at the tensor cores: while one multiplies, the other makes its softmax. Each waits at a named barrier of
+// its own, at which the other arrives to pass the turn.
+template <bool PingPong>
+struct Turns {
+    int consumer;
+    AADKERN_DEVICE void begin() const {  // consumer 0 is first
+        if (PingPong && consumer == 1) named_barrier_arrive(1, 256);
+    }
+    AADKERN_DEVICE void take() const {
+        if (PingPong) named_barrier_sync(1 + consumer, 256);
+    }
+    // Nobody waits for a turn after consumer 1's last.
+    AADKERN_DEVICE void pass(bool last) const {
+        if (PingPong && !(last && consumer == 1)) named_barrier_arrive(2 - consumer, 256);
+    }
+};
+
+template <class T, int HeadDim, int Keys, bool PingPong>
+struct ForwardConsumer {
+    using Shared = ForwardShared<HeadDim, Keys>;
+    using Stage = Ring<Shared::stages>;
+    const ForwardParameters& parameters;
+    const Work& work;
+    Shared shared;
+    int consumer;
+
+    AADKERN_DEVICE void release(SharedAddress empty) const {
+        if (lane_index() == 0) mbarrier_arrive(empty);
+    }
+    // Waits for the tile; how many keys it has.
+    AADKERN_DEVICE int wait_for_k(const Stage& at) const {
+        mbarrier_wait(shared.k_full(at.stage), at.parity);
+        return warp_uniform(lane_index() == 0 ? int(load_shared_u32(shared.key_count(at.stage))) : 0);
+    }
+
+    AADKERN_DEVICE void attend(float (&o)[HeadDim / 2], RunningSoftmax& softmax, int tiles) const {
+        const SharedAddress q = shared.q(64 * consumer);
+        const Turns<PingPong> turns{consumer};
+        Stage k_at, v_at;
+        float s[Keys / 2], decay[2];
+        uint32_t p[Keys / 4];
+
+        turns.begin();
+        mbarrier_wait(shared.q_full(), 0);
+        int count = wait_for_k(k_at);
+        turns.take();
+        wgmma_fence();
+        multiply_q_k<T, HeadDim, Keys>(s, q, Shared::q_panel, shared.k(k_at.stage));
+        wgmma_commit();
+        turns.pass(tiles == 1);
+        wgmma_wait<0>();
+        keep(s);
+        release(shared.k_empty(k_at.stage));
+        if (count < Keys) mask_tail(s, count);
+        softmax.step(s, parameters.scale_log2, decay);
+        pack_fragment<T>(p, s);
+
+        for (int tile = 1; tile < tiles; ++tile) {
+            k_at.advance();
+            count = wait_for_k(k_at);
+            turns.take();
+            wgmma_fence();
+            multiply_q_k<T, HeadDim, Keys>(s, q, Shared::q_panel, shared.k(k_at.stage));
+            wgmma_commit();
+            mbarrier_wait(shared.v_full(v_at.stage), v_at.parity);
+            wgmma_fence();  // the one above covers o and p too, but ptxas does not see it past the wait
+            multiply_p_v<T, HeadDim, Keys>(o, p, shared.v(v_at.stage));
+            wgmma_commit();
+            turns.pass(tile == tiles - 1);
+            wgmma_wait<1>();
+            keep(s);
+            release(shared.k_empty(k_at.stage));
+            if (count < Keys) mask_tail(s, count);
+            softmax.step(s, parameters.scale_log2, decay);
+            wgmma_wait<0>();
+            keep(o);
+            release(shared.v_empty(v_at.stage));
+            v_at.advance();
+            scale_rows(o, decay);
+            pack_fragment<T>(p, s);
+        }
+        mbarrier_wait(shared.v_full(v_at.stage), v_at.parity);
+        wgmma_fence();
+        multiply_p_v<T, HeadDim, Keys>(o, p, shared.v(v_at.stage));
+        wgmma_commit();
+        wgmma_wait<0>();
+        keep(o);
+    }
+
+    AADKERN_DEVICE void run() const {
+        float o[HeadDim / 2];
+#pragma unroll
+        for (int i = 0; i < HeadDim / 2; ++i) o[i] = 0.f;
+        RunningSoftmax softmax;
+        const int tiles = KeyTiles<Keys>::total(parameters.tables, work);
+        if (tiles > 0) attend(o, softmax, tiles);
+
+        float inverse[2], lse[2];
+        softmax.finish(inverse, lse);
+        scale_rows(o, inverse);
+        const int first = 64 * consumer + 16 * (warp_index() % 4);  // of this warp's rows in the tile; of q nobody else read them
+        store_results<T, HeadDim>(parameters, work, first, o, lse, shared.q(first), Shared::q_panel);
+    }
+};
+
+template <class T, int HeadDim, int Keys, bool PingPong>
+AADKERN_KERNEL((ForwardShared<HeadDim, Keys>::threads))
+forward_kernel(AADKERN_GRID_CONSTANT ForwardParameters parameters) {
+    const ForwardShared<HeadDim, Keys> shared{(shared_base() + 1023) & ~1023u};
+    if (thread_index() == 0) {
+        tma_prefetch_descriptor(&parameters.q);
+        tma_prefetch_descriptor(&parameters.k);
+        tma_prefetch_descriptor(&parameters.v);
+        shared.initialise_barriers();
+    }
+    cta_sync();
+    const Work work = own_work(parameters.tables, parameters.batch, parameters.heads, parameters.head_group);
+    if (warpgroup_index() == 0) {
+        registers_decrease<24>();
+        const ForwardProducer<HeadDim, Keys> producer{parameters, work, shared};
+        if (warp_index() == 0 && elect_one()) producer.load_all();
+        if (warp_index() == 1) producer.clear_tails();
+    } else {
+        registers_increase<240>();
+        ForwardConsumer<T, HeadDim, Keys, PingPong>{parameters, work, shared, warpgroup_index() - 1}.run();
+    }
+}
+
+}  // namespace aadkern

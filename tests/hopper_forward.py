@@ -1,0 +1,101 @@
+"""The forward kernels of csrc/attention on the host model, as a function of tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aadkern.plans import AttentionPlan
+from aadkern.range_attention.tiles import cut
+from aadkern.testing import assert_close_to_reference, eager, exact
+from tests.hopper_host import Options, Report, run
+
+SIMPLE, SPECIALISED, PING_PONG, WIDE = range(4)  # ForwardKernel of csrc/attention/launch.h
+TILE_ROWS = {SIMPLE: 64, SPECIALISED: 128, PING_PONG: 128, WIDE: 128}
+TILE_KEYS = {SIMPLE: 128, SPECIALISED: 128, PING_PONG: 128, WIDE: 176}
+DATA_TYPES = {torch.bfloat16: 0, torch.float16: 1}
+
+
+class TensorView(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("length", ctypes.c_int64), ("head", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, x: Tensor) -> TensorView:
+        return cls(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+class Tables(ctypes.Structure):
+    _fields_ = [("tiles", ctypes.c_void_p), ("ranges", ctypes.c_void_p), ("tile_count", ctypes.c_int32)]
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("batch", "heads", "q_len", "k_len", "head_dim", "type")]
+
+
+class ForwardArguments(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        *((name, TensorView) for name in ("q", "k", "v", "out")),
+        ("lse", ctypes.c_void_p),
+        ("tables", Tables),
+        ("scale", ctypes.c_float),
+        ("head_group", ctypes.c_int32),
+    ]
+
+
+class Run(NamedTuple):
+    out: Tensor
+    lse: Tensor
+    report: Report
+
+
+def run_forward(
+    library: ctypes.CDLL,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    kernel: int = PING_PONG,
+    *,
+    options: Options | None = None,
+    head_group: int = 2,
+    out: Tensor | None = None,
+    tables: tuple[list, list] | None = None,
+) -> Run:
+    """One launch. ``out`` may be any strided tensor; it and the lse are NaN before. ``tables`` stand for those of the plan."""
+    batch, q_len, heads, head_dim = q.shape
+    out = torch.empty((batch, q_len, heads, head_dim), dtype=q.dtype) if out is None else out
+    lse = torch.full((batch, heads, q_len), float("nan"))
+    out.fill_(float("nan"))
+    rows, seen = cut(plan, TILE_ROWS[kernel], TILE_KEYS[kernel]) if tables is None else tables
+    tiles = torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
+    ranges = torch.tensor(seen, dtype=torch.int32).reshape(-1, 2)
+    arguments = ForwardArguments(
+        Shape(batch, heads, q_len, k.shape[1], head_dim, DATA_TYPES[q.dtype]),
+        *map(TensorView.of, (q, k, v, out)),
+        lse.data_ptr(),
+        Tables(tiles.data_ptr(), ranges.data_ptr(), len(tiles)),
+        scale,
+        head_group,
+    )
+    report = run(library.forward, ctypes.byref(arguments), kernel, len(ranges), options=options)
+    return Run(out, lse, report)
+
+
+def assert_right(result: Run, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> None:
+    """Raise AssertionError where a result leaves the house's budget around fp64."""
+    nothing = torch.zeros_like(q)
+    truth, plain = exact(q, k, v, plan, scale, nothing), eager(q, k, v, plan, scale, nothing)
+    assert_close_to_reference(result.out, truth.out, plain.out, "out")
+    # The lse is fp32, of exact products of 16-bit inputs: a few roundings of numbers of its size.
+    finite = truth.lse.isfinite()
+    assert torch.equal(result.lse.isfinite(), finite) and torch.equal(result.lse[~finite].double(), truth.lse[~finite])
+    if finite.any():
+        size = 1 + math.log(plan.k_len) + truth.lse[finite].abs().max().item()
+        error = (result.lse - truth.lse)[finite].abs().max().item()
+        assert error <= 2.0**-20 * size, f"lse: largest error {error:.3e}, allowed {2.0**-20 * size:.3e}"

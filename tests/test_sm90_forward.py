@@ -1,0 +1,227 @@
+"""The Hopper forward kernels, run on the host model of the hardware: numbers against fp64, and no race, deadlock or stray
+access in any order of events."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aadkern.plans import AttentionPlan, VideoLayout, Window, block_causal
+from aadkern.testing import exact, make_inputs, plans, random_plan
+from tests.hopper_device import compile_kernels
+from tests.hopper_forward import PING_PONG, SIMPLE, SPECIALISED, WIDE, assert_right, run_forward
+from tests.hopper_host import EAGER, LAZY, RANDOM, Options, build, schedules
+
+KERNELS = {"simple": SIMPLE, "specialised": SPECIALISED, "ping_pong": PING_PONG, "wide": WIDE}
+# A run of several tiles, whole key tiles and tails, a run without a tail, one key alone, no key, the last key of the tensor.
+RAGGED = AttentionPlan.from_ranges(
+    430,
+    700,
+    [
+        ((0, 5), []),
+        ((5, 262), [(3, 4), (17, 300), (301, 690)]),
+        ((262, 300), [(128, 384)]),
+        ((300, 430), [(0, 640), (699, 700)]),
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return build("forward")
+
+
+def check(library, q, k, v, plan, kernel, scale=None, **options):
+    """The result is within the house's budget of fp64, and the model has nothing to say. Returns it."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    result = run_forward(library, q, k, v, plan, scale, kernel, **options)
+    assert result.report.clean, str(result.report)
+    assert_right(result, q, k, v, plan, scale)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_a_ragged_plan_gives_the_same_bits_in_every_order_of_events(library, kernel, head_dim, dtype):
+    q, k, v = make_inputs(RAGGED, 1, head_dim, dtype, seed=random.randrange(1 << 30))
+    first = check(library, q, k, v, RAGGED, kernel, options=Options(RANDOM, seed=random.randrange(1 << 30)))
+    for options in schedules(1):
+        result = run_forward(library, q, k, v, RAGGED, head_dim**-0.5, kernel, options=options)
+        assert result.report.clean, f"{options}: {result.report}"
+        assert torch.equal(result.out, first.out) and torch.equal(result.lse, first.lse), options
+
+
+@given(plan=plans(max_q=300, max_k=500), data=st.data())
+def test_random_plans(plan, data):
+    kernel = data.draw(st.sampled_from(sorted(KERNELS.values())))
+    head_dim, dtype = data.draw(st.sampled_from([64, 128])), data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
+    batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    q, k, v = make_inputs(plan, heads, head_dim, dtype, batch=batch, seed=data.draw(st.integers(0, 1 << 30)))
+    options = Options(data.draw(st.sampled_from([EAGER, LAZY, RANDOM])), seed=data.draw(st.integers(1, 1 << 30)))
+    check(build("forward"), q, k, v, plan, kernel, options=options, head_group=data.draw(st.integers(1, batch * heads)))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "fused", "sliced"])
+def test_strides(library, layout):
+    plan = AttentionPlan.from_ranges(200, 200, [((0, 70), [(0, 200)]), ((70, 200), [(3, 90), (100, 150)])])
+    q, k, v = make_inputs(plan, 3, 64, torch.bfloat16, batch=2, layout=layout, seed=random.randrange(1 << 30))
+    canary = torch.full((2, 4, 208, 72), float("nan"), dtype=torch.bfloat16)  # out lies inside, and all around it stays NaN
+    out = canary[:, :3, 2:202, :64].transpose(1, 2)
+    check(library, q, k, v, plan, PING_PONG, out=out)
+    assert canary.isnan().sum() == canary.numel() - out.numel()
+
+
+@pytest.mark.parametrize("head_group", range(1, 7))
+def test_every_tile_is_done_once_whatever_the_order_of_heads(library, head_group):
+    plan = AttentionPlan.from_ranges(150, 140, [((0, 20), [(0, 140)]), ((20, 150), [(5, 6)])])
+    q, k, v = make_inputs(plan, 3, 64, torch.float16, batch=2, seed=head_group)
+    check(library, q, k, v, plan, SPECIALISED, head_group=head_group)  # a row written twice is reported, one never written is NaN
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_what_lies_beyond_a_range_has_no_effect(library, kernel, garbage):
+    """Neither do keys that the run does not see, whatever is in them, nor queries of another run."""
+    first, second = ((0, 40), [(50, 60)]), [(2, 180), (190, 330)]
+    plan = AttentionPlan.from_ranges(140, 400, [first, ((40, 140), second)])
+    q, k, v = make_inputs(plan, 1, 128, torch.bfloat16, seed=random.randrange(1 << 30))
+    k[:, 330:], v[:, 330:] = garbage, garbage
+    k[:, 180:190], v[:, 180:190] = garbage, garbage
+    check(library, q, k, v, plan, kernel)
+    q[:, 90:] = garbage  # these queries are of no run
+    check(library, q, k, v, AttentionPlan.from_ranges(140, 400, [first, ((40, 90), second)]), kernel)
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 8.0, 30.0])
+def test_the_size_of_the_scores(library, factor):
+    q, k, v = make_inputs(RAGGED, 1, 128, torch.bfloat16, seed=random.randrange(1 << 30))
+    check(library, factor * q, factor * k, v, RAGGED, PING_PONG)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 3.0])
+def test_scales(library, scale):
+    q, k, v = make_inputs(RAGGED, 1, 64, torch.float16, seed=random.randrange(1 << 30))
+    check(library, q, k, v, RAGGED, SPECIALISED, scale=scale)
+
+
+def test_infinite_scores_give_nan_only_where_the_reference_does(library):
+    """Scores of -inf in a whole first tile and beside finite ones, scores of +inf, and NaN."""
+    plan = AttentionPlan.from_ranges(130, 300, [((0, 130), [(0, 300)])])
+    q, k, v = make_inputs(plan, 1, 64, torch.bfloat16, seed=random.randrange(1 << 30))
+    q[:, :, :, 0] = 1.0
+    k[:, :200, :, 0] = -math.inf
+    q[:, 7, :, 0] = -1.0  # +inf here
+    q[:, 9, :, 0] = math.nan
+    for kernel in KERNELS.values():
+        result = run_forward(library, q, k, v, plan, 0.125, kernel)
+        truth = exact(q, k, v, plan, 0.125, torch.zeros_like(q))
+        assert torch.equal(result.out.isnan(), truth.out.isnan()) and torch.equal(result.lse.isnan(), truth.lse.isnan())
+        rows = [row for row in range(130) if row not in (7, 9)]
+        assert (result.out - truth.out)[:, rows].abs().max() < 0.02
+        assert (result.lse - truth.lse)[:, :, rows].abs().max() < 1e-4
+
+
+def test_more_than_four_ranges(library):
+    """The table has room for any number, though a plan has at most 4."""
+    pieces = [(10 * i, 10 * i + 3) for i in range(20)] + [(210, 380), (381, 515)]
+    halves = [AttentionPlan.from_ranges(60, 520, [((0, 60), [piece])]) for piece in pieces]
+    q, k, v = make_inputs(halves[0], 1, 64, torch.float16, seed=random.randrange(1 << 30))
+    result = run_forward(library, q, k, v, halves[0], 0.125, PING_PONG, tables=([(0, 60, 0, len(pieces))], pieces))
+    assert result.report.clean, str(result.report)
+    parts = [exact(q, k, v, half, 0.125, torch.zeros_like(q)) for half in halves]
+    lse = torch.stack([part.lse for part in parts]).logsumexp(0)
+    out = sum(part.out * (part.lse - lse).exp().transpose(1, 2)[..., None] for part in parts)
+    assert (result.out - out).abs().max() < 2e-3 and (result.lse - lse).abs().max() < 1e-5
+
+
+def test_a_window_over_uneven_chunks_equals_its_chunks_alone(library):
+    """A plan's run gives the same bits as a launch over that run's queries alone."""
+    layout = VideoLayout(chunks=(1, 2, 2), tokens_per_frame=60)
+    plan = block_causal(layout, Window(frames=3, sink=1))
+    q, k, v = make_inputs(plan, 1, 64, torch.bfloat16, seed=random.randrange(1 << 30))
+    whole = check(library, q, k, v, plan, PING_PONG)
+    for (start, end), ranges in plan.runs:
+        alone = AttentionPlan.from_ranges(end - start, plan.k_len, [((0, end - start), ranges)])
+        part = run_forward(library, q[:, start:end], k, v, alone, 0.125, PING_PONG)
+        assert torch.equal(part.out, whole.out[:, start:end]) and torch.equal(part.lse, whole.lse[:, :, start:end])
+
+
+def test_no_keys_at_all(library):
+    plan = AttentionPlan.from_ranges(70, 0, [])
+    q, k, v = make_inputs(plan, 2, 64, torch.bfloat16)
+    result = check(library, q, k, v, plan, PING_PONG)
+    assert not result.out.any() and (result.lse == -math.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"head_dim": 96}, "head_dim must be 64 or 128"),
+        ({"scale": -1.0}, "scale must be finite and not negative"),
+        ({"scale": math.nan}, "scale must be finite and not negative"),
+        ({"layout": "misaligned"}, "base must be 16-byte aligned"),
+        ({"head_group": 0}, "head_group must be at least 1"),
+    ],
+)
+def test_what_is_not_served_is_refused(library, wrong, message):
+    plan = AttentionPlan.from_ranges(64, 64, [((0, 64), [(0, 64)])])
+    head_dim = wrong.get("head_dim", 64)
+    q, k, v = make_inputs(plan, 1, head_dim, torch.bfloat16, layout=wrong.get("layout", "bshd"))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    result = run_forward(library, q, k, v, plan, wrong.get("scale", 0.125), head_group=wrong.get("head_group", 1), out=out)
+    assert message in str(result.report) and out.isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_many_plans_in_many_orders(library, seed):
+    rng = random.Random(seed)
+    plan = random_plan(rng, 500, 1400)
+    dtype, head_dim = rng.choice([torch.bfloat16, torch.float16]), rng.choice([64, 128])
+    q, k, v = make_inputs(plan, 2, head_dim, dtype, batch=rng.randint(1, 2), seed=seed)
+    for kernel in KERNELS.values():
+        results = [check(library, q, k, v, plan, kernel, options=options) for options in schedules(4)]
+        for first, other in itertools.pairwise(results):
+            assert torch.equal(first.out, other.out) and torch.equal(first.lse, other.lse)
+
+
+# ---- what nvcc makes of them ----
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    kernels, complaints = compile_kernels("attention/sm90_forward.cu", tmp_path_factory.mktemp("sm90_forward"))
+    assert complaints == []  # ptxas would make every wgmma wait
+    return {kernel.name: kernel for kernel in kernels}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["8BFloat16", "7Float16"])
+@pytest.mark.parametrize(("keys", "ping_pong"), [(128, False), (128, True), (176, True)])
+def test_the_specialised_kernels_compile_to_what_they_say(compiled, dtype, head_dim, keys, ping_pong):
+    instance = f"14forward_kernelINS_{dtype}ELi{head_dim}ELi{keys}ELb{int(ping_pong)}E"
+    (kernel,) = [k for name, k in compiled.items() if instance in name]
+    assert kernel.spilled_bytes == 0
+    assert kernel.registers * 384 <= 65536
+    assert kernel.setmaxnreg == {"producer": 24, "consumer": 240}
+    assert kernel.highest["producer"] < 24 and kernel.highest["consumer"] < 240
+    # q k and p v, each before the loop or after it and once in it; 16 columns, or 16 keys, a step
+    assert kernel.opcodes["HGMMA"] == 2 * (head_dim // 16 + keys // 16)
+    assert kernel.opcodes["UTMALDG"] == 4 * (head_dim // 64)  # q, k at two places, v
+    assert (kernel.opcodes["BAR"] > 1) == ping_pong
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["8BFloat16", "7Float16"])
+def test_the_simple_kernel_compiles_to_what_it_says(compiled, dtype, head_dim):
+    (kernel,) = [k for name, k in compiled.items() if f"21simple_forward_kernelINS_{dtype}ELi{head_dim}E" in name]
+    assert kernel.spilled_bytes == 0 and kernel.registers <= 255
+    assert kernel.opcodes["HGMMA"] == head_dim // 16 + 128 // 16
+    assert kernel.opcodes["UTMALDG"] == 3 * (head_dim // 64)
