@@ -14,18 +14,23 @@ import torch
 
 from aadkern.plans import AttentionPlan
 
-# K and V of the heads in flight should stay in L2. An H100 has 50 MB in two halves that may each hold a copy, an A100
-# 40 MB. Unverified on a GPU.
+# K and V of the heads in flight should stay in L2. An H100 has 50 MB in two halves that may each hold a copy, so half of
+# it counts; an A100 has 40 MB, H200 and H20 no less than an H100. Unverified on a GPU.
 L2_BYTES = 25 << 20
 
 
 class Tile(NamedTuple):
-    """One kernel configuration: a program owns ``rows`` rows and walks the other side in steps of ``step`` rows."""
+    """One kernel configuration: a program owns ``rows`` rows and walks the other side in steps of ``step`` rows.
+
+    ``stages`` is the number of steps whose loads share the memory of a program; ``ahead``, of the forward alone, makes
+    a step's scores one step early.
+    """
 
     rows: int
     step: int
     warps: int
     stages: int
+    ahead: bool = False
 
 
 class TileTable(NamedTuple):

@@ -3,9 +3,11 @@ dlse,
 
 ``dv = p^T dout``, ``ds = p (dout v^T - delta)``, ``dq = scale ds k``, ``dk = scale ds^T q``.
 
-Three launches without atomics, so every sum has one order: delta; dq, a program per tile of queries; dk and dv, a
-program per tile of keys walking the transposed plan's query ranges. Recomputing p twice costs 7 products instead of
-5.
+Three launches without atomics, so every sum has one order: delta, and lse in base 2; dq, a program per tile of
+queries; dk and dv, a program per tile of keys walking the transposed plan's query ranges. Recomputing p twice costs 7
+products instead of 5.
+
+Both products that need no softmax stand before it, so that on Hopper the exponentials run beside the second.
 """
 
 from __future__ import annotations
@@ -35,41 +37,43 @@ from aadkern.range_attention.triton_forward import (
 
 # As triton_forward.CONFIGS: rows are queries for dq and keys for dk and dv.
 DQ_CONFIGS: dict[tuple[str, int], Tile] = {
-    ("sm90", 64): Tile(128, 128, warps=8, stages=2),  # 240 registers
-    ("sm90", 128): Tile(128, 64, warps=8, stages=2),  # 218 registers; 128 keys spill
+    ("sm90", 64): Tile(128, 128, warps=8, stages=3),
+    ("sm90", 128): Tile(128, 64, warps=8, stages=3),  # 128 keys spill
     ("sm90", 256): Tile(64, 32, warps=8, stages=2),  # 128 queries spill
-    ("sm80", 64): Tile(128, 64, warps=8, stages=2),  # 128 keys spill
-    ("sm80", 128): Tile(128, 32, warps=8, stages=2),  # 64 keys spill
+    ("sm80", 64): Tile(128, 64, warps=8, stages=3),  # 128 keys spill
+    ("sm80", 128): Tile(128, 32, warps=8, stages=3),  # 64 keys spill
     ("sm80", 256): Tile(64, 32, warps=8, stages=2),  # 100 KB; 128 queries spill
-    ("sm89", 64): Tile(128, 64, warps=8, stages=2),  # as sm80
+    ("sm89", 64): Tile(128, 64, warps=8, stages=3),  # as sm80
     ("sm89", 128): Tile(64, 64, warps=8, stages=2),  # 128 queries spill
     ("sm89", 256): Tile(64, 16, warps=8, stages=2),  # 32 keys need 100 of 99 KB
 }
 DKV_CONFIGS: dict[tuple[str, int], Tile] = {
-    ("sm90", 64): Tile(128, 64, warps=8, stages=2),  # 128 queries spill
-    ("sm90", 128): Tile(128, 32, warps=8, stages=2),  # dk and dv hold 128 registers; 64 queries spill
+    ("sm90", 64): Tile(128, 64, warps=8, stages=3),  # 128 queries spill
+    ("sm90", 128): Tile(128, 32, warps=8, stages=4),  # dk and dv hold 128 registers; 64 queries spill
     ("sm90", 256): Tile(32, 32, warps=8, stages=1),  # too few rows for wgmma; 64 keys spill hundreds of bytes
-    ("sm80", 64): Tile(128, 32, warps=8, stages=2),  # 191 registers; 64 queries spill
-    ("sm80", 128): Tile(64, 64, warps=8, stages=2),  # 128 keys spill
+    ("sm80", 64): Tile(128, 32, warps=8, stages=2),  # 64 queries spill
+    ("sm80", 128): Tile(64, 64, warps=8, stages=3),  # 128 keys spill
     ("sm80", 256): Tile(64, 32, warps=8, stages=1),  # 112 KB
     ("sm89", 64): Tile(128, 32, warps=8, stages=2),  # as sm80
     ("sm89", 128): Tile(64, 64, warps=8, stages=2),  # 128 keys spill
     ("sm89", 256): Tile(64, 16, warps=8, stages=1),  # 32 queries need 112 of 99 KB
 }
-DELTA_ROWS = 64
+STATS_ROWS = 64
 
 
 @triton.jit
-def row_stats(lse, delta, start, end, ROWS: tl.constexpr):
-    """lse in base 2 and delta of rows [start, start + ROWS), 0 from ``end`` on."""
+def row_stats(lse_log2, delta, start, end, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """lse in base 2 and delta of rows [start, start + ROWS); if MASKED, 0 from ``end`` on."""
     rows = start + tl.arange(0, ROWS)
-    lse_log2 = tl.load(lse + rows, mask=rows < end, other=0.0) * LOG2_E
-    return lse_log2, tl.load(delta + rows, mask=rows < end, other=0.0)
+    if MASKED:
+        return tl.load(lse_log2 + rows, mask=rows < end, other=0.0), tl.load(delta + rows, mask=rows < end, other=0.0)
+    else:
+        return tl.load(lse_log2 + rows), tl.load(delta + rows)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def delta_kernel(
-    dout, out, dlse, delta, heads, q_len,
+def stats_kernel(
+    dout, out, lse, dlse, lse_log2, delta, heads, q_len,
     dout_stride_b, dout_stride_l, dout_stride_h, out_stride_b, out_stride_l, out_stride_h,
     dlse_stride_b, dlse_stride_h, dlse_stride_l,
     HAS_DLSE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
@@ -88,29 +92,32 @@ def delta_kernel(
     if HAS_DLSE:
         dlse_head = head_base(dlse, batch, head, dlse_stride_b, dlse_stride_h)
         total -= tl.load(dlse_head + rows.to(tl.int64) * dlse_stride_l, mask=rows < q_len, other=0.0)
-    tl.store(delta + tl.cast(bh, tl.int64) * q_len + rows, total, mask=rows < q_len)
+    at = tl.cast(bh, tl.int64) * q_len + rows
+    tl.store(delta + at, total, mask=rows < q_len)
+    tl.store(lse_log2 + at, tl.load(lse + at, mask=rows < q_len) * LOG2_E, mask=rows < q_len)
 
 
 @triton.jit
 def dq_step(
-    dq, q, dout, lse_log2, delta, k_head, v_head, start, end, k_stride, v_stride, scale_log2,
+    dq, q, dout, row_lse, row_delta, k_head, v_head, start, end, k_stride, v_stride, scale_log2,
     BLOCK_K: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys [start, start + BLOCK_K) give to dq, before the scale."""
     k = load_tile(k_head, start, end, k_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     v = load_tile(v_head, start, end, v_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse_log2[:, None])
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    p = tl.exp2(scores * scale_log2 - row_lse[:, None])
     if MASKED:  # a score of 0 may lie far above lse: inf times 0
         p = tl.where(tl.arange(0, BLOCK_K)[None, :] < end - start, p, 0.0)
-    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    ds = p * (dp - delta[:, None])
+    ds = p * (dp - row_delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def dq_kernel(
-    q, k, v, dout, lse, delta, dq, tiles, ranges, scale, scale_log2, tile_count, group, heads, bh_count, q_len,
+    q, k, v, dout, lse_log2, delta, dq, tiles, ranges, scale, scale_log2, tile_count, group, heads, bh_count, q_len,
     q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
     dout_stride_b, dout_stride_l, dout_stride_h, dq_stride_b, dq_stride_l, dq_stride_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
@@ -124,7 +131,7 @@ def dq_kernel(
     stats = (tl.cast(batch, tl.int64) * heads + head) * q_len
     q_tile = load_tile(q_head, q_start, q_end, q_stride_l, BLOCK_Q, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     dout_tile = load_tile(dout_head, q_start, q_end, dout_stride_l, BLOCK_Q, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
-    lse_log2, row_delta = row_stats(lse + stats, delta + stats, q_start, q_end, BLOCK_Q)
+    row_lse, row_delta = row_stats(lse_log2 + stats, delta + stats, q_start, q_end, BLOCK_Q, True)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for r in range(first, last):
@@ -132,7 +139,7 @@ def dq_kernel(
         k_end = tl.load(ranges + 2 * r + 1)
         for start in range(k_start, k_end - (k_end - k_start) % BLOCK_K, BLOCK_K):
             acc = dq_step(
-                acc, q_tile, dout_tile, lse_log2, row_delta, k_head, v_head, start, k_end, k_stride_l, v_stride_l,
+                acc, q_tile, dout_tile, row_lse, row_delta, k_head, v_head, start, k_end, k_stride_l, v_stride_l,
                 scale_log2, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
     for r in range(first, last):
@@ -140,7 +147,7 @@ def dq_kernel(
         tail = (k_end - tl.load(ranges + 2 * r)) % BLOCK_K
         if tail > 0:
             acc = dq_step(
-                acc, q_tile, dout_tile, lse_log2, row_delta, k_head, v_head, k_end - tail, k_end, k_stride_l,
+                acc, q_tile, dout_tile, row_lse, row_delta, k_head, v_head, k_end - tail, k_end, k_stride_l,
                 v_stride_l, scale_log2, BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
     dq_head = head_base(dq, batch, head, dq_stride_b, dq_stride_h)
@@ -149,7 +156,7 @@ def dq_kernel(
 
 @triton.jit
 def dkv_step(
-    dk, dv, k, v, q_head, dout_head, lse, delta, start, end, q_stride, dout_stride, scale_log2,
+    dk, dv, k, v, q_head, dout_head, lse_log2, delta, start, end, q_stride, dout_stride, scale_log2,
     BLOCK_Q: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -159,10 +166,11 @@ def dkv_step(
     """
     q = load_tile(q_head, start, end, q_stride, BLOCK_Q, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     dout = load_tile(dout_head, start, end, dout_stride, BLOCK_Q, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
-    lse_log2, row_delta = row_stats(lse, delta, start, end, BLOCK_Q)
-    p_t = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse_log2[None, :])
-    dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
+    row_lse, row_delta = row_stats(lse_log2, delta, start, end, BLOCK_Q, MASKED)
+    scores_t = tl.dot(k, tl.trans(q), input_precision="ieee")
     dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    p_t = tl.exp2(scores_t * scale_log2 - row_lse[None, :])
+    dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
     ds_t = p_t * (dp_t - row_delta[None, :])
     dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
@@ -170,7 +178,7 @@ def dkv_step(
 
 @triton.jit(do_not_specialize=COUNTS)
 def dkv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, tiles, ranges, scale, scale_log2, tile_count, group, heads, bh_count, q_len,
+    q, k, v, dout, lse_log2, delta, dk, dv, tiles, ranges, scale, scale_log2, tile_count, group, heads, bh_count, q_len,
     q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
     dout_stride_b, dout_stride_l, dout_stride_h, dk_stride_b, dk_stride_l, dk_stride_h,
     BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
@@ -192,7 +200,7 @@ def dkv_kernel(
         q_end = tl.load(ranges + 2 * r + 1)
         for start in range(q_start, q_end - (q_end - q_start) % BLOCK_Q, BLOCK_Q):
             dk_tile, dv_tile = dkv_step(
-                dk_tile, dv_tile, k_tile, v_tile, q_head, dout_head, lse + stats, delta + stats, start, q_end,
+                dk_tile, dv_tile, k_tile, v_tile, q_head, dout_head, lse_log2 + stats, delta + stats, start, q_end,
                 q_stride_l, dout_stride_l, scale_log2, BLOCK_Q, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
     for r in range(first, last):
@@ -200,7 +208,7 @@ def dkv_kernel(
         tail = (q_end - tl.load(ranges + 2 * r)) % BLOCK_Q
         if tail > 0:
             dk_tile, dv_tile = dkv_step(
-                dk_tile, dv_tile, k_tile, v_tile, q_head, dout_head, lse + stats, delta + stats, q_end - tail, q_end,
+                dk_tile, dv_tile, k_tile, v_tile, q_head, dout_head, lse_log2 + stats, delta + stats, q_end - tail, q_end,
                 q_stride_l, dout_stride_l, scale_log2, BLOCK_Q, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
     dk_head = head_base(dk, batch, head, dk_stride_b, dk_stride_h)
@@ -209,17 +217,19 @@ def dkv_kernel(
     store_tile(dv_tile, dv_head, k_start, k_end, dk_stride_l, BLOCK_K, HEAD_DIM, BLOCK_D, WIDE)
 
 
-def delta_of(dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    """rowsum(dout out) - dlse, fp32 [B, H, Lq]."""
+def stats_of(
+    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lse in base 2 and delta = rowsum(dout out) - dlse, fp32 [B, H, Lq] each."""
     batch, q_len, heads, head_dim = out.shape
-    delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
-    grid = (triton.cdiv(q_len, DELTA_ROWS) * batch * heads,)
-    delta_kernel[grid](
-        dout, out, dlse, delta, heads, q_len, *strides(dout, out), *((0, 0, 0) if dlse is None else dlse.stride()),
-        HAS_DLSE=dlse is not None, ROWS=DELTA_ROWS, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim),
-        WIDE=is_wide(dout, out),
+    lse_log2, delta = (torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device) for _ in range(2))
+    grid = (triton.cdiv(q_len, STATS_ROWS) * batch * heads,)
+    stats_kernel[grid](
+        dout, out, lse.contiguous(), dlse, lse_log2, delta, heads, q_len, *strides(dout, out),
+        *((0, 0, 0) if dlse is None else dlse.stride()), HAS_DLSE=dlse is not None, ROWS=STATS_ROWS,
+        HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), WIDE=is_wide(dout, out),
     )  # fmt: skip
-    return delta
+    return lse_log2, delta
 
 
 def backward(
@@ -243,13 +253,13 @@ def backward(
     bh_count = batch * heads
     if q_len == 0 or bh_count == 0:
         return dq, dk.zero_(), dv.zero_()
-    dout, q, k, v, out, lse = (dense_rows(x) for x in (dout, q, k, v, out, lse))
+    dout, q, k, v, out = (dense_rows(x) for x in (dout, q, k, v, out))
     passes = (
         (dq_kernel, DQ_CONFIGS, plan, (dq,), ("BLOCK_Q", "BLOCK_K")),
         (dkv_kernel, DKV_CONFIGS, plan.transpose(), (dk, dv), ("BLOCK_K", "BLOCK_Q")),
     )
     with on_device(q):
-        delta = delta_of(dout, dlse, out)
+        stats = stats_of(dout, dlse, out, lse)
         for kernel, configs, side, results, blocks in passes:
             if side.q_len == 0:
                 continue
@@ -257,7 +267,7 @@ def backward(
             table = tile_table(side, tile.rows, tile.step, q.device)
             group = heads_per_group(2 * side.k_len * head_dim * q.element_size(), bh_count)
             kernel[(len(table.tiles) * bh_count,)](
-                q, k, v, dout, lse, delta, *results, *table, scale, scale * LOG2_E.value, len(table.tiles), group,
+                q, k, v, dout, *stats, *results, *table, scale, scale * LOG2_E.value, len(table.tiles), group,
                 heads, bh_count, q_len, *strides(q, k, v, dout, results[0]), **dict(zip(blocks, tile, strict=False)),
                 HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), WIDE=is_wide(q, k, v, dout),
                 UPCAST=INTERPRETED and q.dtype == torch.bfloat16, num_warps=tile.warps, num_stages=tile.stages,

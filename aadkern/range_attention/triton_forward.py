@@ -6,6 +6,11 @@ ranges' tails, masked. The softmax does not mind the order, and the tails in a l
 no registers (inside it, they made 128 x 128 spill on sm_90). A flat loop over a list of key tiles would fill the
 pipeline once instead of once per range (at most 4), but its addresses hang on a table load in every step, and every
 step would carry the tail's mask.
+
+AHEAD (Hopper): a step issues the next step's scores before its own softmax, so that the tensor cores work through
+both: the last step's p v beside the row maxima, the next scores beside the exponentials. Triton puts the wait right
+behind the product; it is ptxas that moves the softmax before it, which it can because cp.async, unlike TMA, brings
+no branch between the two.
 """
 
 from __future__ import annotations
@@ -26,18 +31,18 @@ LN_2 = tl.constexpr(math.log(2))
 COUNTS = ["tile_count", "group", "heads", "bh_count", "q_len"]  # a new clip length or head count is no new binary
 INTERPRETED = triton.knobs.runtime.interpret
 
-# (device class, padded head_dim) -> configuration for bf16 and fp16: the largest tile that compiles without spilling
-# and fits shared memory (tests/test_triton_compile.py holds each to both), since a larger one reads K and V less often.
-# No speed measured yet.
+# (device class, padded head_dim) -> configuration for bf16 and fp16, chosen from the machine code of Triton 3.6, 3.7 and
+# 3.9: no spills, and on Hopper loads two steps early and exponentials beside wgmma (docs/triton.md says how each was
+# found). tests/test_triton_compile.py holds them to it. No speed measured yet; benchmarks/sweep.py times the rivals.
 CONFIGS: dict[tuple[str, int], Tile] = {
-    ("sm90", 64): Tile(128, 128, warps=8, stages=3),  # two warpgroups of 64 queries, 112 KB
-    ("sm90", 128): Tile(128, 128, warps=8, stages=2),  # all 255 registers; a third stage would need 224 KB
+    ("sm90", 64): Tile(128, 64, warps=8, stages=3, ahead=True),  # with 128 keys ptxas leaves the exponentials alone
+    ("sm90", 128): Tile(128, 64, warps=8, stages=3, ahead=True),  # with 128 keys the second scores spill
     ("sm90", 256): Tile(128, 32, warps=8, stages=2),  # the output alone holds 128 registers; 64 keys spill
     ("sm80", 64): Tile(128, 64, warps=4, stages=3),  # 128 keys spill
     ("sm80", 128): Tile(128, 64, warps=8, stages=3),  # 4 warps spill
     ("sm80", 256): Tile(64, 32, warps=8, stages=2),  # 128 queries spill
     ("sm89", 64): Tile(64, 64, warps=4, stages=3),  # 128 queries spill
-    ("sm89", 128): Tile(128, 32, warps=8, stages=2),  # 64 keys spill
+    ("sm89", 128): Tile(64, 64, warps=4, stages=2),  # 128 queries spill
     ("sm89", 256): Tile(64, 32, warps=8, stages=2),  # 68 of 99 KB
 }
 # fp32 is multiplied exactly, without tensor cores, so registers bound the tile. Shared with the backward, whose tiles
@@ -47,7 +52,7 @@ CONFIGS_FP32: dict[int, Tile] = {
     128: Tile(32, 16, warps=4, stages=1),
     256: Tile(16, 16, warps=4, stages=1),
 }
-INTERPRETER = Tile(rows=32, step=16, warps=4, stages=1)  # small, so that small tests have whole tiles and tails
+INTERPRETER = Tile(32, 16, warps=4, stages=1, ahead=True)  # small, so that small tests have whole tiles and tails
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -133,15 +138,25 @@ def store_tile(
 
 
 @triton.jit
+def scores_of(
+    q, k_head, start, end, k_stride,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """q k^T for the keys [start, start + BLOCK_K), before the scale."""
+    k = load_tile(k_head, start, end, k_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+    return tl.dot(q, tl.trans(k), input_precision="ieee")
+
+
+@triton.jit
 def attend(
-    out, top, total, q, k_head, v_head, start, end, k_stride, v_stride, scale_log2,
+    out, top, total, scores, v_head, start, end, v_stride, scale_log2,
     BLOCK_K: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax in base 2: ``top`` is the running maximum, ``total`` and ``out`` are sums
     relative to it."""
-    k = load_tile(k_head, start, end, k_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    v = load_tile(v_head, start, end, v_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     if MASKED:
         scores = tl.where(tl.arange(0, BLOCK_K)[None, :] < end - start, scores * scale_log2, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -151,7 +166,6 @@ def attend(
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2(scores - base[:, None]) if MASKED else tl.exp2(scores * scale_log2 - base[:, None])
     shrink = tl.exp2(top - base)
-    v = load_tile(v_head, start, end, v_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
     return out, new_top, total * shrink + tl.sum(p, 1)
 
@@ -162,7 +176,7 @@ def forward_kernel(
     q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
     out_stride_b, out_stride_l, out_stride_h,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     q_start, q_end, first, last, batch, head = own_tile(tiles, tile_count, group, heads, bh_count)
     q_head = head_base(q, batch, head, q_stride_b, q_stride_h)
@@ -176,18 +190,38 @@ def forward_kernel(
     for r in range(first, last):
         k_start = tl.load(ranges + 2 * r)
         k_end = tl.load(ranges + 2 * r + 1)
-        for start in range(k_start, k_end - (k_end - k_start) % BLOCK_K, BLOCK_K):
-            acc, top, total = attend(
-                acc, top, total, q_tile, k_head, v_head, start, k_end, k_stride_l, v_stride_l,
-                scale_log2, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
-            )  # fmt: skip
+        whole_end = k_end - (k_end - k_start) % BLOCK_K
+        if AHEAD:
+            if k_start < whole_end:
+                scores = scores_of(q_tile, k_head, k_start, k_end, k_stride_l, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+                for start in range(k_start, whole_end, BLOCK_K):
+                    # The last step makes its own scores again, for nothing: one product per range costs less than a
+                    # step of its own, whose loads would not be pipelined.
+                    ahead = tl.minimum(start + BLOCK_K, whole_end - BLOCK_K)
+                    next_scores = scores_of(
+                        q_tile, k_head, ahead, k_end, k_stride_l, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST
+                    )
+                    acc, top, total = attend(
+                        acc, top, total, scores, v_head, start, k_end, v_stride_l, scale_log2,
+                        BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+                    )  # fmt: skip
+                    scores = next_scores
+        else:
+            for start in range(k_start, whole_end, BLOCK_K):
+                scores = scores_of(q_tile, k_head, start, k_end, k_stride_l, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+                acc, top, total = attend(
+                    acc, top, total, scores, v_head, start, k_end, v_stride_l, scale_log2,
+                    BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+                )  # fmt: skip
     for r in range(first, last):
         k_end = tl.load(ranges + 2 * r + 1)
         tail = (k_end - tl.load(ranges + 2 * r)) % BLOCK_K
         if tail > 0:
+            start = k_end - tail
+            scores = scores_of(q_tile, k_head, start, k_end, k_stride_l, BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
             acc, top, total = attend(
-                acc, top, total, q_tile, k_head, v_head, k_end - tail, k_end, k_stride_l, v_stride_l,
-                scale_log2, BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
+                acc, top, total, scores, v_head, start, k_end, v_stride_l, scale_log2,
+                BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
             )  # fmt: skip
 
     # total is 0 only where nothing was seen; there out is 0 and lse -inf (top and log2 would give -inf + -inf).
@@ -272,6 +306,6 @@ def forward(
             q, k, v, out, lse, *table, abs(scale) * LOG2_E.value, len(table.tiles), group, heads, batch * heads,
             q_len, *strides(q, k, v, out), BLOCK_Q=tile.rows, BLOCK_K=tile.step, HEAD_DIM=head_dim,
             BLOCK_D=padded(head_dim), WIDE=is_wide(q, k, v, out), UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
-            num_warps=tile.warps, num_stages=tile.stages,
+            AHEAD=tile.ahead, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse

@@ -53,6 +53,56 @@ def test_random_plans(seed):
     check(q, k, v, plan, *testing.make_gradients(q))
 
 
+def test_scores_ahead_or_in_their_own_step_give_the_same_bits(monkeypatch):
+    """Hopper's order of a step and the others'; both take whole steps, tails and ranges without a whole step."""
+    q, k, v = testing.make_inputs(RAGGED, 2, 16, torch.float16, batch=2)
+    gradients = testing.make_gradients(q)
+    ahead = check(q, k, v, RAGGED, *gradients)
+    assert triton_forward.INTERPRETER.ahead
+    monkeypatch.setattr(triton_forward, "INTERPRETER", triton_forward.INTERPRETER._replace(ahead=False))
+    assert all(torch.equal(a, b) for a, b in zip(ahead, check(q, k, v, RAGGED, *gradients), strict=True))
+
+
+def test_nothing_is_read_outside_the_tensors(monkeypatch):
+    """Rows before and after each tensor, which a whole tile past a range's end or a step ahead would touch."""
+    from triton.runtime import interpreter
+
+    pad, head_dim = 64, 16
+    forbidden: list[tuple[int, int]] = []
+
+    def between_pads(x):
+        storage = x.new_empty(1, pad + x.shape[1] + pad, 1, head_dim)
+        start, bytes_per_row = storage.data_ptr(), head_dim * x.element_size()
+        end = start + (pad + x.shape[1]) * bytes_per_row
+        forbidden.extend(((start, start + pad * bytes_per_row), (end, end + pad * bytes_per_row)))
+        inside = storage[:, pad:-pad]
+        return inside.copy_(x)
+
+    whole = AttentionPlan.from_ranges(64, 64, [((0, 32), [(32, 64)]), ((32, 64), [(0, 7), (9, 64)])])
+    original, seen = interpreter.InterpreterBuilder.create_masked_load, [0]
+
+    def watched(self, pointers, mask, *rest):
+        addresses = pointers.data[mask.data]
+        seen[0] += addresses.size
+        assert not any(((a <= addresses) & (addresses < b)).any() for a, b in forbidden), "a read outside its tensor"
+        return original(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watched)
+    for plan in (RAGGED, whole):
+        inputs = testing.make_inputs(plan, 1, head_dim, torch.float32)
+        dout, _ = testing.make_gradients(inputs[0])
+        run(*map(between_pads, inputs), plan, between_pads(dout))
+    assert seen[0] > 10_000
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(97, 33), (33, 97), (1, 97), (97, 1)])
+def test_more_queries_than_keys_and_the_reverse(q_len, k_len):
+    """Several elements of the batch, heads in an order of memory of their own, gradients of both outputs."""
+    plan = AttentionPlan.from_ranges(q_len, k_len, [((0, q_len), [(0, k_len)])])
+    q, k, v = testing.make_inputs(plan, 3, 16, torch.float32, batch=2, layout="bhsd")
+    check(q, k, v, plan, *testing.make_gradients(q))
+
+
 @settings(max_examples=6)
 @given(plan=testing.plans(max_q=50, max_k=50))
 def test_any_plan(plan):

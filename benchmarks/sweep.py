@@ -1,0 +1,176 @@
+"""Rival configurations of the Triton attention kernels, each timed behind a check on one GPU: ``python -m benchmarks.sweep``.
+
+Which configuration is fastest only a GPU can tell; which are worth its time, ``docs/triton.md`` derives from their machine code.
+All candidates of a kernel are checked against fp64, then timed in turn in one process; dq and dkv by the whole backward, with the
+other one's configuration left as it is. Nothing is chosen automatically: the winner is written into the kernel's table by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import aadkern
+from aadkern.range_attention.tiles import Tile, device_class
+from benchmarks.cases import AttentionCase, case_of
+from benchmarks.checks import Problem, Truth, check, truth
+from benchmarks.timing import Run, alternate
+
+# For Hopper at head_dim 128, the table's own first. Those with a reason to lose are there to prove it.
+CANDIDATES: dict[str, list[Tile]] = {
+    "forward": [
+        Tile(128, 64, warps=8, stages=3, ahead=True),
+        Tile(128, 64, warps=8, stages=4, ahead=True),
+        Tile(128, 64, warps=8, stages=2, ahead=True),
+        Tile(128, 64, warps=8, stages=3),
+        Tile(128, 64, warps=8, stages=4),
+        Tile(128, 128, warps=8, stages=2),
+        Tile(128, 128, warps=8, stages=3),
+        Tile(64, 64, warps=4, stages=3),  # two programs a multiprocessor, twice the reads of K and V
+    ],
+    "dq": [
+        Tile(128, 64, warps=8, stages=3),
+        Tile(128, 64, warps=8, stages=4),
+        Tile(128, 64, warps=8, stages=2),
+        Tile(128, 128, warps=8, stages=2),  # spills
+    ],
+    "dkv": [
+        Tile(128, 32, warps=8, stages=4),
+        Tile(128, 32, warps=8, stages=3),
+        Tile(128, 32, warps=8, stages=2),
+        Tile(128, 64, warps=8, stages=2),  # spills a dozen registers, but halves the steps
+        Tile(128, 64, warps=8, stages=3),
+        Tile(64, 32, warps=4, stages=3),  # two programs a multiprocessor
+    ],
+}
+CASES = ("i2v_window9_sink1", "7x3", "7x3_window9_sink3")
+
+
+def table_of(kernel: str) -> dict[tuple[str, int], Tile]:
+    """The table a kernel's configuration is read from. Imports Triton."""
+    from aadkern.range_attention import triton_backward, triton_forward
+
+    return {"forward": triton_forward.CONFIGS, "dq": triton_backward.DQ_CONFIGS, "dkv": triton_backward.DKV_CONFIGS}[kernel]
+
+
+@contextlib.contextmanager
+def configured(kernel: str, tile: Tile, device: torch.device, head_dim: int) -> Iterator[None]:
+    """Launches of the kernel use ``tile`` inside, and what they used before afterwards."""
+    table, key = table_of(kernel), (device_class(torch.cuda.get_device_capability(device)), max(64, head_dim))
+    before = table[key]
+    table[key] = tile
+    try:
+        yield
+    finally:
+        table[key] = before
+
+
+def described(tile: Tile) -> str:
+    return f"{tile.rows}x{tile.step}, {tile.warps} warps, {tile.stages} stages{', ahead' if tile.ahead else ''}"
+
+
+def problem_of(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> Problem:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(length: int) -> torch.Tensor:
+        return torch.randn(1, length, case.heads, case.head_dim, dtype=dtype, device=device, generator=generator)
+
+    return Problem(case, drawn(case.plan.q_len), drawn(case.plan.k_len), drawn(case.plan.k_len), drawn(case.plan.q_len))
+
+
+def run_of(kernel: str, tile: Tile, problem: Problem) -> Run:
+    """The forward, or a backward through a graph that is made once and kept."""
+    case, device = problem.case, problem.q.device
+    leaves = [x.detach().requires_grad_(kernel != "forward") for x in (problem.q, problem.k, problem.v)]
+    out = aadkern.attention(*leaves, case.plan, backend="triton")
+
+    def forward() -> Any:
+        with configured(kernel, tile, device, case.head_dim):
+            return aadkern.attention(*leaves, case.plan, backend="triton")
+
+    def backward() -> Any:
+        with configured(kernel, tile, device, case.head_dim):
+            return torch.autograd.grad(out, leaves, problem.dout, retain_graph=True)
+
+    return Run(forward if kernel == "forward" else backward)
+
+
+def passing(kernel: str, problem: Problem, known: Truth, deadline: float) -> tuple[dict[str, Run], dict[str, str]]:
+    """The candidates whose numbers are right, and why the others are left out."""
+    runs: dict[str, Run] = {}
+    refused: dict[str, str] = {}
+    for tile in CANDIDATES[kernel]:
+        name = described(tile)
+        if time.monotonic() > deadline:
+            refused[name] = "out of time"
+            continue
+        try:
+            with configured(kernel, tile, problem.q.device, problem.case.head_dim):
+                check(
+                    lambda q, k, v: aadkern.attention(q, k, v, problem.case.plan, backend="triton"),
+                    problem,
+                    known,
+                    trained=kernel != "forward",
+                )
+            runs[name] = run_of(kernel, tile, problem)
+        except Exception as error:  # shared memory, compilation, a wrong result: each is an answer
+            refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return runs, refused
+
+
+def swept(kernel: str, problem: Problem, known: Truth, seconds: float, deadline: float) -> list[dict[str, Any]]:
+    """One record per candidate, fastest first, those without a time last."""
+    runs, refused = passing(kernel, problem, known, deadline)
+    direction = "forward" if kernel == "forward" else "backward"
+    records: list[dict[str, Any]] = []
+    for name, taken in (alternate(runs, problem.q.device, seconds) if runs else {}).items():
+        median = statistics.median(run["forward"] for run in taken)  # a Run's first half, whichever direction it makes
+        records.append({"tile": name, "ms": 1e3 * median, "tflops": problem.case.flops(direction) / median / 1e12})
+    records.sort(key=lambda record: record["ms"])
+    return records + [{"tile": name, "reason": reason} for name, reason in refused.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", choices=sorted(CANDIDATES), action="append", help="default: all three")
+    parser.add_argument("--case", action="append", help=f"NAME or NAME/TOKENSxHEADSxDIM (default: {', '.join(CASES)})")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=5.0, help="timing of one kernel in one case")
+    parser.add_argument("--limit", type=float, default=480.0, help="seconds after which no further candidate is begun")
+    parser.add_argument("--out", type=Path, help="a JSON file, rewritten after every kernel")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA device is needed: the interpreter's times say nothing of a GPU's")
+    device, deadline = torch.device("cuda", torch.cuda.current_device()), time.monotonic() + options.limit
+    import triton
+
+    facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
+    document: dict[str, Any] = {**facts, "dtype": options.dtype, "cases": {}}
+    print(", ".join(facts.values()))
+    for text in options.case or CASES:
+        if time.monotonic() > deadline:
+            print(f"{text}: out of time")
+            continue
+        problem = problem_of(case_of(text), getattr(torch, options.dtype), device)
+        known = truth(problem, seconds=5.0)
+        for kernel in options.kernel or CANDIDATES:
+            records = swept(kernel, problem, known, options.seconds, deadline)
+            document["cases"].setdefault(problem.case.id, {})[kernel] = records
+            print(f"\n{problem.case.id}, {kernel}")
+            for record in records:
+                timed = f"{record['ms']:9.3f} ms {record['tflops']:7.1f} TFLOP/s" if "ms" in record else record["reason"]
+                print(f"  {record['tile']:<36} {timed}", flush=True)
+            if options.out is not None:
+                options.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
