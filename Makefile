@@ -4,6 +4,7 @@
 #   TORCH    what pip is asked for when the environment has no torch yet    (torch==2.13.0 and the Triton made for it)
 #            its CPU build: TORCH="torch==2.13.0 triton==3.7.1 --extra-index-url https://download.pytorch.org/whl/cpu"
 #   PROFILE  quick or full: which demo                                      (quick)
+#   BENCH    arguments of the benchmark, for example BENCH="--case 7x3"      (none)
 #   JOBS     test processes                                                 (one per core, at most 8)
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,7 +37,10 @@ help:  ## this list
 
 env: $(STAMP)  ## make the environment (the other targets do it by themselves)
 
-$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/host/*)
+# What is built; the host model and the ladder are the tests' own.
+BUILT_FROM := $(shell find csrc -type f -not -path '*/host_model/*' -not -path '*/primitives/host/*' -not -path '*/ladder/*')
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(BUILT_FROM)
 	@command -v "$(PYTHON)" >/dev/null || { echo "No $(PYTHON) here; name a Python 3.10 or later: make PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "aadkern needs Python 3.10 or later, and\
 	 $(PYTHON) is $$("$(PYTHON)" -V); name another: make PYTHON=..." >&2; exit 1; }
@@ -67,8 +71,8 @@ format: $(STAMP)  ## rewrite the sources as ruff wants them
 	@"$(BIN)/ruff" check --fix .
 	@"$(BIN)/ruff" format .
 
-bench: $(STAMP)  ## the operators against torch's own, each timed behind a passing check
-	@"$(BIN)/python" -m benchmarks.run
+bench: $(STAMP)  ## attention beside its rivals, each timed behind a passing check (BENCH="--case 7x3 --out FILE")
+	@"$(BIN)/python" -m benchmarks.run $(BENCH)
 
 clean:  ## remove .venv, builds and caches; runs/ stays, and so does an environment that VENV= names
 	rm -rf .venv build dist *.egg-info aadkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 from aadkern import plans
 from aadkern.noise.api import noised_views
 from aadkern.plans import AttentionPlan, VideoLayout, Window
+from aadkern.pooling.api import attention_pool
 from aadkern.range_attention.api import attention
 from aadkern.runtime import backends
 
 if TYPE_CHECKING:
+    from aadkern import blocks
     from aadkern.streaming.cache import StreamingCache
 
 __version__ = "0.1.0"
@@ -22,13 +24,19 @@ __all__ = [
     "Window",
     "__version__",
     "attention",
+    "attention_pool",
     "backends",
+    "blocks",
     "noised_views",
     "plans",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "blocks":
+        from importlib import import_module
+
+        return import_module("aadkern.blocks")
     if name == "StreamingCache":
         from aadkern.streaming.cache import StreamingCache
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,17 @@ _library.define(
     "range_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "int[] plan, float scale, str backend, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+# What aadkern/range_attention/sm90.py launches; csrc/bindings.cpp implements them, once aadkern._build.load_cuda has loaded it.
+_library.define(
+    "sm90_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, Tensor tiles, Tensor ranges, "
+    "float scale, int head_group, int kernel) -> ()"
+)
+_library.define("sm90_workspace_bytes(Tensor q, Tensor k, int query_tiles) -> int")
+_library.define(
+    "sm90_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) workspace, Tensor query_tiles, Tensor key_tiles, Tensor spans, "
+    "float scale, int head_group, bool deterministic) -> ()"
+)
 
 
 def _dtypes_as_given(device_type: str) -> AbstractContextManager[Any]:
@@ -37,11 +49,13 @@ def _lse_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _kernel(direction: str, backend: str, q: Tensor) -> Any:
+def _kernel(direction: str, backend: str, q: Tensor, deterministic: bool = False) -> Any:
     """The "forward" or "backward" of the backend that serves q."""
-    chosen = choose_backend(backend, q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1])
+    chosen = choose_backend(backend, str(q.device), str(q.dtype).removeprefix("torch."), q.shape[-1])
     file = f"triton_{direction}" if chosen == "triton" else chosen
-    return getattr(importlib.import_module(f"aadkern.range_attention.{file}"), direction)
+    kernel = getattr(importlib.import_module(f"aadkern.range_attention.{file}"), direction)
+    # Only this one has an order to choose; the others always sum in the same.
+    return partial(kernel, deterministic=deterministic) if (chosen, direction) == ("sm90", "backward") else kernel
 
 
 @torch.library.impl(_library, "range_attention", "CompositeExplicitAutograd")
@@ -76,7 +90,7 @@ def _range_attention_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _kernel("backward", backend, q)
+    kernel = _kernel("backward", backend, q, deterministic)
     if dout.stride(-1) != 1:  # a gradient expanded by .sum() has stride 0
         dout = dout.contiguous()
     with span("range_attention_backward"), _dtypes_as_given(q.device.type):
@@ -172,3 +186,228 @@ def _noised_views_gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor 
 torch.library.register_autograd("aadkern::noised_views", _noised_views_gradient, setup_context=_save_sigma, lib=_library)
 
 noised_views = torch.ops.aadkern.noised_views.default
+
+
+# aadkern.attention_pool: u [J, C] are the queries times the key projection, or the scores are given (of normalised keys)
+_library.define(
+    "pool_tokens(Tensor x, Tensor? u, Tensor? scores, str? norm, float eps, int segments, str backend) "
+    "-> (Tensor pooled, Tensor scores_of_u, Tensor lse, Tensor statistics)"
+)
+_library.define(
+    "pool_tokens_backward(Tensor dpooled, Tensor x, Tensor? u, Tensor scores, Tensor lse, Tensor statistics, "
+    "str? norm, int segments, str backend) -> (Tensor dx, Tensor du_or_dscores)"
+)
+_library.define(
+    "key_scores(Tensor x, Tensor query, Tensor w, Tensor? b, bool full_width, str? norm, float eps, int segments) -> Tensor"
+)
+_library.define(
+    "key_scores_backward(Tensor dscores, Tensor x, Tensor query, Tensor w, Tensor? b, bool full_width, str? norm, float eps) "
+    "-> (Tensor dx, Tensor dquery, Tensor dw, Tensor db)"
+)
+
+
+def _pooling_kernel(direction: str, backend: str, x: Tensor) -> Any:
+    chosen = choose_fused_backend("attention_pool", backend, x.device.type, str(x.dtype).removeprefix("torch."))
+    file = f"triton_{direction}" if chosen == "triton" else "torch_path"
+    return getattr(importlib.import_module(f"aadkern.pooling.{file}"), direction)
+
+
+@torch.library.impl(_library, "pool_tokens", "CompositeExplicitAutograd")
+def _pool_tokens(
+    x: Tensor, u: Tensor | None, scores: Tensor | None, norm: str | None, eps: float, segments: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernel = _pooling_kernel("forward", backend, x)
+    with span("pool_tokens"), _dtypes_as_given(x.device.type):
+        pooled, made, lse, statistics = kernel(x, u, scores, norm, eps, segments)
+    return pooled, made if scores is None else made.new_empty(0), lse, statistics  # an output may not be an input
+
+
+@torch.library.register_fake("aadkern::pool_tokens", lib=_library)
+def _pool_tokens_fake(
+    x: Tensor, u: Tensor | None, scores: Tensor | None, norm: str | None, eps: float, segments: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = u if u is not None else scores
+    assert given is not None
+    batch, length, channels = x.shape
+    columns = given.shape[-2]
+    made = given.new_empty((batch, segments, columns, length // segments) if scores is None else 0)
+    pooled, lse = given.new_empty(batch, segments, columns, channels), given.new_empty(batch, segments, columns)
+    return pooled, made, lse, given.new_empty(2, batch, segments, length // segments)
+
+
+@torch.library.impl(_library, "pool_tokens_backward", "CompositeExplicitAutograd")
+def _pool_tokens_backward(
+    dpooled: Tensor,
+    x: Tensor,
+    u: Tensor | None,
+    scores: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    norm: str | None,
+    segments: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    kernel = _pooling_kernel("backward", backend, x)
+    with span("pool_tokens_backward"), _dtypes_as_given(x.device.type):
+        return kernel(dpooled.contiguous(), x, u, scores, lse, statistics, norm, segments)
+
+
+@torch.library.register_fake("aadkern::pool_tokens_backward", lib=_library)
+def _pool_tokens_backward_fake(dpooled: Tensor, x: Tensor, u: Tensor | None, scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), scores.new_empty(scores.shape if u is None else u.shape)
+
+
+def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, u, scores, ctx.norm, _, ctx.segments, ctx.backend = inputs
+    _, made, lse, statistics = output
+    ctx.save_for_backward(x, u, made if scores is None else scores, lse, statistics)
+    ctx.mark_non_differentiable(made, lse, statistics)
+
+
+def _pooling_gradients(ctx: Any, dpooled: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    u = ctx.saved_tensors[1]
+    dx, other = pool_tokens_backward(dpooled, *ctx.saved_tensors, ctx.norm, ctx.segments, ctx.backend)
+    return (dx, None if u is None else other, other if u is None else None, None, None, None, None)
+
+
+@torch.library.impl(_library, "key_scores", "CompositeExplicitAutograd")
+def _key_scores(
+    x: Tensor, query: Tensor, w: Tensor, b: Tensor | None, full_width: bool, norm: str | None, eps: float, segments: int
+) -> Tensor:
+    kernel = importlib.import_module("aadkern.pooling.torch_keys").forward
+    with span("key_scores"), _dtypes_as_given(x.device.type):
+        return kernel(x, query, w, b, full_width, norm, eps, segments)
+
+
+@torch.library.register_fake("aadkern::key_scores", lib=_library)
+def _key_scores_fake(
+    x: Tensor, query: Tensor, w: Tensor, b: Tensor | None, full_width: bool, norm: str | None, eps: float, segments: int
+) -> Tensor:
+    return query.new_empty(x.shape[0], segments, query.shape[0] * query.shape[1], x.shape[1] // segments)
+
+
+@torch.library.impl(_library, "key_scores_backward", "CompositeExplicitAutograd")
+def _key_scores_backward(
+    dscores: Tensor, x: Tensor, query: Tensor, w: Tensor, b: Tensor | None, full_width: bool, norm: str | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernel = importlib.import_module("aadkern.pooling.torch_keys").backward
+    with span("key_scores_backward"), _dtypes_as_given(x.device.type):
+        return kernel(dscores, x, query, w, b, full_width, norm, eps)
+
+
+@torch.library.register_fake("aadkern::key_scores_backward", lib=_library)
+def _key_scores_backward_fake(
+    dscores: Tensor, x: Tensor, query: Tensor, w: Tensor, b: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), query.new_empty(query.shape), w.new_empty(w.shape), w.new_empty(0 if b is None else w.shape[0])
+
+
+def _save_keys(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, query, w, b, ctx.full_width, ctx.norm, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, query, w, b)
+
+
+def _key_gradients(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
+    b = ctx.saved_tensors[3]
+    dx, dquery, dw, db = key_scores_backward(dscores, *ctx.saved_tensors, ctx.full_width, ctx.norm, ctx.eps)
+    return (dx, dquery, dw, None if b is None else db, None, None, None, None)
+
+
+def _no_second_derivative_of_pooling(ctx: Any, *grads: Tensor) -> Any:
+    raise RuntimeError('aadkern.attention_pool is differentiable once; backend="reference" is plain torch, and more often')
+
+
+torch.library.register_autograd("aadkern::pool_tokens", _pooling_gradients, setup_context=_save_pooled, lib=_library)
+torch.library.register_autograd("aadkern::key_scores", _key_gradients, setup_context=_save_keys, lib=_library)
+for _name in ("aadkern::pool_tokens_backward", "aadkern::key_scores_backward"):
+    torch.library.register_autograd(_name, _no_second_derivative_of_pooling, lib=_library)
+
+pool_tokens = torch.ops.aadkern.pool_tokens.default
+pool_tokens_backward = torch.ops.aadkern.pool_tokens_backward.default
+key_scores = torch.ops.aadkern.key_scores.default
+key_scores_backward = torch.ops.aadkern.key_scores_backward.default
+
+
+# aadkern.blocks: Triton's kernels. "reference" and "torch" are plain torch, which needs no operator (blocks/api.py).
+_library.define(
+    "qk_norm_rope(Tensor? q, Tensor k, Tensor? q_weight, Tensor k_weight, Tensor turns, int[] grid, float eps) "
+    "-> (Tensor q_out, Tensor k_out)"
+)
+_library.define(
+    "qk_norm_rope_backward(Tensor dq_out, Tensor dk_out, Tensor? q, Tensor k, Tensor? q_weight, Tensor k_weight, Tensor turns, "
+    "int[] grid, float eps) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)"
+)
+_library.define(  # a source that is None is its destination, turned in place
+    "qk_norm_rope_into(Tensor? q, Tensor? k, Tensor? q_weight, Tensor k_weight, Tensor turns, int[] grid, float eps, "
+    "Tensor(a!)? q_out, Tensor(b!) k_out) -> ()"
+)
+_library.define("modulated_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor")
+_library.define("modulated_norm_backward(Tensor dout, Tensor x, Tensor scale, float eps) -> (Tensor dx, Tensor dshift, Tensor ds)")
+_library.define("gated_residual(Tensor x, Tensor y, Tensor gate) -> Tensor")
+_library.define("gated_residual_backward(Tensor dout, Tensor y, Tensor gate) -> (Tensor dy, Tensor dgate)")
+
+
+def _empty(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Contiguous memory of the shape, dtype and device of each; without elements for None."""
+    (like,) = [x for x in tensors if x is not None][-1:]
+    return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
+
+
+def _register_block(name: str, direction: str, fake: Any, save: Any = None, gradients: Any = None) -> None:
+    """An operator served by ``direction`` of its Triton file, and its autograd; a backward is not differentiable again."""
+    operator = name if direction == "forward" else f"{name}_{direction}"
+
+    def implementation(*arguments: Any) -> Any:
+        with span(operator):
+            return getattr(importlib.import_module(f"aadkern.blocks.triton_{name}"), direction)(*arguments)
+
+    def no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(f"{name} is differentiable once on backend 'triton'; for second derivatives there is backend='torch'")
+
+    torch.library.impl(_library, operator, "CompositeExplicitAutograd")(implementation)
+    torch.library.register_fake(f"aadkern::{operator}", fake, lib=_library)
+    if direction != "into":
+        gradients = gradients or no_second_derivative
+        torch.library.register_autograd(f"aadkern::{operator}", gradients, setup_context=save, lib=_library)
+
+
+def _save_heads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.rest = inputs[5:]
+
+
+def _qk_norm_rope_gradients(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dq_weight, dk_weight = torch.ops.aadkern.qk_norm_rope_backward(dq_out, dk_out, *ctx.saved_tensors, *ctx.rest)
+    no_q = ctx.saved_tensors[0] is None
+    return (None if no_q else dq, dk, None if no_q else dq_weight, dk_weight, None, None, None)
+
+
+def _save_modulation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, scale, ctx.eps = inputs
+    ctx.save_for_backward(x, scale)
+
+
+def _modulated_norm_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return (*torch.ops.aadkern.modulated_norm_backward(dout, *ctx.saved_tensors, ctx.eps), None)
+
+
+def _save_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _gated_residual_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+    return (dout, *torch.ops.aadkern.gated_residual_backward(dout, *ctx.saved_tensors))
+
+
+_register_block("qk_norm_rope", "forward", lambda q, k, *_: _empty(q, k), _save_heads, _qk_norm_rope_gradients)
+_register_block("qk_norm_rope", "backward", lambda _, __, q, k, q_weight, k_weight, *___: _empty(q, k, q_weight, k_weight))
+_register_block("qk_norm_rope", "into", lambda *_: None)
+_register_block("modulated_norm", "forward", lambda x, *_: _empty(x)[0], _save_modulation, _modulated_norm_gradients)
+_register_block("modulated_norm", "backward", lambda dout, x, scale, eps: _empty(x, scale, scale))
+_register_block("gated_residual", "forward", lambda x, *_: _empty(x)[0], _save_gate, _gated_residual_gradients)
+_register_block("gated_residual", "backward", lambda dout, y, gate: _empty(y, gate))
+
+qk_norm_rope = torch.ops.aadkern.qk_norm_rope.default
+qk_norm_rope_into = torch.ops.aadkern.qk_norm_rope_into.default
+modulated_norm = torch.ops.aadkern.modulated_norm.default
+gated_residual = torch.ops.aadkern.gated_residual.default

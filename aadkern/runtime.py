@@ -10,16 +10,19 @@ BACKENDS = ("reference", "sdpa", "triton", "sm90")
 AVAILABLE = "available"
 
 # Best first. Triton serves CPU tensors only under its interpreter, which is for tests, so it is never picked there.
-PREFERENCE = {"cpu": ("sdpa", "reference"), "cuda": ("triton", "sdpa", "reference")}
+PREFERENCE = {"cpu": ("sdpa", "reference"), "cuda": ("sm90", "triton", "sdpa", "reference")}
 
 # The other operators: their meaning in plain torch, the fast form of it in torch's own operations, fused kernels.
 FUSED_BACKENDS = ("reference", "torch", "triton")
 FUSED_PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "torch")}
 
 TRITON_MAX_HEAD_DIM = 256
+SM90_CAPABILITY, SM90_HEAD_DIMS, SM90_DTYPES = (9, 0), (64, 128), ("bfloat16", "float16")
 
-# Where each backend's tests have passed; a GPU entry names its file under benchmarks/results.
-VERIFIED = {"reference": ("cpu",), "sdpa": ("cpu",), "triton": ("the CPU interpreter",), "sm90": ()}
+# Where each backend's tests have passed. A GPU entry is "<GPU>: benchmarks/results/<file>.json", written by hand in the commit that
+# adds the file, which benchmarks.gpu_check made on that GPU; tests/test_verified.py holds the entry to what the file says. "auto"
+# takes sm90, which no CPU can run, only once it has an entry.
+VERIFIED: dict[str, tuple[str, ...]] = {"reference": ("cpu",), "sdpa": ("cpu",), "triton": ("the CPU interpreter",), "sm90": ()}
 
 
 def interpreting() -> bool:
@@ -28,8 +31,9 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def reason_against(backend: str, device_type: str) -> str | None:
-    """None if the backend serves tensors on that kind of device, else why not."""
+def reason_against(backend: str, device: str) -> str | None:
+    """None if the backend serves tensors on that device ("cpu"; "cuda", the current one; "cuda:1"), else why not."""
+    device_type = device.partition(":")[0]
     if backend in ("reference", "sdpa", "torch"):
         return None
     if backend == "triton":
@@ -43,23 +47,48 @@ def reason_against(backend: str, device_type: str) -> str | None:
             return f"no Triton kernels for device type {device_type!r}"
         return None
     if backend == "sm90":
-        return "this version has no sm_90a kernels yet"
+        return _reason_against_sm90(device)
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def choose_backend(requested: str, device_type: str, dtype: str = "float32", head_dim: int = 64) -> str:
+def _reason_against_sm90(device: str) -> str | None:
+    """Whether the kernels are there comes first: a machine without a GPU then tells it too."""
+    from aadkern._build import load_cuda
+
+    reason = load_cuda()
+    if reason is not None:
+        return reason
+    if not device.startswith("cuda"):
+        return "built for sm_90a, and serves GPUs of compute capability 9.0 (H100, H200, H20, GH200) only"
+    import torch
+
+    capability = torch.cuda.get_device_capability(device)
+    if capability != SM90_CAPABILITY:
+        return f"built for sm_90a, and this GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
+    return None
+
+
+def _is_for(backend: str, dtype: str, head_dim: int) -> bool:
+    """Whether "auto" may give the backend such tensors."""
+    if backend == "triton":
+        return dtype != "float64" and head_dim <= TRITON_MAX_HEAD_DIM
+    if backend == "sm90":
+        return bool(VERIFIED["sm90"]) and dtype in SM90_DTYPES and head_dim in SM90_HEAD_DIMS
+    return True
+
+
+def choose_backend(requested: str, device: str, dtype: str = "float32", head_dim: int = 64) -> str:
     """The backend that serves such tensors: the requested one or, for "auto", the first of ``PREFERENCE`` that can.
 
     Raises ValueError, with the reason, where the requested one cannot serve; a named backend never falls back.
     """
-    beyond_triton = dtype == "float64" or head_dim > TRITON_MAX_HEAD_DIM
     if requested != "auto":
-        reason = reason_against(requested, device_type)
+        reason = reason_against(requested, device)
         if reason is not None:
-            raise ValueError(f"attention: backend {requested!r} cannot serve tensors on {device_type!r}: {reason}")
+            raise ValueError(f"attention: backend {requested!r} cannot serve tensors on {device!r}: {reason}")
         return requested
-    for backend in PREFERENCE.get(device_type, ("reference",)):
-        if reason_against(backend, device_type) is None and not (backend == "triton" and beyond_triton):
+    for backend in PREFERENCE.get(device.partition(":")[0], ("reference",)):
+        if _is_for(backend, dtype, head_dim) and reason_against(backend, device) is None:
             return backend
     return "reference"
 
@@ -90,5 +119,4 @@ def backends(device: str | None = None) -> dict[str, str]:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.split(":")[0]
-    return {name: reason_against(name, kind) or AVAILABLE for name in BACKENDS}
+    return {name: reason_against(name, device) or AVAILABLE for name in BACKENDS}

@@ -1,4 +1,4 @@
-"""The ``aad`` command: info, demo, train, generate, report. Only ``info`` works without the train extra."""
+"""The ``aad`` command: info, demo, train, generate, report, bench. ``info`` and ``bench`` work without the train extra."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. User errors are one line on stderr and status 2."""
     args = parser().parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"aad {args.command}: {message}\n"
-    if args.command != "info":
+    if args.command not in ("info", "bench"):
         missing = [package for module, package in TRAIN_MODULES.items() if importlib.util.find_spec(module) is None]
         if missing:
             print(f"aad {args.command}: needs {', '.join(missing)}: pip install 'aadkern[train]'", file=sys.stderr)
             return 2
     try:
-        args.run(args)
+        status = args.run(args)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"aad {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"aad {args.command}: interrupted; what was saved stays, and resume=RUN goes on from it", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo,train,generate,report}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo,train,generate,report,bench}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
     info.set_defaults(run=lambda args: print(info_text()))
@@ -71,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write RUN/report.html anew")
     report.add_argument("folder", type=Path)
     report.set_defaults(run=run_report)
+
+    # Every word goes on to benchmarks.run, options too.
+    bench = commands.add_parser(
+        "bench", help="time attention beside its rivals (aad bench --help)", add_help=False, prefix_chars="\0"
+    )
+    bench.add_argument("words", nargs="*")
+    bench.set_defaults(run=run_bench)
     return top
 
 
@@ -158,6 +165,21 @@ def run_report(args: argparse.Namespace) -> None:
     from aadkern_train.report import write_report
 
     print(write_report(args.folder))
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """``python -m benchmarks.run`` in a process of its own: benchmarks stand above this package, in the repository only."""
+    import subprocess
+
+    import aadkern
+
+    root = Path(aadkern.__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "run.py").exists():
+        raise FileNotFoundError(
+            f"the benchmarks are in the repository, not in the installed package, and {root} is no checkout of it"
+        )
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from benchmarks.run import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, str(root), *args.words]).returncode
 
 
 if __name__ == "__main__":

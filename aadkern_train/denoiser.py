@@ -61,11 +61,16 @@ class Denoiser(nn.Module):
         cache: StreamingCache | None = None,
         cache_only: bool = False,
         taps: Sequence[int] | None = None,
+        condition_of: Sequence[int] | None = None,
     ) -> Any:
-        out = self.net(x.transpose(1, 2), 1000 * sigma, plan=plan, cache=cache, cache_only=cache_only, taps=taps)
+        """``condition_of``: x's row i is at row condition_of[i] of sigma; the others are CausalWan's."""
+        options = {"plan": plan, "cache": cache, "cache_only": cache_only, "taps": taps, "condition_of": condition_of}
+        out = self.net(x.transpose(1, 2), 1000 * sigma, **options)
         if taps is not None or cache_only:
             return out
         flow_or_x0 = out.transpose(1, 2)
+        if condition_of is not None:
+            sigma = sigma[list(condition_of)]
         # A copy, as FSDP2 must not be handed a view.
         return flow_or_x0.clone() if self.predicts == "x0" else x0_from_flow(x, flow_or_x0, sigma)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aadkern import attention_pool
 from aadkern.plans import AttentionPlan, VideoLayout, Window, bidirectional, block_causal, frame_isolated
 from aadkern_train.denoiser import Denoiser
 
@@ -34,18 +35,20 @@ class QueryTokenHead(nn.Module):
         self.project = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, segments: int = 1) -> Tensor:
-        batch, length, dim = x.shape
-        if length % segments:
-            raise ValueError(f"segments must divide the length {length}, got {segments}")
-        x = self.norm_in(x.reshape(batch * segments, length // segments, dim))
-        k = self.norm_k(self.to_k(x).unflatten(-1, (self.heads, -1)))
-        v = self.to_v(x).unflatten(-1, (self.heads, -1))
-        q = self.norm_q(self.to_q(self.tokens).unflatten(-1, (self.heads, -1)))
-        # Written out: cuDNN's SDPA backward gives NaN for a single query (cudnn-frontend#1072).
-        scores = torch.einsum("mhd,blhd->bhml", q, k).float() * q.shape[-1] ** -0.5
-        pooled = torch.einsum("bhml,blhd->bmhd", scores.softmax(-1).to(v.dtype), v).flatten(-2)
-        y = self.project(self.norm_out(self.tokens + self.to_out(pooled)))
-        return y.unflatten(0, (batch, segments))
+        # Not SDPA, here or beneath: cuDNN's backward gives NaN for a single query (cudnn-frontend#1072).
+        pooled = attention_pool(
+            x,
+            self.norm_q(self.to_q(self.tokens).unflatten(-1, (self.heads, -1))).flatten(-2),
+            self.to_k.weight,
+            self.to_v.weight,
+            heads=self.heads,
+            b_k=self.to_k.bias,
+            b_v=self.to_v.bias,
+            norm_weight=self.norm_in.weight,
+            k_norm_weight=self.norm_k.weight,
+            segments=segments,
+        )
+        return self.project(self.norm_out(self.tokens + self.to_out(pooled)))
 
 
 class QueryTokenHeads(nn.Module):
@@ -100,7 +103,15 @@ class Discriminator(nn.Module):
             return block_causal(layout, window)
         return bidirectional(layout) if self.sees == "bidirectional" else frame_isolated(layout)
 
-    def forward(self, x: Tensor, sigma: Tensor, layout: VideoLayout, window: Window | None = None) -> Tensor:
-        taps = self.backbone(x, sigma, plan=self.plan(layout, window), taps=self.layers)
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        layout: VideoLayout,
+        window: Window | None = None,
+        condition_of: Sequence[int] | None = None,
+    ) -> Tensor:
+        """``condition_of``: x's row i is at row condition_of[i] of sigma; views of one sample share what is computed of it."""
+        taps = self.backbone(x, sigma, plan=self.plan(layout, window), taps=self.layers, condition_of=condition_of)
         logits = self.heads(taps, 1 if self.per == "video" else x.shape[1])
         return (logits[:, 0] if self.per == "video" else logits).clone()  # a copy, as FSDP2 must not be handed a view

@@ -19,10 +19,11 @@ from torch import Tensor
 import aadkern
 from aadkern.noise import layout, reference
 from aadkern.plans import VideoLayout
-from benchmarks.timing import Job, alternate, peak_bytes
+from benchmarks.timing import Run, alternate, peak_bytes
 
 SHAPES = {"cuda": {"480p": (1, 21, 16, 60, 104), "480p x 8": (8, 21, 16, 60, 104)}, "cpu": {"demo": (24, 13, 1, 20, 20)}}
 SIGMA, DELTA = 0.7, 0.05
+Job = Callable[[], Any]
 
 
 def eager_views(x0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,8 @@ def error(x0: Tensor, sigma: Tensor, seed: Tensor, views: tuple[Tensor, Tensor])
 
 
 def medians(jobs: Mapping[str, Job], device: torch.device, seconds: float) -> dict[str, float]:
-    return {name: 1e3 * statistics.median(taken) for name, taken in alternate(jobs, device, seconds).items()}
+    taken = alternate({name: Run(job) for name, job in jobs.items()}, device, seconds)
+    return {name: 1e3 * statistics.median(times["forward"] for times in runs) for name, runs in taken.items()}
 
 
 def replayed(job: Job) -> Job:
@@ -121,8 +123,8 @@ def measure_passes(device: torch.device, seconds: float) -> dict[str, Any]:
     def apart() -> None:
         backward(torch.cat([network(view, sigma, clip_layout) for view in views]), torch.cat(weights))
 
-    jobs: dict[str, Callable[[], None]] = {"one batch of four views": together, "four passes": apart}
-    peaks = {name: peak_bytes(job, device) for name, job in jobs.items()}
+    jobs: dict[str, Job] = {"one batch of four views": together, "four passes": apart}
+    peaks = {name: peak_bytes(Run(job), device) for name, job in jobs.items()}
     return {"clip": shape, "blocks": 4, "dtype": str(dtype), "peak_bytes": peaks, "median_ms": medians(jobs, device, seconds)}
 
 

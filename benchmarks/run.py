@@ -1,111 +1,133 @@
-"""Attention on this CPU against SDPA with the dense mask and compiled FlexAttention: ``python -m benchmarks.run``.
+"""Attention against its rivals on this machine: ``python -m benchmarks.run``.
 
-Each contender is checked against fp64 first; then all are timed in turn, and the median of each is printed with its ratio to ours.
-FlexAttention has no backward on the CPU (torch 2.13), so it is compared in the forward alone.
+Every contender is checked against fp64 and refused if it is wrong; then all are timed in turn, and a table tells medians, rates
+and ratios. ``--report FILES`` prints the tables of results files instead, and ``--chart FILE`` draws them.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 
-from aadkern import attention
-from aadkern.range_attention import reference
-from benchmarks.cases import AttentionCase, attention_cases
+from benchmarks import chart, results, table
+from benchmarks.cases import PLANS, AttentionCase, attention_case, case_of
+from benchmarks.contenders import CONTENDERS, chosen
+from benchmarks.journal import Journal
+from benchmarks.measure import Options, measure, step
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# What a CPU does in a minute or two; a GPU gets the true sizes.
+SIZES = {
+    "cpu": {"tokens_per_frame": 128, "heads": 8, "head_dim": 64},
+    "cuda": {"tokens_per_frame": 1560, "heads": 12, "head_dim": 128},
+}
 
 
-def contenders(case: AttentionCase) -> dict[str, Attend]:
-    """Name -> attention over q, k, v [1, L, H, D]."""
-    mask, block_mask = case.plan.dense(), case.plan.block_mask()
-    compiled = torch.compile(flex_attention)
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="aad bench", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--report", nargs="+", type=Path, metavar="FILE", help="print the tables of results files, and measure nothing"
+    )
+    parser.add_argument("--markdown", action="store_true", help="with --report: as tables for docs/results.md")
+    parser.add_argument("--chart", type=Path, help="draw the results as SVG")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--device", choices=SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--case", nargs="+", dest="cases", metavar="CASE", help=f"NAME, or NAME/TOKENSxHEADSxDIM; names: {', '.join(PLANS)}"
+    )
+    parser.add_argument("--contender", nargs="+", dest="contenders", metavar="NAME", help="; ".join(CONTENDERS))
+    parser.add_argument("--tokens-per-frame", type=int)
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--head-dim", type=int)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for the rounds of one case, about (8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="of the sources, where the copy at hand has no history")
+    parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)  # as a worker that can be restarted (benchmarks.journal)
+    return parser
 
-    def heads_first(f: Callable[..., Tensor], **options: object) -> Attend:
-        return lambda q, k, v: f(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options).transpose(1, 2)
 
+def cases_asked(options: argparse.Namespace) -> list[AttentionCase]:
+    """The cases by name or id, at the sizes given or the device's own."""
+    sizes = {name: getattr(options, name) or size for name, size in SIZES[options.device].items()}
+    names = options.cases or list(PLANS)
+    return [case_of(name) if "/" in name else attention_case(name, **sizes) for name in names]
+
+
+def how(options: argparse.Namespace) -> Options:
+    dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    return Options(torch.device(options.device), getattr(torch, dtype), options.seconds, seed=options.seed)
+
+
+def timing_conditions(device: str, seconds: float) -> dict[str, str | float]:
+    """How times were taken, for the results file."""
+    clock = "CUDA events, L2 overwritten before each run" if device == "cuda" else "the host's clock"
     return {
-        "aadkern": lambda q, k, v: attention(q, k, v, case.plan),
-        "sdpa, dense mask": heads_first(scaled_dot_product_attention, attn_mask=mask),
-        "flex, compiled": heads_first(compiled, block_mask=block_mask),
+        "order": "contenders in turn in one process, each round beginning with another",
+        "timing": f"medians; {clock}; the backward directly after its forward",
+        "seconds_per_case": seconds,
     }
 
 
-def check(name: str, attend: Attend, case: AttentionCase, inputs: list[Tensor], limit: float = 1e-5) -> None:
-    """Refuse to time a wrong result."""
-    exact, _ = reference.forward(*(x.detach().double() for x in inputs), case.plan, case.head_dim**-0.5)
-    with torch.no_grad():
-        error = (attend(*inputs).double() - exact).abs().max().item()
-    if not error <= limit:
-        raise RuntimeError(f"{case.name}: {name} is off by {error:.2e} (limit {limit:.0e}); not timed")
+def work(options: argparse.Namespace) -> None:
+    """Measure the cases that the journal does not hold yet."""
+    journal = Journal(options.journal)
+    state = journal.read()
+    names = chosen(options.contenders, torch.device(options.device))
+    for case in cases_asked(options):
+        if case.id not in state.ended and case.id not in state.lost:
+            print(case.id, flush=True)
+            measure(case, names, how(options), journal, given_up(state.lost, case, names))
+    journal.complete()
 
 
-def alternating(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """The median seconds of each job, all run in turn ``rounds`` times."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(rounds):
-        for name, job in jobs.items():
-            began = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def given_up(lost: Mapping[str, str], case: AttentionCase, names: Iterable[str]) -> dict[str, str]:
+    """``lost`` with the contenders that took two processes with them in other cases: a third restart would tell nothing new."""
+    losses = Counter(item.partition(" :: ")[2] for item in lost)
+    often = {step(case, name): f"not tried: lost in {losses[name]} earlier cases" for name in names if losses[name] >= 2}
+    return {**often, **lost}
 
 
-def measure(case: AttentionCase, rounds: int) -> None:
-    length = case.plan.q_len
-    inputs = [torch.randn(1, length, case.heads, case.head_dim, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(1, length, case.heads, case.head_dim)
-    constants = [x.detach() for x in inputs]  # FlexAttention refuses inputs that require a gradient on the CPU
-    rivals = contenders(case)
-    for name, attend in rivals.items():
-        check(name, attend, case, constants)
-
-    def forward(attend: Attend) -> Callable[[], None]:
-        def job() -> None:
-            with torch.no_grad():
-                attend(*constants)
-
-        return job
-
-    def both(attend: Attend) -> Callable[[], None]:
-        return lambda: torch.autograd.grad(attend(*inputs), inputs, upstream) and None
-
-    print(f"\n{case.name}: [1, {length}, {case.heads}, {case.head_dim}], {case.density:.0%} of the mask visible")
-    report("forward", alternating({name: forward(attend) for name, attend in rivals.items()}, rounds), case.forward_flops)
-    trainable = {name: both(attend) for name, attend in rivals.items() if not name.startswith("flex")}
-    report("forward + backward", alternating(trainable, rounds), case.forward_flops * 7 // 2)
+def measured(options: argparse.Namespace) -> dict[str, object]:
+    """The results document of all cases, each printed as it is done."""
+    cases, names = cases_asked(options), chosen(options.contenders, torch.device(options.device))
+    conditions = {"data": f"standard normal, seed {options.seed}", **timing_conditions(options.device, options.seconds)}
+    document = results.empty(results.environment(options.device, options.commit), conditions)
+    print(table.heading(document), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases:
+            document["cases"].append(measure(case, names, how(options), Journal(Path(folder) / "journal")))
+            print("\n" + "\n".join(table.case_lines(document["cases"][-1])), flush=True)
+    return document
 
 
-def report(what: str, seconds: dict[str, float], flops: int) -> None:
-    ours = seconds["aadkern"]
-    for name, value in seconds.items():
-        print(f"  {what:<20} {name:<18} {1e3 * value:8.1f} ms  {flops / value / 1e9:7.1f} GFLOP/s  {value / ours:5.2f} x ours")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens-per-frame", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--case", help="one case by name (default: all)")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32; medians of {options.rounds}, run in turn")
-    cases = attention_cases(options.tokens_per_frame, options.heads, options.head_dim)
-    chosen = [case for case in cases if options.case in (None, case.name)]
-    if not chosen:
-        parser.error(f"--case must be one of {', '.join(case.name for case in cases)}, got {options.case}")
-    for case in chosen:
-        measure(case, options.rounds)
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments()
+    options = parser.parse_args(argv)
+    torch.manual_seed(options.seed)
+    try:
+        if options.journal is not None:
+            work(options)
+            return 0
+        if options.report:
+            documents = [results.read(path) for path in options.report]
+            for document in documents:
+                print("\n".join(table.markdown_lines(document) if options.markdown else table.lines(document)) + "\n")
+        else:
+            documents = [measured(options)]
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if options.out is not None and not options.report:
+        results.write(documents[0], options.out)
+    if options.chart is not None:
+        options.chart.write_text(chart.draw(documents))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

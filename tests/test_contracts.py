@@ -25,7 +25,9 @@ PUBLIC = {
     "Window",
     "__version__",
     "attention",
+    "attention_pool",
     "backends",
+    "blocks",
     "noised_views",
     "plans",
 }
@@ -77,7 +79,7 @@ def room_and_file(name: str) -> tuple[str, str]:
 
 
 def is_kernel(file: str) -> bool:
-    return file.startswith(("triton", "sdpa", "sm90"))
+    return file.startswith(("triton", "sdpa", "sm90", "torch_"))
 
 
 def test_aadkern_imports_only_what_it_may():

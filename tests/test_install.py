@@ -73,16 +73,18 @@ def nvcc_that_says(folder: Path, text: str) -> str:
 
 
 def test_with_a_compiler(sources, tmp_path):
+    """But an nvcc that compiles nothing. What a working one builds is tested in test_sm90_build.py."""
     cuda_home = nvcc_that_says(tmp_path / "cuda", "Cuda compilation tools, release 99.1, V99.1.23")
     target, said = install(sources, CUDA_HOME=cuda_home)
-    assert "was not built" not in said
+    assert "_host was not built" not in said and "WARNING: aadkern._C was not built" in said
     info, description = facts(target)
     assert info is not None
     assert info["cxx_standard"] == 17
     assert info["build_type"] == "Release"
     assert info["cuda_compiler"] == "nvcc 99.1.23"
     assert info["cuda_architectures"] == []
-    assert info["compiler"] in description
+    assert info["no_cuda"].startswith("nvcc 99.1.23 compiles nothing here")
+    assert info["compiler"] in description and f"WARNING: not built: {info['no_cuda']}" in description
     assert sorted(path.name for path in target.rglob("py.typed")) == ["py.typed", "py.typed"]
     assert {path.name for path in target.iterdir() if path.is_dir()} - {"bin"} == {
         "aadkern",
@@ -93,23 +95,30 @@ def test_with_a_compiler(sources, tmp_path):
 
 def test_without_a_compiler_it_installs_and_says_so(sources):
     target, said = install(sources, CXX="/nonexistent/c++")
-    assert "WARNING: aadkern._host was not built" in said
+    assert "WARNING: aadkern._host was not built" in said and "WARNING: aadkern._C was not built" in said
     info, description = facts(target)
     assert info is None
     assert description.startswith("WARNING: aadkern._host is not built")
 
 
-def test_cuda_kernels_that_this_version_does_not_have_are_refused(sources, tmp_path):
-    cuda_home = nvcc_that_says(tmp_path / "cuda", "Cuda compilation tools, release 13.0, V13.0.88")
-    done = build(sources, AADKERN_BUILD_CUDA="1", CUDA_HOME=cuda_home)
-    assert done.returncode != 0
-    assert "has no CUDA C++ kernels to build" in " ".join(done.stderr.split())
+def test_without_cuda_kernels_by_choice_nothing_is_said(sources, tmp_path):
+    """And what an earlier build left is not taken for this one's."""
+    left = sources / "built" / "aadkern" / "_C.abi3.so"
+    left.parent.mkdir(parents=True)
+    left.write_text("of an earlier build")
+    (sources / "temp").mkdir()
+    (sources / "temp" / "CMakeCache.txt").write_text(
+        "CMAKE_GENERATOR:INTERNAL=Ninja\nCMAKE_MAKE_PROGRAM:FILEPATH=/gone/bin/ninja\n"
+    )
+    done = build(sources, AADKERN_BUILD_CUDA="0")
+    assert done.returncode == 0 and "was not built" not in done.stderr
+    assert [path.name.partition(".")[0] for path in left.parent.iterdir()] == ["_host"]
 
 
 def test_cuda_without_nvcc_is_refused(sources, tmp_path):
     done = build(sources, AADKERN_BUILD_CUDA="1", CUDA_HOME=nvcc_that_says(tmp_path / "cuda", "not a compiler"))
     assert done.returncode != 0
-    assert "there is no working nvcc" in " ".join(done.stderr.split())
+    assert "there was no working nvcc" in " ".join(done.stderr.split())
 
 
 def test_an_unknown_choice_is_refused_before_any_work(sources):

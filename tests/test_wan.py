@@ -145,6 +145,27 @@ def test_without_text_the_cross_attention_is_left_out():
     assert_near(model(x, t, y), skipped)
 
 
+def test_views_share_the_conditions_of_their_samples():
+    model, rows = causal_wan(), [0, 1, 0, 1, 1]
+    (x, _), (_, t), prompt = clip(batch=5), clip(), text()
+    together = model(x, t, prompt, condition_of=rows)
+    assert_near(together, model(x, t[rows], prompt[rows]))
+    parameters = [model.condition_embedder.text_embedder.linear_1.weight, model.blocks[0].attn2.to_k.weight]
+    parameters.append(model.condition_embedder.time_proj.weight)
+    dout = torch.randn_like(together)
+    repeated = torch.autograd.grad(model(x, t[rows], prompt[rows]), parameters, dout)
+    for a, b in zip(torch.autograd.grad(together, parameters, dout), repeated, strict=True):
+        assert_near(a, b)
+
+
+@pytest.mark.parametrize("per", ["clip", "token"])
+def test_shared_conditions_take_every_form_of_timestep(per):
+    model, rows = causal_wan(), [1, 0, 1]
+    x, t = clip(batch=3)[0], torch.rand(2, dtype=torch.float64) * 1000
+    t = t if per == "clip" else t[:, None].expand(2, FRAMES * TOKENS)
+    assert_near(model(x, t, condition_of=rows), model(x, t[rows]))
+
+
 def test_per_frame_timesteps_equal_frames_run_alone():
     model, (x, t), y = causal_wan(), clip(), text()
     together = model(x, t, y, plan=plans.frame_isolated(VideoLayout((FRAMES,), TOKENS)))
@@ -337,6 +358,9 @@ def window_cuts_its_chunk():
         (lambda x, t: dict(taps=(3,)), "taps"),
         (lambda x, t: dict(cache_only=True), "cache_only"),
         (lambda x, t: dict(first_frame=(0, 1, 2)), "first_frame"),
+        (lambda x, t: dict(condition_of=[0]), "condition_of"),
+        (lambda x, t: dict(condition_of=[0, 2]), "condition_of"),
+        (lambda x, t: dict(condition_of=[-1, 0]), "condition_of"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(change, names):

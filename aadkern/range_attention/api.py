@@ -59,7 +59,8 @@ def attention(
     ``q`` is [B, Lq, H, D], ``k`` and ``v`` are [B, Lk, H, D], with Lq = plan.q_len and Lk = plan.k_len; float32, float64, float16
     or bfloat16, all of one dtype and device. Any strides serve; a last dimension that is not contiguous is copied first. ``scale``
     defaults to 1/sqrt(D). ``backend`` None picks the best verified one for the device (``aadkern.backends()``); a named backend
-    never falls back. Every backend of this version is deterministic, so ``deterministic`` changes nothing yet.
+    never falls back. ``deterministic`` asks for gradients that are bitwise the same at every run; only "sm90" is slower for it, the
+    others always are (docs/attention.md), and torch.use_deterministic_algorithms asks it too.
 
     Returns the output [B, Lq, H, D] in q's dtype and, with ``return_lse``, the natural logarithm of the softmax denominator
     [B, H, Lq] in float32 (float64 for float64 inputs). A query that sees no key gets output 0, lse -inf and no gradient.

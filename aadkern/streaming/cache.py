@@ -227,7 +227,7 @@ class StreamingCache:
             raise ValueError(f"dtype and device of the cache must be the keys', {k.dtype} on {k.device}, got {ours}")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _RingAttention:
     """One layer of a pass without gradient: keys and values go into the chunk's slots, queries attend to the ring."""
 
@@ -237,6 +237,15 @@ class _RingAttention:
     own: list[tuple[int, int, int]]
     shift: int
     plan: AttentionPlan
+    slot: Tensor | None = None
+
+    def key_slot(self, k: Tensor) -> Tensor | None:
+        """Where turned keys like k [B, L, H, D] may be written, to be given to ``store``; None where that is not one place."""
+        cache, (_, first, count) = self.cache, self.own[0]
+        n = cache.tokens_per_frame
+        if len(self.own) == 1 and first >= cache.window.sink and k.dtype == cache.keys.dtype and k.shape[1] == count * n:
+            self.slot = cache.keys[self.layer, :, first * n : (first + count) * n]
+        return self.slot
 
     def store(self, k: Tensor, v: Tensor) -> None:
         cache, layer, (start, end) = self.cache, self.layer, self.chunk
@@ -245,7 +254,8 @@ class _RingAttention:
         n = cache.tokens_per_frame
         for frame, slot, count in self.own:
             source, slots = slice((frame - start) * n, (frame - start + count) * n), slice(slot * n, (slot + count) * n)
-            cache.keys[layer, :, slots] = k[:, source]
+            if k is not self.slot:
+                cache.keys[layer, :, slots] = k[:, source]
             cache.values[layer, :, slots] = v[:, source]
             if cache._sink_keys is not None and frame < cache.window.sink:
                 cache._sink_keys[layer, :, slots] = k[:, source]

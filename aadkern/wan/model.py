@@ -16,10 +16,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch import Tensor
 
+from aadkern.blocks import RotaryGrid, Turns, gated_residual, modulated_norm, qk_norm_rope
 from aadkern.plans import AttentionPlan
+from aadkern.runtime import FUSED_BACKENDS, choose_fused_backend
 from aadkern.streaming.cache import ROPE_MODES, LayerAttention, StreamingCache
 from aadkern.streaming.context import CausalContext, ClipAttention, everything
-from aadkern.streaming.rope import rotate, rotation_table, table_dtype
 
 CLEAN_FIRST_FRAME = "give the image as a clean first latent frame"
 
@@ -29,56 +30,55 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift, for x [B, F, n, dim] and shift, scale that broadcast to it."""
-    return torch.addcmul(shift, F.layer_norm(x.to(shift.dtype), x.shape[-1:], eps=eps), scale + 1).to(x.dtype)
-
-
-def _gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate y, for x, y [B, F, n, dim]."""
-    return torch.addcmul(x.to(gate.dtype), y.to(gate.dtype), gate).to(x.dtype)
-
-
 class CausalWanBlock(WanTransformerBlock):
     """diffusers' Wan block: the same parameters; attention comes from outside, modulation is per frame."""
+
+    block_backend: str | None = None  # what serves ``aadkern.blocks``; None is the best for the device
 
     def forward(  # type: ignore[override]
         self,
         x: Tensor,
         modulation: Tensor,
-        rotation: Tensor,
+        turns: Turns,
         attend: LayerAttention,
         text: Tensor | None = None,
+        sample_of: Tensor | None = None,
         store_only: bool = False,
     ) -> Tensor | None:
-        """x [B, F, n, dim]: n tokens in each of F frames; modulation [B, F or 1, n or 1, 6, dim]; text [B, T, dim].
+        """x [B, F, n, dim]: n tokens in each of F frames; modulation [B, F or 1, n or 1, 6, dim]; text [B, T, dim], or with
+        ``sample_of`` [B] that of fewer samples, of which row i of x takes sample_of[i].
 
-        ``rotation`` is complex [F n, 1, head_dim / 2]; ``attend`` maps q, k, v [B, F n, H, D] to [B, F n, H, D].
-        ``store_only`` hands k and v to ``attend.store`` and stops.
+        ``turns`` are those of the tokens' positions; ``attend`` maps q, k, v [B, F n, H, D] to
+        [B, F n, H, D], and its ``key_slot`` is where the keys are wanted, if anywhere. ``store_only`` hands k and v to
+        ``attend.store`` and stops.
         """
-        wide = _wide(x.dtype)
-        rows = self.scale_shift_table.to(wide) + modulation.to(wide)
+        wide, backend = _wide(x.dtype), self.block_backend
+        rows = (self.scale_shift_table.to(wide) + modulation.to(wide)).flatten(1, 2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(-2)
         attn = self.attn1
-        h = _modulated_norm(x, shift, scale, self.norm1.eps)
-        shape = (x.shape[0], -1, attn.heads, attn.inner_dim // attn.heads)
-        v = attn.to_v(h).view(shape)
-        k = rotate(attn.norm_k(attn.to_k(h)).view(shape), rotation).to(v.dtype)
-        if store_only:
+        h = modulated_norm(x, shift, scale, eps=self.norm1.eps, backend=backend)
+        by_head = (x.shape[0], -1, attn.heads, attn.inner_dim // attn.heads)
+        v, k = attn.to_v(h).view(by_head), attn.to_k(h).view(by_head)
+        q, q_weight = (None, None) if store_only else (attn.to_q(h).view(by_head), attn.norm_q.weight)
+        slot = attend.key_slot(k) if hasattr(attend, "key_slot") else None
+        q, k = qk_norm_rope(q, k, q_weight, attn.norm_k.weight, turns, eps=self.norm1.eps, k_out=slot, backend=backend)
+        if q is None:
             attend.store(k, v)  # type: ignore[attr-defined]
             return None
-        q = rotate(attn.norm_q(attn.to_q(h)).view(shape), rotation).to(v.dtype)
-        x = _gated_sum(x, attn.to_out[0](attend(q, k, v).reshape(h.shape)), gate)
+        x = gated_residual(x, attn.to_out[0](attend(q, k, v).reshape(h.shape)), gate, backend=backend)
         if text is not None:
-            x = x + self._cross_attention(x, text)
-        return _gated_sum(x, self.ffn(_modulated_norm(x, ffn_shift, ffn_scale, self.norm3.eps)), ffn_gate)
+            x = x + self._cross_attention(x, text, sample_of)
+        h = modulated_norm(x, ffn_shift, ffn_scale, eps=self.norm3.eps, backend=backend)
+        return gated_residual(x, self.ffn(h), ffn_gate, backend=backend)
 
-    def _cross_attention(self, x: Tensor, text: Tensor) -> Tensor:
+    def _cross_attention(self, x: Tensor, text: Tensor, sample_of: Tensor | None) -> Tensor:
         attn, norm, h = self.attn2, self.norm2, x
         if isinstance(norm, torch.nn.LayerNorm):
             wide = _wide(x.dtype)
             h = F.layer_norm(x.to(wide), x.shape[-1:], norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(x.dtype)
         q, k, v = attn.norm_q(attn.to_q(h)), attn.norm_k(attn.to_k(text)), attn.to_v(text)
+        if sample_of is not None:
+            k, v = k[sample_of], v[sample_of]
         heads_first = [y.to(v.dtype).unflatten(-1, (attn.heads, -1)).flatten(1, -3).transpose(1, 2) for y in (q, k, v)]
         return attn.to_out[0](F.scaled_dot_product_attention(*heads_first).transpose(1, 2).reshape(x.shape))
 
@@ -96,6 +96,7 @@ class CausalWan(WanTransformer3DModel):
     _no_split_modules = ["CausalWanBlock"]  # noqa: RUF012 (diffusers' spelling)
     _repeated_blocks = ["CausalWanBlock"]  # noqa: RUF012
     _cp_plan: Any = None  # diffusers' sequence split knows no plans
+    block_backend: str | None = None
 
     @register_to_config
     def __init__(
@@ -151,8 +152,15 @@ class CausalWan(WanTransformer3DModel):
         for block in self.blocks:
             block.__class__ = CausalWanBlock  # same parameters, own forward: building 14B twice takes minutes
         self._patch, self._head_dim = (int(patch_size[1]), int(patch_size[2])), attention_head_dim
-        self._rope_periods = None if rope_periods is None else tuple(rope_periods)
+        self._rope_periods = None if rope_periods is None else (rope_periods[0], rope_periods[1], rope_periods[2])
         self._frame_period = None if rope_periods is None else rope_periods[0]
+
+    def set_block_backend(self, backend: str) -> None:
+        """What serves norms, rotary positions and gates: "reference", "torch", "triton", or "auto", the best for the device."""
+        if backend not in ("auto", *FUSED_BACKENDS):
+            raise ValueError(f"backend must be auto or one of {', '.join(FUSED_BACKENDS)}, got {backend!r}")
+        for module in (self, *self.blocks):
+            module.block_backend = None if backend == "auto" else backend  # type: ignore[assignment]
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of height x width: 1560 for 60 x 104. ValueError where patches do not tile it."""
@@ -173,6 +181,7 @@ class CausalWan(WanTransformer3DModel):
         first_frame: int | Sequence[int] = 0,
         taps: Sequence[int] | None = None,
         cache_only: bool = False,
+        condition_of: Sequence[int] | None = None,
         return_dict: bool | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -189,12 +198,13 @@ class CausalWan(WanTransformer3DModel):
         the last layer's keys and values; returns None. ``first_frame``: the index of the clip's first frame; a
         sequence for equal segments that each start at their own: teacher forcing's [clean, noisy] is (0, 0).
         ``taps``: ascending block indices, whose outputs [B, F * tokens_per_frame, dim] are returned in a list
-        instead; later blocks do not run.
+        instead; later blocks do not run. ``condition_of``: for several views of the same samples; row i of ``hidden_states`` takes
+        row condition_of[i] of ``timestep`` and ``encoder_hidden_states``, whose embeddings, keys and values are computed once.
 
         Returns flow [B, C_out, F, H, W]; as in diffusers, ``return_dict=False`` gives it in a 1-tuple, True in an
         object. Raises ValueError or TypeError naming the argument, before any work.
         """
-        batch, _, frames, height, width = self._check_clip(hidden_states, timestep, encoder_hidden_states)
+        batch, _, frames, height, width = self._check_clip(hidden_states, timestep, encoder_hidden_states, condition_of)
         if encoder_hidden_states_image is not None:
             raise ValueError(f"encoder_hidden_states_image must be None; {CLEAN_FIRST_FRAME}")
         if attention_kwargs:
@@ -208,12 +218,15 @@ class CausalWan(WanTransformer3DModel):
             positions = _positions(first_frame if cache is None else cache.frame, frames)
             x = self._patchify(hidden_states)
             temb, modulation, text = self._conditions(timestep, encoder_hidden_states, frames)
-            rotation = rotation_table(self._head_dim, positions, *grid[1:], self._rope_periods, table_dtype(x.dtype), x.device)
+            sample_of = None if condition_of is None else torch.tensor(condition_of, device=x.device)
+            if sample_of is not None:
+                temb, modulation = temb[sample_of], modulation[sample_of]
+            turns = self._turns(RotaryGrid(positions, *grid[1:], self._rope_periods), x)
             tapped: list[Tensor] = []
             for i, block in enumerate(self.blocks):
                 if i == blocks:
                     return tapped
-                arguments = (x, modulation, rotation, attention_of(i), text)
+                arguments = (x, modulation, turns, attention_of(i), text, sample_of)
                 if cache_only and i == len(self.blocks) - 1:
                     return block(*arguments, True)
                 if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -229,21 +242,28 @@ class CausalWan(WanTransformer3DModel):
             return flow
         return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
 
-    def _check_clip(self, x: Tensor, timestep: Tensor, text: Tensor | None) -> tuple[int, int, int, int, int]:
+    def _check_clip(
+        self, x: Tensor, timestep: Tensor, text: Tensor | None, condition_of: Sequence[int] | None
+    ) -> tuple[int, int, int, int, int]:
         channels = self.config["in_channels"]
         if x.dim() != 5 or x.shape[1] != channels or x.shape[2] < 1:
             raise ValueError(f"hidden_states must be [B, {channels}, F, H, W] with F at least 1, got {list(x.shape)}")
         batch, _, frames, height, width = x.shape
+        samples = batch
+        if condition_of is not None:
+            samples = timestep.shape[0] if timestep.dim() else 0
+            if len(condition_of) != batch or not all(0 <= sample < samples for sample in condition_of):
+                raise ValueError(f"condition_of must be {batch} rows of timestep, in [0, {samples}), got {list(condition_of)}")
         tokens = frames * self.tokens_per_frame(height, width)
-        if tuple(timestep.shape) not in ((batch,), (batch, frames), (batch, tokens)):
-            shapes = f"[{batch}], [{batch}, {frames}] or [{batch}, {tokens}]"
+        if tuple(timestep.shape) not in ((samples,), (samples, frames), (samples, tokens)):
+            shapes = f"[{samples}], [{samples}, {frames}] or [{samples}, {tokens}]"
             raise ValueError(f"timestep must be {shapes} for hidden_states {list(x.shape)}, got {list(timestep.shape)}")
         if timestep.dtype in (torch.bfloat16, torch.float16):
             # FSDP's cast_forward_inputs does this unasked.
             raise ValueError(f"timestep must be float32: 937.5 would be 936 in bfloat16, got {timestep.dtype}")
         dim = self.config["text_dim"]
-        if text is not None and (text.dim() != 3 or text.shape[0] != batch or text.shape[2] != dim):
-            raise ValueError(f"encoder_hidden_states must be [{batch}, T, {dim}] or None, got {list(text.shape)}")
+        if text is not None and (text.dim() != 3 or text.shape[0] != samples or text.shape[2] != dim):
+            raise ValueError(f"encoder_hidden_states must be [{samples}, T, {dim}] or None, got {list(text.shape)}")
         return batch, channels, frames, height, width
 
     def _check_taps(self, taps: Sequence[int] | None) -> int:
@@ -289,6 +309,12 @@ class CausalWan(WanTransformer3DModel):
         clip = ClipAttention(plan, rope, self._head_dim, self._frame_period, weight.dtype, weight.device)
         return lambda layer: clip
 
+    def _turns(self, grid: RotaryGrid, x: Tensor) -> Turns:
+        chosen = choose_fused_backend(
+            "qk_norm_rope", self.block_backend or "auto", x.device.type, str(x.dtype).removeprefix("torch.")
+        )
+        return grid.turns(self._head_dim, x.dtype, x.device, spread=chosen == "torch")
+
     def _patchify(self, x: Tensor) -> Tensor:
         """[B, C, F, H, W] -> [B, F, n, dim]: the patch convolution."""
         conv = self.patch_embedding
@@ -315,8 +341,8 @@ class CausalWan(WanTransformer3DModel):
     def _head(self, x: Tensor, temb: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, F, n, dim] -> flow [B, C_out, F, H, W]."""
         wide = _wide(x.dtype)
-        shift, scale = (self.scale_shift_table.to(wide) + temb.to(wide).unsqueeze(-2)).unbind(-2)
-        x = self.proj_out(_modulated_norm(x, shift, scale, self.norm_out.eps))
+        shift, scale = (self.scale_shift_table.to(wide) + temb.to(wide).unsqueeze(-2)).flatten(1, 2).unbind(-2)
+        x = self.proj_out(modulated_norm(x, shift, scale, eps=self.norm_out.eps, backend=self.block_backend))
         (frames, height, width), (rows, columns) = grid, self._patch
         patches = x.unflatten(2, (height, width)).unflatten(4, (rows, columns, -1)).permute(0, 6, 1, 2, 4, 3, 5)
         # One copy, and not a view: FSDP2 warns of modules that return views.

@@ -104,9 +104,9 @@ class AdversarialRefinement(Stage):
         level = draw_levels(draws, name, samples, factor, like, between=(unshift(low, factor), unshift(high, factor)))
         return clip_sigma(level, like.shape[1], 1 if self.settings.image_clean else 0)
 
-    def logits(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def logits(self, x: Tensor, sigma: Tensor, condition_of: list[int] | None = None) -> Tensor:
         """[B], or [B, F - 1] for frame logits: the given first frame is not judged."""
-        out = self.learners["discriminator"].module(x, sigma, self.run.layout, self.run.window)
+        out = self.learners["discriminator"].module(x, sigma, self.run.layout, self.run.window, condition_of)
         return out if out.dim() == 1 else out[:, 1:]
 
     @spanned("discriminator")
@@ -120,12 +120,16 @@ class AdversarialRefinement(Stage):
         moves = clip_sigma(torch.full((2 * count,), settings.delta, device=real.device), frames, 1 if settings.image_clean else 0)
         views, moved = noised_views(torch.cat([real, fake]), sigma.repeat(2, 1), delta_std=moves, seed=torch.cat(seeds))
         chosen = [i for i, sample in enumerate(samples) if settings.penalty and sample % settings.penalty_every == 0]
-        chosen = torch.tensor(chosen, dtype=torch.int64, device=real.device)
-        twins = torch.cat([chosen, count + chosen])
-        logits = self.logits(torch.cat([views, moved[twins]]), torch.cat([sigma, sigma, sigma[twins % count]]))
+        twins = [*chosen, *(count + i for i in chosen)]
+        logits = self.logits(torch.cat([views, moved[twins]]), sigma, [row % count for row in (*range(2 * count), *twins)])
         share = len(chosen) * settings.penalty_every / count  # so that equal parts of a batch add up to its mean
         objective = discriminator_objective(
-            logits, count, chosen, weight=settings.penalty, share=share, relativistic=settings.relativistic
+            logits,
+            count,
+            torch.tensor(chosen, dtype=torch.int64, device=real.device),
+            weight=settings.penalty,
+            share=share,
+            relativistic=settings.relativistic,
         )
         return logits, objective
 

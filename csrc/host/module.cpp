@@ -31,6 +31,7 @@ py::dict build_info() {
     info["build_type"] = AADKERN_BUILD_TYPE;
     info["cuda_compiler"] = text_or_none(AADKERN_CUDA_COMPILER);
     info["cuda_architectures"] = split_list(AADKERN_CUDA_ARCHITECTURES);
+    info["no_cuda"] = text_or_none(AADKERN_NO_CUDA);
     return info;
 }
 
@@ -40,5 +41,5 @@ PYBIND11_MODULE(_host, module) {
     module.doc() = "Facts about this build of aadkern.";
     module.def("build_info", &build_info,
                "Build facts: version, compiler, cxx_standard (17), build_type, cuda_compiler (None: not found or not "
-               "looked for), cuda_architectures (empty: no CUDA kernel in this build).");
+               "looked for), cuda_architectures (empty: no CUDA kernel in this build), no_cuda (why it has none, or None).");
 }

@@ -1,0 +1,91 @@
+"""Where the tokens of a clip stand, and the cosines and sines of their turns: one small table for each axis.
+
+A table of every token would be 16 MB at 480p, read again by each layer; the three axes' tables are 17 KB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aadkern.streaming.rope import Periods, axis_dims, frequencies, rotation_table
+
+
+@dataclass(frozen=True)
+class RotaryGrid:
+    """The positions of frame-major tokens: their frames' indices, rows and columns of patches.
+
+    ``frames`` is a range or a sequence of indices, any whole numbers ([clean, noisy] repeats them), or an int for
+    ``range(frames)``; ``height`` and ``width`` count patches; ``periods`` (frames or None, rows, columns) are those after which
+    positions repeat.
+    """
+
+    frames: range | tuple[int, ...]
+    height: int
+    width: int
+    periods: Periods | None = None
+
+    def __post_init__(self) -> None:
+        frames = self.frames
+        if isinstance(frames, int) and not isinstance(frames, bool):
+            object.__setattr__(self, "frames", range(frames))
+        elif isinstance(frames, Sequence) and not isinstance(frames, (range, str)):
+            object.__setattr__(self, "frames", tuple(frames))
+        elif not isinstance(frames, range):
+            raise TypeError(f"frames must be an int, a range or a sequence of frame indices, got {frames!r}")
+        for name, value in (("height", self.height), ("width", self.width)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    @property
+    def tokens(self) -> int:
+        return len(self.frames) * self.height * self.width
+
+    def turns(self, head_dim: int, dtype: torch.dtype, device: torch.device, *, spread: bool = False) -> Turns:
+        """The tables for q and k of ``dtype`` on ``device``, from a cache; with ``spread`` that of every token too.
+
+        ``qk_norm_rope`` makes them itself. Made beforehand they let one compiled block serve every position.
+        """
+        double = dtype == torch.float64
+        axes = axis_turns(self, head_dim, torch.float64 if double else torch.float32, device)
+        sizes = (len(self.frames), self.height, self.width)
+        if not spread:
+            return Turns(axes, sizes)
+        table = torch.complex128 if double else torch.complex64
+        return Turns(axes, sizes, rotation_table(head_dim, self.frames, self.height, self.width, self.periods, table, device))
+
+
+class Turns(NamedTuple):
+    """cos and sin of every position of each axis, and the numbers of frames, rows and columns; each token's, if they are wanted."""
+
+    axes: Tensor  # [frames * t + height * s + width * s, 2]; t and s channel pairs turn with the frame, and with row or column
+    sizes: tuple[int, int, int]
+    of_tokens: Tensor | None = None  # complex [tokens, 1, head_dim / 2], what torch's own operations need
+
+
+@lru_cache(maxsize=64)
+def axis_turns(grid: RotaryGrid, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``Turns.axes`` from float64 angles; the first t rows are the first frame's."""
+    positions = (grid.frames, range(grid.height), range(grid.width))
+    tables = []
+    # Cached, so never an inference tensor: those cannot be saved for backward.
+    with torch.inference_mode(False):
+        for dim, at, period in zip(axis_dims(head_dim), positions, grid.periods or (None, None, None), strict=True):
+            angle = torch.outer(torch.tensor(list(at), dtype=torch.float64), frequencies(dim, period)).flatten()
+            tables.append(torch.stack((angle.cos(), angle.sin()), dim=-1))
+        return torch.cat(tables).to(device=device, dtype=dtype)
+
+
+def spread(turns: Turns, head_dim: int) -> Tensor:
+    """cos and sin of each token's channel pairs, [tokens, head_dim / 2, 2]."""
+    frames, height, width = turns.sizes
+    time, space, _ = (dim // 2 for dim in axis_dims(head_dim))
+    by_frame, by_row, by_column = turns.axes.split([frames * time, height * space, width * space])
+    shape = (frames, height, width, -1, 2)
+    axes = (by_frame.view(-1, 1, 1, time, 2), by_row.view(-1, 1, space, 2), by_column.view(-1, space, 2))
+    return torch.cat([axis.expand(shape) for axis in axes], dim=-2).flatten(0, 2)

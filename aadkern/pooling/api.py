@@ -1,0 +1,178 @@
+"""``aadkern.attention_pool``: learned query tokens pool many tokens; checks its input and folds projections into queries."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aadkern import ops
+from aadkern.pooling import reference
+from aadkern.runtime import FUSED_BACKENDS
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NORMS = ("rms", "layer", None)
+
+
+def attention_pool(
+    x: Tensor,  # [B, L, C]
+    query: Tensor,  # [M, C]
+    w_k: Tensor,  # [C, C], as nn.Linear keeps it
+    w_v: Tensor,  # [C, C]
+    *,
+    heads: int,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+    norm: str | None = "rms",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    segments: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-attention of M learned query tokens over the L tokens of each sample, without forming V, nor (mostly) K.
+
+        y = norm(x),  K = y W_k^T + b_k,  V = y W_v^T + b_v,  pooled = softmax(q K^T / sqrt(C / heads)) V, per head and segment
+
+    ``norm`` is "rms", "layer" or None, over C, with ``norm_weight`` [C], for "layer" also ``norm_bias`` [C], and ``eps``.
+    ``query`` is projected (and normalised) by the caller, so its projection and its norm are the caller's to train; the scale
+    1/sqrt(C / heads) is applied here. ``segments=F`` pools each of F equal runs of tokens by itself: one result per latent frame.
+
+    ``k_norm_weight`` puts an RMSNorm with the same ``eps`` on K, and its shape says over what: [C / heads] each head by itself
+    (QK-norm per head), [C] the full width (Wan and Self-Forcing). Then keys must be computed, a chunk of tokens at a time, and only
+    V is absorbed. Without it ``b_k`` adds a constant to all scores of a head, so it changes nothing and its gradient is 0.
+
+    ``x`` is float32, float64, float16 or bfloat16, with any strides; a last dimension that is not contiguous is copied first. Each
+    weight is of x's dtype or float32. Sums run in float32 (float64 for float64). ``backend``: "reference" (the layer written out in
+    float32), "torch", "triton" or None for the device's best.
+
+    Returns [B, segments, M, C] in x's dtype. Differentiable once in x, query and all weights. Works under
+    ``torch.compile(fullgraph=True)``; autocast changes nothing. Raises TypeError for a wrong type or dtype and ValueError for a
+    wrong shape, device, name or number, before any work.
+    """
+    weights: dict[str, Any] = {"b_k": b_k, "b_v": b_v, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    weights["k_norm_weight"] = k_norm_weight
+    _check(x, query, w_k, w_v, heads, weights, norm, eps, segments, backend)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    eps = float(eps)
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "reference":
+            return reference.attention_pool(x, query, w_k, w_v, heads=heads, norm=norm, eps=eps, segments=segments, **weights)
+        total = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if k_norm_weight is None:
+            u, scores = _absorbed_queries(query, w_k, b_k, heads, norm_weight, total), None
+        else:
+            q = query.to(total).unflatten(-1, (heads, -1)) * k_norm_weight.to(total).unflatten(-1, (-1, x.shape[-1] // heads))
+            w, b = _folded_key_projection(x, w_k, b_k, norm_weight, norm_bias, total)
+            full = len(k_norm_weight) == x.shape[-1]
+            q = q.transpose(0, 1).contiguous() * (x.shape[-1] // heads) ** -0.5
+            u, scores = None, ops.key_scores(x, q, w, b, full, norm, eps, segments)
+        z, *_ = ops.pool_tokens(x, u, scores, norm, eps, segments, backend or "auto")
+        return _projected_values(z, w_v, b_v, heads, norm_weight, norm_bias).to(x.dtype)
+
+
+def _absorbed_queries(
+    query: Tensor, w_k: Tensor, b_k: Tensor | None, heads: int, norm_weight: Tensor | None, total: torch.dtype
+) -> Tensor:
+    """u [H M, C] with q.k / sqrt(D) = u.y + const for the token y, normalised without weight and bias: u = norm_weight W_k^T q."""
+    by_head = query.to(w_k.dtype).unflatten(-1, (heads, -1)).transpose(0, 1)
+    u = torch.bmm(by_head, w_k.unflatten(0, (heads, -1))).flatten(0, 1).to(total) * by_head.shape[-1] ** -0.5
+    if norm_weight is not None:
+        u = u * norm_weight.to(total)
+    return u if b_k is None else u + b_k[:0].sum()  # b_k shifts all scores of a head alike: no effect, and a gradient of 0
+
+
+def _folded_key_projection(
+    x: Tensor, w_k: Tensor, b_k: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, total: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """w and b in x's dtype with k = w y + b, y the token normalised without weight and bias."""
+    w = w_k if norm_weight is None else w_k.to(total) * norm_weight.to(total)
+    b = b_k if norm_bias is None else torch.mv(w_k.to(total), norm_bias.to(total)) + (0 if b_k is None else b_k.to(total))
+    return w.to(x.dtype), None if b is None else b.to(x.dtype)
+
+
+def _projected_values(
+    z: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    heads: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> Tensor:
+    """z [B, S, H M, C], means of normalised tokens y -> W_v (norm_weight z + norm_bias) + b_v [B, S, M, C]."""
+    if norm_weight is not None:
+        z = z * norm_weight.to(z.dtype)
+    if norm_bias is not None:
+        z = z + norm_bias.to(z.dtype)
+    batch, segments, columns, _ = z.shape
+    by_head = z.to(w_v.dtype).unflatten(2, (heads, columns // heads)).permute(2, 0, 1, 3, 4).flatten(1, 3)
+    values = torch.bmm(by_head, w_v.unflatten(0, (heads, -1)).mT)  # [H, B S M, D]
+    pooled = values.unflatten(1, (batch, segments, columns // heads)).permute(1, 2, 3, 0, 4).flatten(-2)
+    return pooled if b_v is None else pooled + b_v.to(pooled.dtype)
+
+
+def _check(
+    x: Tensor,
+    query: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    heads: int,
+    weights: dict[str, Any],
+    norm: str | None,
+    eps: float,
+    segments: int,
+    backend: str | None,
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"attention_pool: x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"attention_pool: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    if x.dim() != 3 or 0 in x.shape[1:]:
+        raise ValueError(f"attention_pool: x must be [batch, length, channels] with at least one token, got {list(x.shape)}")
+    length, channels = x.shape[1:]
+    for name, count, whole in (("heads", heads, channels), ("segments", segments, length)):
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise TypeError(f"attention_pool: {name} must be an integer, got {type(count).__name__}")
+        if count < 1 or whole % count:
+            what = "channels" if name == "heads" else "length"
+            raise ValueError(f"attention_pool: {name} must divide the {what} {whole} of x, got {count}")
+    if norm not in NORMS:
+        raise ValueError(f'attention_pool: norm must be "rms", "layer" or None, got {norm!r}')
+    if isinstance(eps, Tensor) or not hasattr(eps, "__float__"):
+        raise TypeError(f"attention_pool: eps must be a real number, got {type(eps).__name__}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"attention_pool: eps must be finite and not negative, got {eps}")
+    if backend is not None and backend not in FUSED_BACKENDS:
+        raise ValueError(f"attention_pool: backend must be one of {', '.join(FUSED_BACKENDS)}, or None, got {backend!r}")
+    wanted: dict[str, list[tuple[int | None, ...]]] = {
+        "query": [(None, channels)],
+        "w_k": [(channels, channels)],
+        "w_v": [(channels, channels)],
+    }
+    wanted |= {name: [(channels,)] for name in weights}
+    wanted["k_norm_weight"].append((channels // heads,))
+    for name, given in {"query": query, "w_k": w_k, "w_v": w_v, **weights}.items():
+        if given is None and name in weights:
+            continue
+        _check_weight(name, given, x, wanted[name])
+    for name, needs in (("norm_weight", ("rms", "layer")), ("norm_bias", ("layer",))):
+        if weights[name] is not None and norm not in needs:
+            accepted = " or ".join(f'"{need}"' for need in needs)
+            raise ValueError(f"attention_pool: {name} needs norm {accepted}, got norm {norm!r}")
+
+
+def _check_weight(name: str, given: Any, x: Tensor, shapes: list[tuple[int | None, ...]]) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"attention_pool: {name} must be a torch.Tensor, got {type(given).__name__}")
+    if given.dtype not in (x.dtype, torch.float32) or (x.dtype == torch.float64 and given.dtype != x.dtype):
+        accepted = f"x's dtype {x.dtype}" + (" or float32" if x.dtype.itemsize < 4 else "")
+        raise TypeError(f"attention_pool: {name} must have {accepted}, got {given.dtype}; cast before the call")
+    if given.device != x.device:
+        raise ValueError(f"attention_pool: {name} must be on x's device {x.device}, got {given.device}")
+    fits = [len(s) == given.dim() and all(a in (None, b) for a, b in zip(s, given.shape, strict=True)) for s in shapes]
+    if not any(fits):
+        accepted = " or ".join(str(["M" if size is None else size for size in shape]).replace("'", "") for shape in shapes)
+        raise ValueError(f"attention_pool: {name} must be {accepted}, got {list(given.shape)}")

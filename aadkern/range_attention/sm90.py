@@ -1,0 +1,121 @@
+"""Attention over key ranges on Hopper: launches the CUDA C++ kernels of csrc/attention, built for sm_90a.
+
+Checks what they serve, copies what TMA cannot load, cuts the plan into tables and allocates; csrc/bindings.cpp hands it on.
+docs/hopper.md describes the kernels. Unverified on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from aadkern.plans import AttentionPlan
+from aadkern.range_attention.sm90_tables import backward_tables
+from aadkern.range_attention.tiles import heads_per_group, tile_table
+from aadkern.runtime import SM90_CAPABILITY, SM90_DTYPES, SM90_HEAD_DIMS
+
+
+class ForwardKernel(NamedTuple):
+    """csrc/attention/launch.h: the number of a forward kernel, the query rows of its tiles, and the keys of a step."""
+
+    number: int
+    rows: int
+    step: int
+
+
+# They compute the same. The first two are for finding faults, the last is to be timed against the third on a GPU.
+FORWARD_KERNELS = {
+    "simple": ForwardKernel(0, 64, 128),
+    "specialised": ForwardKernel(1, 128, 128),
+    "pingpong": ForwardKernel(2, 128, 128),
+    "wide": ForwardKernel(3, 128, 176),
+}
+
+launch_forward = torch.ops.aadkern.sm90_forward
+launch_backward = torch.ops.aadkern.sm90_backward
+workspace_bytes = torch.ops.aadkern.sm90_workspace_bytes
+
+
+def check_device(q: torch.Tensor) -> None:
+    """Raise ValueError where q is on no GPU that these kernels are built for."""
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    if capability != SM90_CAPABILITY:
+        wanted = "GPUs of compute capability {}.{}".format(*SM90_CAPABILITY)
+        raise ValueError(f"backend 'sm90' serves {wanted}, got q on {q.device}, of {capability}; 'triton' may serve it")
+
+
+def check_served(q: torch.Tensor) -> None:
+    """Raise ValueError or TypeError where these kernels cannot run."""
+    check_device(q)
+    if str(q.dtype).removeprefix("torch.") not in SM90_DTYPES:
+        raise TypeError(f"backend 'sm90' serves {' and '.join(SM90_DTYPES)}, got q of {q.dtype}; 'triton' or 'sdpa' serves it")
+    if q.shape[3] not in SM90_HEAD_DIMS:
+        dims = " and ".join(map(str, SM90_HEAD_DIMS))
+        raise ValueError(f"backend 'sm90' serves head_dim {dims}, got {q.shape[3]}; 'triton' or 'sdpa' serves it")
+
+
+def loadable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [B, L, H, D], or a copy where a tensor map cannot describe it: it wants the first element and every row on 16 bytes,
+    and no two rows in one place."""
+    rows = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in rows)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, scale: float, kernel: str = "pingpong"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q [B, Lq, H, D] over k, v [B, Lk, H, D] under a plan: (out [B, Lq, H, D], lse fp32 [B, H, Lq]).
+
+    bf16 or fp16, D 64 or 128, any strides, on a GPU of compute capability 9.0; ``kernel`` is one of ``FORWARD_KERNELS``.
+    Bitwise the same at every run. Raises ValueError or TypeError for what is not served.
+    """
+    check_served(q)
+    batch, q_len, heads, head_dim = q.shape
+    out = torch.empty((batch, q_len, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    if lse.numel() == 0 or plan.area == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    # The running maximum commutes with a scale of at least 0 only; a sign moves to q exactly.
+    q, k, v = loadable(-q if scale < 0 else q), loadable(k), loadable(v)
+    number, rows, step = FORWARD_KERNELS[kernel]
+    table = tile_table(plan, rows, step, q.device)
+    group = heads_per_group(2 * plan.k_len * head_dim * k.element_size(), batch * heads)
+    launch_forward(q, k, v, out, lse, *table, abs(scale), group, number)
+    return out, lse
+
+
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients (dq, dk, dv), contiguous, of ``forward``'s out and lse (``dlse`` None: lse was not used).
+
+    dk and dv are bitwise the same at every run. dq is summed in fp32 in the order in which tiles of keys finish; in one fixed
+    order, somewhat slower, if ``deterministic`` or torch.use_deterministic_algorithms asks for it. Raises as ``forward``.
+    """
+    check_served(q)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    batch, q_len, heads, head_dim = q.shape
+    if batch * heads == 0 or plan.area == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    dout, q, k, v, out = (loadable(x) for x in (dout, q, k, v, out))
+    dlse = None if dlse is None else dlse.contiguous()
+    tables = backward_tables(plan, head_dim, q.device)
+    # q, dout and the fp32 accumulator of dq are what every key tile walks over. In a fixed order all heads walk side by side:
+    # then a tile waits least for the one before it.
+    group = batch * heads if deterministic else heads_per_group(8 * q_len * head_dim, batch * heads)
+    words = -(-workspace_bytes(q, k, len(tables.query_tiles)) // 4)
+    workspace = torch.empty(words, dtype=torch.float32, device=q.device)
+    launch_backward(dout, dlse, q, k, v, out, lse.contiguous(), dq, dk, dv, workspace, *tables, scale, group, deterministic)
+    return dq, dk, dv

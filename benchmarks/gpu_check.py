@@ -1,0 +1,248 @@
+"""All that a GPU is needed for, in one command: ``python -m benchmarks.gpu_check --out DIR``.
+
+Builds the CUDA kernels, runs the tests marked ``gpu`` (the ladder of Hopper primitives first), times every case against its
+rivals in order of importance until the time is over, and prints a table. Needs no network and no installed aadkern. Every stage
+runs in processes of its own under a time limit, so that nothing one of them does can stop the rest, and DIR/results.json is
+written anew after every item: whatever ends this command, what was found stays. Without a GPU, ``--device cpu`` walks the same
+path at sizes that mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import chart, results, run, table
+from benchmarks.cases import core_cases, further_cases
+from benchmarks.journal import Journal, run_limited, supervise
+
+ROOT = results.ROOT
+STAGES = ("build", "tests", "cases", "rooms", "more cases")
+LATER = ("sanitizer", "sweep")  # of a second call: compute-sanitizer over small runs, all candidate tiles of the Triton kernels
+ROOMS = ("pooling", "blocks", "noise")  # python -m benchmarks.<room> --out FILE
+# The most of the time still left that a stage may take, so that no stage starves those after it.
+SHARE = {"build": 0.35, "tests": 0.5, "cases": 0.75, "rooms": 0.5, "more cases": 1.0, "sanitizer": 0.7, "sweep": 1.0}
+LAST_SECONDS = 15.0  # kept back for the table, and for a supervisor's last look
+MOST_LOG_BYTES = 4 << 20
+FIRST = ("test_sm90_ladder", "test_sm90_gpu", "sm90", "test_attention", "triton")
+DRY_CASES = ["7x3_window9_sink3/3x2x16", "ring_chunk/3x2x16", "teacher_forcing/2x2x16"]
+
+
+class Check:
+    """One run: its folder, its clock, and the document that grows."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out
+        self.began = time.monotonic()
+        self.end = self.began + 60 * options.minutes - LAST_SECONDS
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.scratch = Path(tempfile.mkdtemp(prefix="aadkern-check-"))
+        path = os.pathsep.join(filter(None, (str(ROOT), dict(os.environ).get("PYTHONPATH"))))
+        self.environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        self.document: dict[str, Any] = {}
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def log(self, stage: str) -> Path:
+        return self.out / f"{stage.replace(' ', '-')}.log"
+
+    def write(self) -> None:
+        path = self.out / "results.json"
+        try:
+            results.write(self.document, path)
+        except ValueError as error:  # what was measured must not be lost to a mistake in its form
+            print(f"gpu_check: {error}", file=sys.stderr)
+            path.write_text(json.dumps(self.document, indent=1, default=str) + "\n")
+
+    def look(self) -> None:
+        """What is here, told by a process of its own: this one never touches CUDA, so that no error can stick to it."""
+        code = "import json, sys; from benchmarks import results; print(json.dumps(results.environment(*sys.argv[1:])))"
+        asked = [self.options.device, *([self.options.commit] if self.options.commit else [])]
+        outcome = run_limited([sys.executable, "-c", code, *asked], self.scratch / "environment", 120, self.environment, ROOT)
+        told = (self.scratch / "environment").read_text().strip().splitlines()
+        found = [line for line in told if line.startswith("{")]
+        if outcome != "passed" or not found:
+            raise SystemExit(f"gpu_check: the environment could not be read: {outcome}\n" + "\n".join(told[-5:]))
+        timed = run.timing_conditions(self.options.device, self.options.seconds)
+        conditions = {"data": f"standard normal, seed {self.options.seed}", "minutes": self.options.minutes, **timed}
+        self.document = results.empty(json.loads(found[-1]), conditions)
+
+    def build(self, deadline: float) -> str:
+        """The one build of the package, beside the sources."""
+        wanted = {**self.environment, "AADKERN_BUILD_CUDA": "1" if self.options.device == "cuda" else "0"}
+        command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", str(self.scratch / "build")]
+        return run_limited(command, self.log("build"), deadline - time.monotonic(), wanted, ROOT)
+
+    def tests(self, deadline: float, stage: str, files: list[str]) -> str:
+        """Every test marked gpu; what a test did to its process is part of its outcome."""
+        journal = Journal(self.scratch / stage)
+        if not files:
+            return "passed"
+        limit = self.options.test_limit * (3 if stage == "sanitizer" else 1)  # instrumented kernels are slow
+        plugin = ["-p", "benchmarks.outcomes", "--journal", str(journal.path), "--test-limit", str(limit)]
+        # Without the repository's pytest settings, which ask for a version of pytest: this takes the one that is there.
+        plain = ["-c", os.devnull, f"--rootdir={ROOT}", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "--durations=10"]
+        command = [sys.executable, "-m", "pytest", *plain, *plugin, "-m", "gpu", *files]
+        alone = {**self.environment, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
+
+        earlier = self.document["tests"]
+
+        def gather() -> None:
+            self.document["tests"] = earlier + test_records(journal)
+            self.write()
+
+        outcome = supervise(command, journal, self.log(stage), deadline, alone, ROOT, gather)
+        gather()
+        records = test_records(journal)
+        bad = sum(test["outcome"] not in ("passed", "skipped", "xfailed") for test in records)
+        return f"failed: {bad} of {len(records)} tests" if outcome == "passed" and bad else outcome
+
+    def cases(self, deadline: float, ids: list[str], stage: str) -> str:
+        """Every case that time allows, in order."""
+        if not ids:
+            return "passed"
+        journal = Journal(self.scratch / stage.replace(" ", "-"))
+        sizes = ["--device", self.options.device, "--seed", str(self.options.seed), "--seconds", str(self.options.seconds)]
+        command = [sys.executable, "-m", "benchmarks.run", "--journal", str(journal.path), *sizes, "--case", *ids]
+        if self.options.contenders:
+            command += ["--contender", *self.options.contenders]
+        earlier = self.document["cases"]
+
+        def gather() -> None:
+            ended = journal.read().ended
+            self.document["cases"] = earlier + [ended[case] for case in ids if ended.get(case) is not None]
+            self.write()
+
+        outcome = supervise(command, journal, self.log(stage), deadline, self.environment, ROOT, gather)
+        gather()
+        state = journal.read()
+        for case in ids:
+            if state.ended.get(case) is None:
+                self.document["not_reached"].append(f"{case} ({state.lost[case]})" if case in state.lost else case)
+        return outcome
+
+    def rooms(self, deadline: float) -> str:
+        """The other rooms' own benchmarks, each in what time is left to them in equal parts."""
+        here = [room for room in ROOMS if (ROOT / "benchmarks" / f"{room}.py").exists()]
+        outcomes = {}
+        for i, room in enumerate(here):
+            outcomes[room] = self.room(room, "rooms", max(5.0, (deadline - time.monotonic()) / (len(here) - i)))
+        bad = [f"{room} {outcome}" for room, outcome in outcomes.items() if outcome != "passed"]
+        return f"failed: {'; '.join(bad)}" if bad else "passed"
+
+    def room(self, name: str, stage: str, limit: float, *words: str) -> str:
+        """``python -m benchmarks.NAME --out FILE``; what it wrote becomes part of the results, also where it did not end well."""
+        made = self.scratch / f"{name}.json"
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(made), *words]
+        outcome = run_limited(command, self.log(stage), limit, self.environment, ROOT)
+        if made.exists():
+            self.document["rooms"][name] = json.loads(made.read_text(), parse_constant=str)
+        return outcome
+
+    def stage(self, name: str) -> str:
+        left = SHARE[name] * self.left
+        deadline = time.monotonic() + left
+        dry = self.options.device == "cpu"
+        if name in ("tests", "sanitizer"):
+            asked = self.options.tests or marked_files()
+            return self.tests(deadline, name, [file for file in asked if ("sanitizer" in file) == (name == "sanitizer")])
+        if name == "cases":
+            return self.cases(deadline, self.options.cases or (DRY_CASES if dry else core_cases()), name)
+        if name == "more cases":
+            return self.cases(deadline, [] if dry or self.options.cases else further_cases(), name)
+        if name == "sweep":
+            return self.room("sweep", name, left, "--limit", f"{0.9 * left:.0f}")
+        return {"build": self.build, "rooms": self.rooms}[name](deadline)
+
+    def run(self) -> None:
+        self.look()
+        for name in self.options.stages:
+            began = time.monotonic()
+            if self.left < 5:
+                self.document["not_reached"].append(f"stage {name}")
+                continue
+            print(f"{name}: at most {SHARE[name] * self.left:.0f} s", flush=True)
+            try:
+                outcome = self.stage(name)
+            except Exception as error:  # a stage's own mistake must not cost the others
+                outcome = f"failed: {type(error).__name__}: {error}"
+            self.document["stages"].append({"name": name, "outcome": outcome, "seconds": time.monotonic() - began})
+            print(f"{name}: {outcome}", flush=True)
+            self.write()
+            shorten(self.log(name))
+
+
+def marked_files() -> list[str]:
+    """Test files that have tests for a GPU, the ladder first, then what is named sm90, attention and Triton."""
+    files = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if re.search(r"mark\.gpu\b", path.read_text())
+    ]
+
+    def place(file: str) -> tuple[int, str]:
+        return next((i for i, word in enumerate(FIRST) if word in file), len(FIRST)), file
+
+    return sorted(files, key=place)
+
+
+def test_records(journal: Journal) -> list[dict[str, Any]]:
+    """The journal as the results' list of tests."""
+    state = journal.read()
+    ended = [{"id": test, **record} for test, record in state.ended.items()]
+    lost: Mapping[str, str] = state.lost
+    return ended + [{"id": test, "outcome": "lost", "seconds": 0.0, "message": reason} for test, reason in lost.items()]
+
+
+def shorten(log: Path) -> None:
+    """Keep a log's beginning and end where it is long."""
+    if log.exists() and log.stat().st_size > MOST_LOG_BYTES:
+        text, half = log.read_bytes(), MOST_LOG_BYTES // 2
+        log.write_bytes(text[:half] + b"\n... shortened ...\n" + text[-half:])
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder for results.json, table.txt, chart.svg and the logs")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    of = f"default: {', '.join(STAGES)}; for a second call: {', '.join(LATER)}"
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *LATER), default=list(STAGES), metavar="STAGE", help=of)
+    parser.add_argument("--tests", nargs="+", help="test files or ids (default: every file with tests marked gpu)")
+    parser.add_argument("--test-limit", type=float, default=90.0, help="seconds that one test may take")
+    parser.add_argument("--case", nargs="+", dest="cases", help="in place of the core cases, as for benchmarks.run")
+    parser.add_argument("--contender", nargs="+", dest="contenders", help="as for benchmarks.run")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for the rounds of one case, about (5)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="of the sources, where the copy at hand has no history")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if every stage passed, 1 if any failed or was not reached."""
+    check = Check(arguments().parse_args(argv))
+    try:
+        check.run()
+        check.write()
+    finally:
+        shutil.rmtree(check.scratch, ignore_errors=True)
+    (check.out / "chart.svg").write_text(chart.draw([check.document]))
+    (check.out / "table.txt").write_text("\n".join(table.lines(check.document)) + "\n")
+    print("\n" + "\n".join(table.short_lines(check.document)), flush=True)
+    stages = check.document["stages"]
+    return 0 if len(stages) == len(check.options.stages) and all(stage["outcome"] == "passed" for stage in stages) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Results as text: one table per case, ours beside its rivals, and which goals were met."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+DIRECTIONS = ("forward", "backward", "both")
+
+
+class Goal(NamedTuple):
+    """Our best must be ``factor`` times as fast as ``rival`` in ``direction``; without a rival, reach ``factor`` TFLOP/s."""
+
+    direction: str
+    rival: str | None
+    factor: float
+
+
+# Against the fastest that is there without us, and against what the field uses; the rates are those of the best dense kernels
+# published for an H100 (FlashAttention 3: about 650 forward, 550 backward), less a tenth.
+GOALS = (Goal("both", "loop, cuDNN", 1.0), Goal("both", "flex", 1.6))
+FORWARD_GOALS = (Goal("forward", "loop, cuDNN", 1.0), Goal("forward", "flex", 1.6))
+RATES = {"bidirectional": (Goal("forward", None, 585.0), Goal("backward", None, 495.0))}
+HOPPER = "9.0"
+
+
+def timed(case: dict[str, Any], direction: str, ours: bool) -> list[tuple[str, dict[str, Any]]]:
+    """(contender, its timing), of ours or of the rivals."""
+    of = ((name, who) for name, who in case["contenders"].items() if who["ours"] == ours)
+    return [(name, who["timings"][direction]) for name, who in of if direction in who["timings"]]
+
+
+def best_of_ours(case: dict[str, Any], direction: str) -> tuple[str, dict[str, Any]] | None:
+    """Our fastest contender of a case and its timing, of those that were timed in every direction that the case has."""
+    whole = [
+        pair for pair in timed(case, direction, ours=True) if set(case["flops"]) <= set(case["contenders"][pair[0]]["timings"])
+    ]
+    return min(whole, key=lambda pair: pair[1]["median_ms"], default=None)
+
+
+def times(timing: dict[str, Any], ours: dict[str, Any]) -> float:
+    """How many times as long as ours: the median over the rounds, in each of which both ran, of the ratio."""
+    return statistics.median(theirs / own for theirs, own in zip(timing["rounds_ms"], ours["rounds_ms"], strict=True))
+
+
+def columns(rows: list[list[str]]) -> Iterator[str]:
+    """Rows with their cells under one another, the first column to the left."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+
+
+def unit(case: dict[str, Any]) -> tuple[str, float]:
+    """The unit that suits a case's rates, and how many of it make a TFLOP/s."""
+    return ("TFLOP/s", 1.0) if case["ceiling"]["tflops"] >= 5 else ("GFLOP/s", 1e3)
+
+
+def case_lines(case: dict[str, Any]) -> Iterator[str]:
+    """A case's heading, its rows, and why others are not among them."""
+    flops, per_tera = unit(case)
+    yield (
+        f"{case['id']}: q {case['q_len']}, k {case['k_len']}, {case['density']:.0%} visible, {case['dtype']}; matmul ceiling "
+        f"{per_tera * case['ceiling']['tflops']:.0f} {flops}; checked in {len(case['checked']['heads'])} of {case['heads']} heads"
+    )
+    shown = [direction for direction in DIRECTIONS if direction in case["flops"]]
+    rows = [["", *(word for what in shown for word in (f"{what}: ms", flops, "x ours")), "peak MiB"]]
+    ours = {direction: best_of_ours(case, direction) for direction in shown}
+    for name, who in case["contenders"].items():
+        if not who["timings"]:
+            continue
+        row = [name]
+        for direction in shown:
+            timing, best = who["timings"].get(direction), ours[direction]
+            if timing is None:
+                row += ["-", "-", "-"]
+                continue
+            ratio = f"{times(timing, best[1]):.2f}" if best else "-"
+            row += [f"{timing['median_ms']:.2f}", f"{per_tera * timing['tflops']:.1f}", ratio]
+        rows.append([*row, "-" if who["peak_bytes"] is None else f"{who['peak_bytes'] / 2**20:.0f}"])
+    yield from (f"  {line}" for line in columns(rows))
+    for name, who in case["contenders"].items():
+        if who["reason"]:
+            yield f"  {name}: {who['status']}: {who['reason'][:150]}"
+
+
+def goal_lines(document: dict[str, Any]) -> Iterator[str]:
+    """Each goal that can be judged, met or missed, with its figure."""
+    hopper = document["environment"]["device"]["capability"] == HOPPER
+    for case in document["cases"]:
+        name = case["id"].partition("/")[0]
+        for direction, rival, factor in (
+            *(GOALS if "both" in case["flops"] else FORWARD_GOALS),
+            *(RATES.get(name, ()) if hopper else ()),
+        ):
+            best = best_of_ours(case, direction)
+            if best is None:
+                continue
+            if rival is None:
+                got, what = best[1]["tflops"], f"{factor:.0f} TFLOP/s"
+                figure = f"{got:.0f}"
+            else:
+                timing = case["contenders"].get(rival, {"timings": {}})["timings"].get(direction)
+                if timing is None:
+                    continue
+                got, what = times(timing, best[1]), f"{factor:g} x {rival}"
+                figure = f"{got:.2f} x"
+            yield f"  {'met   ' if got >= factor else 'missed'} {case['id']} {direction}: {figure} of the wanted {what} ({best[0]})"
+
+
+def heading(document: dict[str, Any]) -> str:
+    """Where and when, in one line."""
+    where, device = document["environment"], document["environment"]["device"]
+    versions = f"torch {where['torch']}, Triton {where['packages']['triton'] or 'none'}"
+    driver = f", driver {where['driver']}" if where["driver"] else f", {where['threads']} threads"
+    commit = (where["commit"] or "no commit")[:10] + (
+        f" + {where['changed_files']} changed files" if where["changed_files"] else ""
+    )
+    return f"{device['name']}{driver}; {versions}; {commit}, sources {where['sources'][:10]}; {where['date']}"
+
+
+def test_lines(tests: list[dict[str, Any]]) -> Iterator[str]:
+    """How many tests ended how, and which did not pass."""
+    if not tests:
+        return
+    counts: dict[str, int] = {}
+    for test in tests:
+        counts[test["outcome"]] = counts.get(test["outcome"], 0) + 1
+    yield "tests: " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    bad = [test for test in tests if test["outcome"] not in ("passed", "skipped")]
+    for test in bad[:20]:
+        yield f"  {test['outcome']}: {test['id']}: {test['message'][:120]}"
+    if len(bad) > 20:
+        yield f"  and {len(bad) - 20} more, in the results file"
+
+
+def why_not_lines(document: dict[str, Any]) -> Iterator[str]:
+    """Each reason why a contender was not timed, once, with the number of cases it held for; ours first."""
+    count: Counter[tuple[bool, str, str, str]] = Counter()
+    for case in document["cases"]:
+        for name, who in case["contenders"].items():
+            if who["reason"]:
+                count[not who["ours"], name, who["status"], who["reason"]] += 1
+    for (_, name, status, reason), cases in sorted(count.items()):
+        yield f"  {name}: {status} in {cases} of {len(document['cases'])} cases: {reason[:150]}"
+
+
+def short_lines(document: dict[str, Any]) -> Iterator[str]:
+    """What fits a screen: our best in every case and direction, the fastest rival, and how many times as fast ours is."""
+    yield heading(document)
+    for stage in document["stages"]:
+        yield f"stage {stage['name']}: {stage['outcome']}, {stage['seconds']:.0f} s"
+    yield from test_lines(document["tests"])
+    rows = [["", "ours", "ms", "rate", "of matmul", "fastest rival", "x", "flex x"]]
+    for case in document["cases"]:
+        flops, per_tera = unit(case)
+        for direction in case["flops"]:
+            best, rivals = best_of_ours(case, direction), timed(case, direction, ours=False)
+            if best is None:
+                continue
+            ms = best[1]["median_ms"]
+            ratio = {name: f"{times(timing, best[1]):.2f}" for name, timing in rivals}
+            fastest = min(rivals, key=lambda pair: pair[1]["median_ms"])[0] if rivals else "-"
+            speed = [f"{ms:.2f}", f"{per_tera * best[1]['tflops']:.0f} {flops}", f"{best[1]['ceiling_share']:.0%}"]
+            rows.append([f"{case['id']} {direction}", best[0], *speed, fastest, ratio.get(fastest, "-"), ratio.get("flex", "-")])
+    if len(rows) > 1:
+        yield from columns(rows)
+    yield from why_not_lines(document)
+    goals = list(goal_lines(document))
+    if goals:
+        yield "goals"
+        yield from goals
+    if document["not_reached"]:
+        yield f"not reached: {', '.join(document['not_reached'])}"
+
+
+def markdown_lines(document: dict[str, Any]) -> Iterator[str]:
+    """A table for a page: our best in every case and direction, and everybody else in multiples of its time."""
+    everyone = {name: who for case in document["cases"] for name, who in case["contenders"].items() if who["timings"]}
+    rivals = [name for name, who in everyone.items() if not who["ours"]]
+    yield "| case | direction | ours, ms | " + " | ".join(rivals) + " |"
+    yield "|---|---|---:|" + "---:|" * len(rivals)
+    for case in document["cases"]:
+        for direction in case["flops"]:
+            best = best_of_ours(case, direction)
+            if best is None:
+                continue
+            ratio = {name: f"{times(timing, best[1]):.2f}" for name, timing in timed(case, direction, ours=False)}
+            cells = " | ".join(ratio.get(name, "-") for name in rivals)
+            yield f"| {case['id'].partition('/')[0]} | {direction} | {best[1]['median_ms']:.1f} | {cells} |"
+
+
+def lines(document: dict[str, Any]) -> Iterable[str]:
+    """The whole table."""
+    yield heading(document)
+    for stage in document["stages"]:
+        yield f"stage {stage['name']}: {stage['outcome']}, {stage['seconds']:.0f} s"
+    yield from test_lines(document["tests"])
+    for case in document["cases"]:
+        yield ""
+        yield from case_lines(case)
+    goals = list(goal_lines(document))
+    if goals:
+        yield "\ngoals"
+        yield from goals
+    if document["not_reached"]:
+        yield f"\nnot reached: {', '.join(document['not_reached'])}"

@@ -1,0 +1,190 @@
+"""Results of benchmarks: what is measured, refused or lost is told as it was, in one form, and drawn and printed from it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import statistics
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from benchmarks import chart, results, run, table, timing
+from benchmarks.cases import attention_case
+from benchmarks.contenders import CONTENDERS, Contender, Missing
+from benchmarks.journal import Journal
+from benchmarks.measure import Options, measure, step
+
+CPU = torch.device("cpu")
+
+
+def wrong(q, k, v):
+    return 0.5 * q + 0 * k.sum() + 0 * v.sum()
+
+
+def broken(case, device):
+    raise RuntimeError("no kernel image\nfor this device")
+
+
+def absent(case, device):
+    raise Missing("not installed")
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    """A true measurement of two small cases, with contenders that are right, wrong, broken and absent."""
+    made = {
+        "aadkern sdpa": CONTENDERS["aadkern sdpa"],
+        "loop, torch": CONTENDERS["loop, torch"],
+        "wrong": Contender("wrong", lambda case, device: wrong),
+        "broken": Contender("broken", broken),
+        "absent": Contender("absent", absent),
+        "lost": Contender("lost", absent),
+        "forward only": Contender("forward only", CONTENDERS["loop, torch"].make, trains=lambda device: False),
+    }
+    journal = Journal(tmp_path_factory.mktemp("journal") / "cases")
+    options = Options(CPU, torch.float32, seconds=0.05, truth_seconds=1e9)
+    filled = results.empty(results.environment("cpu"), {"data": "standard normal"})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, contender in made.items():
+            patch.setitem(CONTENDERS, name, contender)
+        for name in ("7x3", "ring_chunk"):
+            case = attention_case(name, 4, 2, 8)
+            filled["cases"].append(measure(case, list(made), options, journal, {step(case, "lost"): "ended by SIGSEGV"}))
+            assert journal.read().ended[case.id] == filled["cases"][-1]
+    return filled
+
+
+def test_only_who_is_right_is_timed(document):
+    assert results.document_problems(document) == []
+    for case in document["cases"]:
+        found = {name: (who["status"], who["reason"]) for name, who in case["contenders"].items()}
+        assert found["aadkern sdpa"] == found["loop, torch"] == found["forward only"] == ("timed", None)
+        assert found["wrong"][0] == "refused" and "out: largest error" in found["wrong"][1]
+        assert found["broken"] == ("failed", "RuntimeError: no kernel image")
+        assert found["absent"] == ("missing", "not installed")
+        assert found["lost"] == ("failed", "ended by SIGSEGV")
+        timed = {name: set(who["timings"]) for name, who in case["contenders"].items()}
+        trained = case["id"].startswith("7x3")
+        assert timed["aadkern sdpa"] == ({"forward", "backward", "both"} if trained else {"forward"})
+        assert timed["forward only"] == {"forward"} and timed["wrong"] == set()
+        for who in case["contenders"].values():
+            for direction, found_timing in who["timings"].items():
+                rate = case["flops"][direction] / found_timing["median_ms"] / 1e9
+                assert found_timing["tflops"] == pytest.approx(rate) and len(found_timing["rounds_ms"]) >= timing.LEAST_ROUNDS
+
+
+def test_a_results_file_comes_back_as_it_was_written(document, tmp_path):
+    results.write(document, tmp_path / "results.json")
+    assert results.read(tmp_path / "results.json") == document
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def keys_of(value, at=()):
+    """The path of every key of a document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(key, str):
+            yield (*at, key)
+        yield from keys_of(item, (*at, key))
+
+
+def test_the_form_holds_every_key_and_type(document):
+    free = ("contenders", "timings", "errors", "flops", "packages", "backends", "conditions", "rooms")
+    paths = [path for path in keys_of(document) if not (len(path) > 1 and path[-2] in free)]
+    assert len(paths) > 100
+    assert results.problems({**document, "more": 1}) == ["results must not have 'more'"]
+    for path in paths:
+        spoiled, inner = copy.deepcopy(document), None
+        inner = functools.reduce(lambda value, key: value[key], path[:-1], spoiled)
+        value = inner.pop(path[-1])
+        assert results.problems(spoiled), path
+        inner[path[-1]] = {"not": "this"} if not isinstance(value, dict) else "nor this"
+        assert results.problems(spoiled), path
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (("schema",), "other/1", "schema"),
+        (("cases", 0, "density"), float("nan"), "NaN"),
+        (("cases", 0, "contenders", "wrong", "status"), "fine", "status must be one of"),
+        (("cases", 0, "contenders", "aadkern sdpa", "status"), "refused", "has timings"),
+        (("cases", 0, "contenders", "aadkern sdpa", "errors"), {}, "without the errors"),
+        (("cases", 0, "contenders", "absent", "reason"), None, "without a reason"),
+        (("cases", 0, "heads"), True, "heads must be int"),
+    ],
+)
+def test_what_types_cannot_say_is_checked_too(document, tmp_path, where, value, said):
+    spoiled = copy.deepcopy(document)
+    functools.reduce(lambda inner, key: inner[key], where[:-1], spoiled)[where[-1]] = value
+    with pytest.raises(ValueError, match=said):
+        results.write(spoiled, tmp_path / "results.json")
+    (tmp_path / "results.json").write_text(json.dumps(spoiled))
+    with pytest.raises(ValueError, match=said):
+        results.read(tmp_path / "results.json")
+
+
+def test_the_table_tells_ratios_and_reasons(document):
+    text = "\n".join(table.lines(document))
+    case = document["cases"][0]
+    ours, loop = (case["contenders"][name]["timings"]["both"]["rounds_ms"] for name in ("aadkern sdpa", "loop, torch"))
+    ratios = sorted(theirs / own for theirs, own in zip(loop, ours, strict=True))
+    row = next(line.split() for line in text.splitlines() if line.strip().startswith("loop, torch"))
+    assert row[-2] == f"{statistics.median(ratios):.2f}"
+    assert "wrong: refused: out: largest error" in text and "absent: missing: not installed" in text
+
+
+def test_goals_are_judged_by_our_best(document):
+    judged_document = copy.deepcopy(document)
+    case = judged_document["cases"][0]
+    for rival, factor in (("loop, cuDNN", 0.9), ("flex", 1.7)):
+        case["contenders"][rival] = copy.deepcopy(case["contenders"]["loop, torch"])
+        ours = case["contenders"]["aadkern sdpa"]["timings"]["both"]["rounds_ms"]
+        case["contenders"][rival]["timings"]["both"]["rounds_ms"] = [factor * ms for ms in ours]
+    met, missed = sorted(table.goal_lines(judged_document))
+    assert met.split() == f"met {case['id']} both: 1.70 x of the wanted 1.6 x flex (aadkern sdpa)".split()
+    assert missed.split() == f"missed {case['id']} both: 0.90 x of the wanted 1 x loop, cuDNN (aadkern sdpa)".split()
+
+
+def test_the_chart_has_a_bar_for_each_time_as_long_as_its_rate(document):
+    root = ElementTree.fromstring(chart.draw([document]))
+    widths = [float(bar.get("width")) for bar in root.iter("{http://www.w3.org/2000/svg}rect")]
+    rates = [rate for case in document["cases"] for *_, rate in chart.bars(case)]
+    assert len(widths) == len(rates) == 2 + 3  # those with a backward, then those of the streamed chunk
+    first = document["cases"][0]
+    assert widths[0] / widths[1] == pytest.approx(rates[0] / rates[1], rel=0.01)
+    assert chart.shown(first) == "both" and chart.shown(document["cases"][1]) == "forward"
+
+
+def test_aad_bench_reports_files(document, tmp_path, capfd):
+    from aadkern_train.cli import main
+
+    results.write(document, tmp_path / "results.json")
+    assert main(["bench", "--report", str(tmp_path / "results.json"), "--chart", str(tmp_path / "chart.svg")]) == 0
+    assert "7x3/4x2x8" in capfd.readouterr().out and "<rect" in (tmp_path / "chart.svg").read_text()
+    assert main(["bench", "--report", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capfd.readouterr().err
+
+
+def test_the_page_of_results_says_what_the_files_say():
+    page = (results.ROOT / "docs" / "results.md").read_text()
+    files = sorted((results.ROOT / "benchmarks" / "results").glob("attention-*.json"))
+    assert files
+    for path in files:
+        document = results.read(path)
+        assert "\n".join(table.markdown_lines(document)) in page, path
+        assert path.name in page and document["environment"]["commit"][:7] in page
+
+
+def test_run_measures_what_it_is_asked_for(tmp_path, capsys):
+    sizes = ["--tokens-per-frame", "3", "--heads", "2", "--head-dim", "8", "--seconds", "0.02"]
+    asked = ["--device", "cpu", "--case", "ring_chunk", "--contender", "aadkern sdpa", "loop, torch"]
+    assert run.main([*sizes, *asked, "--out", str(tmp_path / "results.json")]) == 0
+    (case,) = results.read(tmp_path / "results.json")["cases"]
+    assert case["id"] == "ring_chunk/3x2x8" and case["area"] == 4 * 3 * 9 * 3
+    assert "loop, torch" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cpu", "--case", "7x4"])

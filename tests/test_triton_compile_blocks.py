@@ -1,0 +1,96 @@
+"""The block operators' Triton kernels compile ahead of time for Wan's widths: no spills, and 16 bytes an access."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from aadkern.blocks import triton_gated_residual, triton_modulated_norm, triton_qk_norm_rope  # noqa: E402
+from aadkern.blocks.triton_rows import warps_for  # noqa: E402
+
+TARGETS = {"sm80": 80, "sm89": 89, "sm90": 90}
+WIDTHS = {1536: 12, 5120: 40}  # channels -> heads: Wan 1.3B and 14B
+TENSORS = {"q", "k", "q_out", "k_out", "dq", "dk", "dq_out", "dk_out", "q_weight", "k_weight", "x", "y", "out", "dx", "dy", "dout"}
+FLOATS = {"turns", "dq_weight", "dk_weight", "partial", "shift", "scale", "gate"}
+ROOMS = {"qk_norm_rope": triton_qk_norm_rope, "modulated_norm": triton_modulated_norm, "gated_residual": triton_gated_residual}
+
+
+def constants_of(name, direction, channels):
+    heads = WIDTHS[channels]
+    if name == "qk_norm_rope":
+        groups = {"Q_GROUP": heads // 4, "K_GROUP": heads} if direction == "forward" else {}
+        return {"HAS_Q": True, **groups, **triton_qk_norm_rope.shape_constants(heads, 128)}, warps_for(channels)
+    if name == "modulated_norm":
+        tokens = getattr(triton_modulated_norm, f"{direction.upper()}_TOKENS")
+        return {"TOKENS": tokens, "CHANNELS": channels, "BLOCK_C": triton.next_power_of_2(channels)}, warps_for(channels)
+    tiles = getattr(triton_gated_residual, f"{direction.upper()}_TILES")
+    _, _, constants = triton_gated_residual.launch(tiles, 1560, 21, 1, channels)
+    return constants, constants.pop("num_warps")
+
+
+def compiled(name, direction, device, channels, dtype="bf16"):
+    """A kernel compiled as a launch with aligned pointers and strides would compile it."""
+    kernel = getattr(ROOMS[name], f"{direction}_kernel")
+    constants, warps = constants_of(name, direction, channels)
+    kinds = (
+        dict.fromkeys(TENSORS, f"*{dtype}")
+        | dict.fromkeys(FLOATS, "*fp32")
+        | {"eps": "fp32"}
+        | dict.fromkeys(constants, "constexpr")
+    )
+    signature = {argument: kinds.get(argument, "i32") for argument in kernel.arg_names}
+    aligned = [i for i, (argument, kind) in enumerate(signature.items()) if kind.startswith("*") or "stride" in argument]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return triton.compile(source, target=GPUTarget("cuda", TARGETS[device], 32), options={"num_warps": warps})
+
+
+def machine_code(binary, folder):
+    """(bytes of stack per thread, which is where registers spill to; accesses to global memory by (load or store, bits))."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage, code = (
+        subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout for what in ("-res-usage", "-sass")
+    )
+    (stack,) = re.findall(r"REG:\d+ STACK:(\d+)", usage)
+    accesses: Counter[tuple[str, int]] = Counter()
+    for kind, modifiers in re.findall(r"\b(LDGSTS|LDG|STG)\.E((?:\.\w+)*)", code):
+        bits = re.search(r"\.[US]?(8|16|64|128)(?=\.|$)", modifiers)
+        accesses[kind[:3], int(bits[1]) if bits else 32] += 1
+    return int(stack), accesses
+
+
+def everything():
+    """Every kernel at both widths on sm_90; on the others 5120 channels, and the rest marked slow."""
+    for name in ROOMS:
+        for direction in ("forward", "backward"):
+            for device in TARGETS:
+                for channels in WIDTHS:
+                    daily = device == "sm90" or channels == 5120
+                    yield pytest.param(name, direction, device, channels, marks=() if daily else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "direction", "device", "channels"), list(everything()))
+def test_no_spills_and_wide_accesses(name, direction, device, channels, tmp_path):
+    stack, accesses = machine_code(compiled(name, direction, device, channels), tmp_path)
+    assert stack == 0
+    assert accesses["LDG", 128] > 0 and accesses["STG", 128] > 0
+    if name == "qk_norm_rope":  # cos and sin, from three tables whose edges are not multiples of 16 bytes
+        assert sum(accesses.pop(("LDG", bits), 0) for bits in (32, 64)) <= 8
+    assert {bits for _, bits in accesses} == {128}
+
+
+def test_the_count_of_accesses_sees_unaligned_channels(monkeypatch, tmp_path):
+    """1530 channels are not whole vectors of 16 bytes: what the test above would show."""
+    monkeypatch.setitem(WIDTHS, 1530, 12)
+    _, accesses = machine_code(compiled("modulated_norm", "forward", "sm90", 1530), tmp_path)
+    assert any(bits < 128 for _, bits in accesses)
