@@ -162,7 +162,8 @@ def dkv_step(
 ):  # fmt: skip
     """Add what the queries [start, start + BLOCK_Q) give to dk, before the scale, and dv; p and ds are made transposed.
 
-    Where MASKED, p needs no mask: q, dout, lse and delta are 0 from ``end`` on, so p is 1 there and adds nothing.
+    Where MASKED, q, dout, lse and delta are 0 from ``end`` on. Finite keys and values would make p = 1 and ds = 0 of that, which add
+    nothing, but 0 times an infinite one is NaN.
     """
     q = load_tile(q_head, start, end, q_stride, BLOCK_Q, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     dout = load_tile(dout_head, start, end, dout_stride, BLOCK_Q, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
@@ -170,8 +171,12 @@ def dkv_step(
     scores_t = tl.dot(k, tl.trans(q), input_precision="ieee")
     dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
     p_t = tl.exp2(scores_t * scale_log2 - row_lse[None, :])
+    if MASKED:
+        p_t = tl.where(tl.arange(0, BLOCK_Q)[None, :] < end - start, p_t, 0.0)
     dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
     ds_t = p_t * (dp_t - row_delta[None, :])
+    if MASKED:
+        ds_t = tl.where(tl.arange(0, BLOCK_Q)[None, :] < end - start, ds_t, 0.0)
     dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 

@@ -141,6 +141,18 @@ def test_scores_of_minus_infinity_before_finite_ones():
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_infinite_key_reaches_no_gradient_but_where_it_must():
+    """Its score is -inf, so p is 0: dk and dv are finite, in the tails of the queries too."""
+    plan = AttentionPlan.from_ranges(75, 40, [((0, 75), [(0, 40)])])
+    q, k, v = testing.make_inputs(plan, 1, 16, torch.float32)
+    q, k[:, 30:] = q.abs() + 0.1, -math.inf
+    dout, _ = testing.make_gradients(q)
+    got = run(q, k, v, plan, dout)
+    truth = testing.exact(q, k, v, plan, 0.25, dout)
+    for name in ("out", "lse", "dk", "dv"):
+        torch.testing.assert_close(getattr(got, name).double(), getattr(truth, name), rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_of_a_sum_has_stride_zero():
     q, k, v = testing.make_inputs(CHUNKED, 1, 16, torch.float32)
     check(q, k, v, CHUNKED, torch.ones(()).expand(q.shape))
