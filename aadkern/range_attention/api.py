@@ -59,8 +59,8 @@ def attention(
     ``q`` is [B, Lq, H, D], ``k`` and ``v`` are [B, Lk, H, D], with Lq = plan.q_len and Lk = plan.k_len; float32, float64, float16
     or bfloat16, all of one dtype and device. Any strides serve; a last dimension that is not contiguous is copied first. ``scale``
     defaults to 1/sqrt(D). ``backend`` None picks the best verified one for the device (``aadkern.backends()``); a named backend
-    never falls back. ``deterministic`` asks for gradients that are bitwise the same at every run; "sm90" is slower for it, "triton" and
-    "reference" always are, "sdpa" is on the CPU (docs/attention.md); torch.use_deterministic_algorithms asks for it too.
+    never falls back. ``deterministic`` asks for gradients that are bitwise the same at every run: "sm90" is slower for it, "triton"
+    and "reference" always are, "sdpa" is on the CPU (docs/attention.md); torch.use_deterministic_algorithms asks for it too.
 
     Returns the output [B, Lq, H, D] in q's dtype and, with ``return_lse``, the natural logarithm of the softmax denominator
     [B, H, Lq] in float32 (float64 for float64 inputs). A query that sees no key gets output 0, lse -inf and no gradient.

@@ -162,8 +162,8 @@ def dkv_step(
 ):  # fmt: skip
     """Add what the queries [start, start + BLOCK_Q) give to dk, before the scale, and dv; p and ds are made transposed.
 
-    Where MASKED, q, dout, lse and delta are 0 from ``end`` on. Finite keys and values would make p = 1 and ds = 0 of that, which add
-    nothing, but 0 times an infinite one is NaN.
+    Where MASKED, q, dout, lse and delta are 0 from ``end`` on. Finite keys and values would make p = 1 and ds = 0 of that, which
+    add nothing, but 0 times an infinite one is NaN.
     """
     q = load_tile(q_head, start, end, q_stride, BLOCK_Q, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
     dout = load_tile(dout_head, start, end, dout_stride, BLOCK_Q, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
