@@ -1,0 +1,176 @@
+"""Self-Forcing's and CausVid's ``.pt`` files, read and written in diffusers' names, without running what a pickle may carry."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from aadkern.compat.names import bare, in_diffusers_names, translated
+
+if TYPE_CHECKING:
+    from aadkern.wan import CausalWan
+
+log = logging.getLogger("aadkern.compat")
+State = dict[str, Tensor]
+CONTAINERS = ("generator_ema", "generator", "model")  # what the family's files keep weights under, the best first
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None) -> State:
+    """A ``.pt`` file's transformer as a state dict in diffusers' names, on the CPU.
+
+    ``weights`` is the entry to take ("generator", "generator_ema", "critic", ...); None takes the first there of
+    generator_ema, generator and model, or the file itself where it is one flat state dict. Prefixes of wrappers (FSDP,
+    checkpointing, torch.compile) and of outer modules ("model.") are dropped. Tensors are as in the file, to the bit.
+
+    Raises ValueError for what is no such file, and for pickles that hold other things than tensors and plain
+    containers: they are never run (``weights_only=True``).
+    """
+    path = Path(path)
+    content = _read(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"path must hold a dictionary, got {type(content).__name__} in {path}")
+    if weights is None:
+        weights = next((name for name in CONTAINERS if isinstance(content.get(name), Mapping)), None)
+        log.info("%s: taking %s", path, "the whole file" if weights is None else repr(weights))
+    elif not isinstance(content.get(weights), Mapping):
+        held = ", ".join(str(name) for name, value in content.items() if isinstance(value, Mapping)) or "one flat state dict"
+        raise ValueError(f"weights must name a state dict in {path}, which holds {held}, got {weights!r}")
+    state = content if weights is None else content[weights]
+    wrong = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None or not state:
+        what = "nothing" if wrong is None else f"{type(state[wrong]).__name__} under {wrong!r}"
+        raise ValueError(f"path must hold a state dict of tensors, got {what} in {path}")
+    return from_wan_names(state)
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be a .pt file, got {path}; for a diffusers folder use CausalWan.from_pretrained")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"path must hold tensors and plain containers only; {path} is no pickle of that kind and was not run. torch says: "
+            f"{next((line.strip() for line in reason if 'GLOBAL' in line), reason[0] if reason else 'unreadable')}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"path must be a file that torch.save wrote, and {path} cannot be read: {error}") from error
+
+
+def from_wan_names(state: Mapping[str, Tensor]) -> State:
+    """A state dict in diffusers' names, from Wan's names or diffusers', with or without the prefixes of wrappers.
+
+    Raises ValueError for a name that Wan's transformer does not have, or two names that mean one tensor.
+    """
+    plain = _renamed(state, {name: bare(name) for name in state})
+    return plain if in_diffusers_names(plain) else _renamed(plain, translated(list(plain), "diffusers"))
+
+
+def to_wan_names(state: Mapping[str, Tensor]) -> State:
+    """A state dict in Wan's own names, from diffusers'. Raises ValueError for a name that Wan's transformer does not have."""
+    return _renamed(state, translated(list(state), "wan"))
+
+
+def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
+    renamed: State = {}
+    for name, tensor in state.items():
+        if names[name] in renamed:
+            raise ValueError(
+                f"state dict must name each tensor once, but {name!r} means {names[name]!r}, which stands there already"
+            )
+        renamed[names[name]] = tensor
+    return renamed
+
+
+def save_checkpoint(
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    weights: str = "generator",
+    prefix: str = "model.",
+) -> None:
+    """Write a state dict in diffusers' names (``CausalWan.state_dict()``) as a ``.pt`` file that Self-Forcing and
+    CausVid load.
+
+    The file is ``{weights: {prefix + Wan's name: tensor}}``, on the CPU. It appears whole or not at all. Raises
+    ValueError, having written nothing, for names that Wan's transformer does not have.
+    """
+    path = Path(path)
+    content = {prefix + name: tensor.detach().cpu() for name, tensor in to_wan_names(state).items()}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save({weights: content}, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def infer_config(state: Mapping[str, Tensor], *, head_dim: int = 128) -> dict[str, Any]:
+    """``CausalWan``'s configuration from the shapes of a state dict in diffusers' names.
+
+    Shapes tell all but three things, which are taken as in every public Wan: ``head_dim`` 128, eps 1e-6, and RMSNorm
+    across heads. Raises ValueError for a state dict that is not a whole transformer, or image-to-video weights, which
+    have no causal form.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in state:
+            raise ValueError(f"state dict must hold a whole Wan transformer in diffusers' names, and lacks {name!r}")
+        return tuple(state[name].shape)
+
+    if any("image_embedder" in name or "add_k_proj" in name for name in state):
+        raise ValueError("state dict must be text-to-video weights; these have image embeddings, which CausalWan does not take")
+    dim, channels, *patch = shape("patch_embedding.weight")
+    if dim % head_dim:
+        raise ValueError(f"head_dim must divide the model's width {dim}, got {head_dim}")
+    return {
+        "patch_size": tuple(patch),
+        "num_attention_heads": dim // head_dim,
+        "attention_head_dim": head_dim,
+        "in_channels": channels,
+        "out_channels": shape("proj_out.weight")[0] // math.prod(patch),
+        "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
+        "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
+        "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
+        "num_layers": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "cross_attn_norm": "blocks.0.norm2.weight" in state,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+    }
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    head_dim: int = 128,
+    dtype: torch.dtype | None = None,
+    **config: Any,
+) -> CausalWan:
+    """A ``CausalWan`` from a ``.pt`` file. ``config`` overrides what ``infer_config`` found (say ``rope="relative"``);
+    the outcome stands in ``model.config`` and is logged. ``dtype`` None keeps the file's. Needs diffusers.
+
+    Raises ValueError as ``load_checkpoint`` and ``infer_config`` do, and where weights and configuration do not fit.
+    """
+    from aadkern.wan import CausalWan
+
+    state = load_checkpoint(path, weights=weights)
+    inferred = infer_config(state, head_dim=head_dim)
+    log.info("%s: inferred %s; head_dim and eps are assumed, not in the file", path, inferred)
+    with torch.device("meta"):
+        model = CausalWan(**{**inferred, **config})
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"path must hold the weights of the inferred model: {error}") from error
+    return model.to(dtype) if dtype is not None else model

@@ -1,0 +1,139 @@
+"""What stands in for a model's ``flex_attention``: plans and BlockMasks go to ``aadkern.attention``, all else to the original."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aadkern.compat.block_mask import MaskMod, evaluate, plan_of_block_mask
+from aadkern.plans import AttentionPlan
+from aadkern.range_attention.api import attention
+
+CHECKED_ROWS = 16
+
+
+class Original(NamedTuple):
+    """The mask that a plan stands for: its ``mask_mod``, and how many tokens are not padding."""
+
+    mask_mod: MaskMod
+    tokens: int
+
+
+class Unpadded(Tensor):
+    """Attention's output, of which ``[:, :, :-padding]`` with padding 0, which is ``[:, :, :0]``, gives all tokens.
+
+    These models slice the padding off so, and get an empty tensor where there is none (clips whose tokens are a
+    multiple of 128). Nobody means to ask attention for no token, so this one slice says what they mean; anything else
+    gives plain tensors.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is Tensor.__getitem__ and _is_all_but_nothing(args[1]):
+                args = (args[0], ...)
+            return function(*args, **(kwargs or {}))
+
+
+def _is_all_but_nothing(index: Any) -> bool:
+    """Whether this is [:, :, :-0]."""
+    return (
+        isinstance(index, tuple)
+        and len(index) == 3
+        and all(isinstance(i, slice) and i.start is None and i.step is None for i in index)
+        and (index[0].stop, index[1].stop, index[2].stop) == (None, None, 0)
+    )
+
+
+def flex_attention_for(
+    original: Callable[..., Any], unchecked: dict[AttentionPlan, Original], notes: list[str]
+) -> Callable[..., Any]:
+    """``original``'s replacement. Its first call under each plan of ``unchecked`` and each BlockMask is compared with
+    the mask itself.
+    """
+    seen: set[AttentionPlan] = set()
+
+    @functools.wraps(original)
+    def flex_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_mod: Any = None,
+        block_mask: Any = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        kernel_options: Any = None,
+        **others: Any,
+    ) -> Any:
+        ours = isinstance(block_mask, AttentionPlan)
+        beyond = {"score_mod": score_mod, "enable_gqa": enable_gqa, **others}
+        asked = [name for name, given in beyond.items() if given not in (None, False)]
+        if block_mask is None or (asked and not ours):
+            extra = {"return_lse": True} if return_lse else {}  # deprecated in torch, so not said unless asked
+            options = {"scale": scale, "kernel_options": kernel_options, **extra, **beyond}
+            return original(query, key, value, block_mask=block_mask, **options)
+        if asked:
+            raise ValueError(f"flex_attention: {', '.join(asked)} cannot be combined with an aadkern plan as block_mask")
+        plan = block_mask if ours else plan_of_block_mask(block_mask)
+        if (query.shape[-2], key.shape[-2]) != (plan.q_len, plan.k_len):
+            raise ValueError(
+                f"flex_attention: block_mask is for {plan.q_len} queries and {plan.k_len} keys, got query {list(query.shape)} and "
+                f"key {list(key.shape)}; these models keep the mask of their first clip: set model.block_mask = None for another"
+            )
+        out, lse = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), plan, scale=scale, return_lse=True)
+        if not torch.compiler.is_compiling() and type(query) is Tensor and not _capturing(query):
+            mask = unchecked.pop(plan, None) if ours else Original(block_mask.mask_mod, plan.q_len)
+            if mask is not None and plan not in seen:
+                seen.add(plan)
+                notes.append(_compare(out, query, key, value, plan, mask, scale))
+        heads_first = out.transpose(1, 2).as_subclass(Unpadded)
+        return (heads_first, lse) if return_lse else heads_first
+
+    return flex_attention
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@torch.no_grad()
+def _compare(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, original: Original, scale: float | None
+) -> str:
+    """A few rows of the first call, at the ends of the plan's runs, against the original mask and a softmax in fp32:
+    what was checked.
+
+    Raises RuntimeError where they differ.
+    """
+    tokens = original.tokens
+    ends = sorted({row for (q0, q1), _ in plan.runs for row in (q0, q1 - 1) if row < tokens})
+    rows = torch.tensor(ends[:: max(1, len(ends) // CHECKED_ROWS)], device=query.device)
+    if not len(rows) or not query.numel():
+        return "first call: no token to check"
+    keys = torch.arange(plan.k_len, device=query.device)
+    theirs = evaluate(original.mask_mod, rows, keys)
+    visible = torch.zeros_like(theirs)
+    ranges = {q0: (q1, seen) for (q0, q1), seen in plan.runs}
+    starts = sorted(ranges)
+    for i, row in enumerate(rows.tolist()):
+        for k0, k1 in ranges[max(start for start in starts if start <= row)][1]:
+            visible[i, k0:k1] = True
+    if not torch.equal(visible, theirs):
+        row = int(rows[(visible != theirs).any(1)][0])
+        raise RuntimeError(f"patch: under its plan query {row} sees other keys than under the model's own mask; undo the patch")
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query[0, 0, rows].to(wide) @ key[0, 0].to(wide).T * factor).masked_fill(~visible, -math.inf)
+    expected = scores.softmax(-1).nan_to_num(0.0) @ value[0, 0].to(wide)
+    error = (out[0, rows, 0].to(wide) - expected).square().mean().sqrt()
+    # Rounding moves the whole by a few units of the dtype; 1e-3 leaves room for TF32. A wrong mask moves it by about 1.
+    allowed = max(8 * torch.finfo(query.dtype).eps, 1e-3) * expected.square().mean().sqrt()
+    if error > allowed:
+        raise RuntimeError(f"patch: attention differs from a plain softmax by {error:.3g} (at most {allowed:.3g}); undo the patch")
+    return f"first call, {plan.q_len} tokens: {len(rows)} rows equal the model's mask and a plain softmax (rms error {error:.1e})"
