@@ -54,6 +54,12 @@ class Kernel:
     setmaxnreg: dict[str, int] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
 
+    @property
+    def stores(self) -> list[int]:
+        """Bytes a thread of each store to global memory, in ascending order."""
+        stores = [re.search(r"^STG\.E(?:\.(64|128))?$", i.opcode) for i in self.code if i.opcode.startswith("STG")]
+        return sorted(int(found[1] or 32) // 8 for found in stores if found)
+
 
 def tool(name: str) -> str:
     """nvcc, or a tool beside it; Triton's package carries cuobjdump too."""

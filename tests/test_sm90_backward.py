@@ -103,7 +103,7 @@ def test_deterministic_gives_the_same_bits_in_every_order_of_events(library, hea
         assert torch.equal(result.dk, first.dk) and torch.equal(result.dv, first.dv)  # each is summed by one CTA
 
 
-@pytest.mark.parametrize("head_group", [1, 2, 4, 6])
+@pytest.mark.parametrize("head_group", [1, 2, 4, 6, 2**31 - 1])
 def test_every_tile_is_done_once_whatever_the_order_of_heads(library, head_group):
     plan = AttentionPlan.from_ranges(90, 140, [((0, 20), [(0, 140)]), ((20, 90), [(5, 6)])])
     inputs = draw(plan, 3, 64, torch.float16, batch=2)
@@ -317,6 +317,7 @@ def test_the_main_kernel_keeps_to_its_registers_and_uses_the_units_it_is_written
         assert kernel.opcodes["HGMMA"] == (8 + 8 + 4 + 8 + 4 if wide else 4 + 4 + 8 + 8 + 8)
         assert kernel.opcodes["UTMALDG"] == (8 if wide else 4)
         assert kernel.opcodes["UBLKCP"] == 1 and kernel.opcodes["UBLKRED"] == 1
+        assert kernel.stores == [16] * (16 if wide else 8)  # dk and dv, 16 rows a warp
 
 
 def test_ptxas_moves_nothing_into_the_flight_of_a_product(compiled):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from aadkern.plans import AttentionPlan, VideoLayout, Window, block_causal
 from aadkern.testing import exact, make_inputs, plans, random_plan
-from tests.hopper_device import compile_kernels
+from tests.hopper_device import compile_kernels, touched_in_flight
 from tests.hopper_forward import PING_PONG, SIMPLE, SPECIALISED, WIDE, assert_right, run_forward
 from tests.hopper_host import EAGER, LAZY, RANDOM, Options, build, schedules
 
@@ -166,6 +166,7 @@ def test_no_keys_at_all(library):
         ({"head_dim": 96}, "head_dim must be 64 or 128"),
         ({"scale": -1.0}, "scale must be finite and not negative"),
         ({"scale": math.nan}, "scale must be finite and not negative"),
+        ({"scale": 3e38}, "scale must be finite and not negative"),  # in base 2 it is not
         ({"layout": "misaligned"}, "base must be 16-byte aligned"),
         ({"head_group": 0}, "head_group must be at least 1"),
     ],
@@ -216,6 +217,8 @@ def test_the_specialised_kernels_compile_to_what_they_say(compiled, dtype, head_
     assert kernel.opcodes["HGMMA"] == 2 * (head_dim // 16 + keys // 16)
     assert kernel.opcodes["UTMALDG"] == 4 * (head_dim // 64)  # q, k at two places, v
     assert (kernel.opcodes["BAR"] > 1) == ping_pong
+    assert touched_in_flight(kernel) == []
+    assert kernel.stores == [4] * 2 + [16] * (head_dim // 16)  # lse; out, 16 rows a warp
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -225,3 +228,5 @@ def test_the_simple_kernel_compiles_to_what_it_says(compiled, dtype, head_dim):
     assert kernel.spilled_bytes == 0 and kernel.registers <= 255
     assert kernel.opcodes["HGMMA"] == head_dim // 16 + 128 // 16
     assert kernel.opcodes["UTMALDG"] == 3 * (head_dim // 64)
+    assert touched_in_flight(kernel) == []
+    assert kernel.stores == [4] * 2 + [16] * (head_dim // 16)

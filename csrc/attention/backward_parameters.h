@@ -114,7 +114,7 @@ inline const char* make_backward_parameters(const BackwardArguments& arguments, 
     parameters->batch = shape.batch;
     parameters->heads = shape.heads;
     parameters->q_len = shape.q_len;
-    parameters->head_group = arguments.head_group;
+    parameters->head_group = arguments.head_group < shape.batch * shape.heads ? arguments.head_group : shape.batch * shape.heads;
     parameters->scale = arguments.scale;
     parameters->scale_log2 = scale_log2;
     parameters->deterministic = arguments.deterministic && tables.query_tile_count > 0;  // else nobody has set the ticket to 0

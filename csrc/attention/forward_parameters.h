@@ -21,7 +21,8 @@ struct ForwardParameters {
 inline const char* make_forward_parameters(const ForwardArguments& arguments, ForwardKernel kernel, ForwardParameters* parameters) {
     const Shape& shape = arguments.shape;
     if (shape.head_dim != 64 && shape.head_dim != 128) return "head_dim must be 64 or 128";
-    if (!(arguments.scale >= 0.f && arguments.scale <= FLT_MAX)) return "scale must be finite and not negative";
+    const float scale_log2 = arguments.scale * 1.44269504088896340736f;
+    if (!(arguments.scale >= 0.f && scale_log2 <= FLT_MAX)) return "scale must be finite and not negative";
     if (arguments.head_group < 1) return "head_group must be at least 1";
     const char* problem = make_panel_map(arguments.q, shape, shape.q_len, forward_tile_rows(kernel), &parameters->q);
     parameters->k = parameters->v = parameters->q;  // for a tensor without keys, which nothing is loaded from
@@ -37,8 +38,7 @@ inline const char* make_forward_parameters(const ForwardArguments& arguments, Fo
     parameters->heads = shape.heads;
     parameters->q_len = shape.q_len;
     parameters->head_group = arguments.head_group < shape.batch * shape.heads ? arguments.head_group : shape.batch * shape.heads;
-    parameters->scale_log2 = arguments.scale * 1.44269504088896340736f;
-    if (parameters->scale_log2 < FLT_MIN) parameters->scale_log2 = FLT_MIN;
+    parameters->scale_log2 = scale_log2 < FLT_MIN ? FLT_MIN : scale_log2;
     return problem;
 }
 

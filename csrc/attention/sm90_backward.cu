@@ -1,27 +1,19 @@
 // The backward kernels for sm_90a: which instances serve which arguments, and their launches.
 #include "attention/sm90_backward.cuh"
 #include "attention/sm90_backward_rows.cuh"
+#include "attention/start.cuh"
 
 namespace aadkern {
 namespace {
-
-template <class Kernel>
-cudaError_t launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, const BackwardParameters& parameters, void* stream) {
-    if (blocks == 0) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-    kernel<<<uint32_t(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters);
-    return cudaGetLastError();
-}
 
 template <class T, int HeadDim>
 const char* launch(const BackwardParameters& p, void* stream) {
     using Tile = BackwardTile<HeadDim>;
     const int64_t heads = int64_t(p.batch) * p.heads, rows = heads * p.tables.query_tile_count, tiles = heads * p.tables.key_tile_count;
     if (rows > INT32_MAX || tiles > INT32_MAX) return "tiles * batch * heads must be below 2^31";
-    cudaError_t error = launch(prepare_backward<T, HeadDim>, rows, backward_row_threads, 0, p, stream);
-    if (error == cudaSuccess) error = launch(attention_backward<T, HeadDim>, tiles, Tile::threads, Tile::shared_bytes, p, stream);
-    if (error == cudaSuccess) error = launch(finish_backward<T, HeadDim>, rows, backward_row_threads, 0, p, stream);
+    cudaError_t error = start(prepare_backward<T, HeadDim>, rows, backward_row_threads, 0, p, stream);
+    if (error == cudaSuccess) error = start(attention_backward<T, HeadDim>, tiles, Tile::threads, Tile::shared_bytes, p, stream);
+    if (error == cudaSuccess) error = start(finish_backward<T, HeadDim>, rows, backward_row_threads, 0, p, stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -1,6 +1,7 @@
 // The forward kernels for sm_90a: which instance serves which arguments, and its launch.
 #include "attention/sm90_forward.cuh"
 #include "attention/sm90_forward_simple.cuh"
+#include "attention/start.cuh"
 
 namespace aadkern {
 namespace {
@@ -10,11 +11,7 @@ const char* launch(Kernel kernel, int threads, int shared_bytes, const ForwardAr
                    const ForwardParameters& parameters, void* stream) {
     const int64_t blocks = int64_t(arguments.tables.tile_count) * arguments.shape.batch * arguments.shape.heads;
     if (blocks > INT32_MAX) return "tiles * batch * heads must be below 2^31";
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error == cudaSuccess) {
-        kernel<<<uint32_t(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters);
-        error = cudaGetLastError();
-    }
+    const cudaError_t error = start(kernel, blocks, threads, shared_bytes, parameters, stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -268,7 +268,6 @@ AADKERN_KERNEL(64) semaphore(AADKERN_GRID_CONSTANT SemaphoreArguments arguments)
         bulk_reduce_add_f32(arguments.sum, line, 4 * kSemaphoreFloats);
         bulk_commit();
         bulk_wait<0>();
-        fence_proxy_async_global();
         semaphore_add(arguments.counter, 1);
     }
 }

@@ -27,6 +27,9 @@ wgmma_tile(AADKERN_GRID_CONSTANT WgmmaArguments arguments) {
     if (leader) {
         mbarrier_init(mbarrier, 1);
         fence_mbarrier_init();
+    }
+    cta_sync();
+    if (leader) {
         mbarrier_arrive_expect_tx(mbarrier, bytes);
         for (int panel = 0; panel < b_panels; panel++)
             tma_load_4d(b + panel * b_panel, &arguments.b, mbarrier, 64 * panel, 0, 0, 0);
@@ -45,7 +48,6 @@ wgmma_tile(AADKERN_GRID_CONSTANT WgmmaArguments arguments) {
             registers[i] = load_global(reinterpret_cast<const uint32_t*>(arguments.a_values + row * 128 + column));
         }
     }
-    cta_sync();
     mbarrier_wait(mbarrier, 0);
     float d[N / 2];
     wgmma_fence();

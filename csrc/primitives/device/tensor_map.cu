@@ -8,7 +8,12 @@ namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-Encode find_encode() {
+struct Found {
+    Encode encode;
+    const char* problem;
+};
+
+Found find_encode() {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
@@ -16,7 +21,11 @@ Encode find_encode() {
 #else
     const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+    if (error != cudaSuccess) return {nullptr, cudaGetErrorString(error)};  // of a driver older than this runtime, for one
+    if (found != cudaDriverEntryPointSuccess) {
+        return {nullptr, "the CUDA driver has no cuTensorMapEncodeTiled (CUDA 12.0 or newer is needed)"};
+    }
+    return {reinterpret_cast<Encode>(function), nullptr};
 }
 
 CUtensorMapDataType data_type(ElementType type) {
@@ -41,12 +50,13 @@ CUtensorMapSwizzle swizzle(Swizzle mode) {
 }  // namespace
 
 const char* encode_tensor_map(const TensorMapRequest& request, TensorMap* map) {
-    static const Encode encode = find_encode();
-    if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled (CUDA 12.0 or newer is needed)";
+    static const Found found = find_encode();
+    if (found.problem != nullptr) return found.problem;
     const cuuint32_t element_stride[4] = {1, 1, 1, 1};
-    const CUresult result = encode(map, data_type(request.type), 4, const_cast<void*>(request.base), request.size, request.stride,
-                                   request.box, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle(request.swizzle),
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result = found.encode(map, data_type(request.type), 4, const_cast<void*>(request.base), request.size,
+                                         request.stride, request.box, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                         swizzle(request.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the sizes, strides or box";
 }
 
