@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from aadkern import blocks
 from aadkern.blocks import RotaryGrid, reference
+from benchmarks.timing import keep
 
 FLUSH_BYTES = 256 << 20  # more than any L2 so far
 EPS = 1e-6
@@ -242,9 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row in measured["times"]:
                 rate = f"{row['ms']:9.3f} ms {row['GB/s']:8.1f} GB/s  {row['to_ours']:5.2f} of ours"
                 print(f"  {row['direction']:9}{row['contender']:10}{rate}")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+            keep(report, options.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Wan's sizes on a GPU and small ones on the CPU. Both sides of a comparison run i
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 import aadkern
 from aadkern.noise import layout, reference
 from aadkern.plans import VideoLayout
-from benchmarks.timing import Run, alternate, peak_bytes
+from benchmarks.timing import Run, alternate, keep, peak_bytes
 
 SHAPES = {"cuda": {"480p": (1, 21, 16, 60, 104), "480p x 8": (8, 21, 16, 60, 104)}, "cpu": {"demo": (24, 13, 1, 20, 20)}}
 SIGMA, DELTA = 0.7, 0.05
@@ -106,23 +105,31 @@ def discriminator(device: torch.device) -> tuple[Any, tuple[int, ...], VideoLayo
 
 
 def measure_passes(device: torch.device, seconds: float) -> dict[str, Any]:
-    """Forward and backward of a discriminator over real, fake and their twins: one batch, and four passes."""
+    """Forward and backward of a discriminator over real, fake and their twins: one batch (shared conditions), and four passes."""
     network, shape, clip_layout = discriminator(device)
     dtype = next(network.parameters()).dtype
     views = [torch.randn(shape, device=device, dtype=dtype) for _ in range(4)]
     sigma = torch.full(shape[:2], SIGMA, device=device)
     weights = [torch.randn(shape[0], device=device) for _ in views]
 
-    def backward(logits: Tensor, weight: Tensor) -> None:
+    def batched() -> Tensor:
+        return network(torch.cat(views), sigma, clip_layout, condition_of=[*range(shape[0])] * 4)
+
+    def one_by_one() -> Tensor:
+        return torch.cat([network(view, sigma, clip_layout) for view in views])
+
+    def backward(logits: Tensor) -> None:
         network.zero_grad(set_to_none=True)
-        logits.backward(weight)
+        logits.backward(torch.cat(weights))
 
     def together() -> None:
-        backward(network(torch.cat(views), sigma.repeat(4, 1), clip_layout), torch.cat(weights))
+        backward(batched())
 
     def apart() -> None:
-        backward(torch.cat([network(view, sigma, clip_layout) for view in views]), torch.cat(weights))
+        backward(one_by_one())
 
+    with torch.no_grad():
+        torch.testing.assert_close(batched(), one_by_one(), rtol=0.05, atol=1e-5 if dtype == torch.float32 else 0.01)
     jobs: dict[str, Job] = {"one batch of four views": together, "four passes": apart}
     peaks = {name: peak_bytes(Run(job), device) for name, job in jobs.items()}
     return {"clip": shape, "blocks": 4, "dtype": str(dtype), "peak_bytes": peaks, "median_ms": medians(jobs, device, seconds)}
@@ -137,13 +144,15 @@ def main() -> None:
     device = torch.device(options.device)
     torch.manual_seed(0)
     found: dict[str, Any] = {"device": options.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    found["views"] = {name: measure_views(name, shape, device, options.seconds) for name, shape in SHAPES[options.device].items()}
+    found["views"] = {}
+    for name, shape in SHAPES[options.device].items():
+        found["views"][name] = measure_views(name, shape, device, options.seconds)
+        keep(found, options.out)
     try:
         found["discriminator"] = measure_passes(device, options.seconds)
     except ImportError as missing:
         found["discriminator"] = {"missing": str(missing)}
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    keep(found, options.out)
     for name, measured in found["views"].items():
         print(f"noised_views, {name}: " + ", ".join(f"{which} {ms:.3f} ms" for which, ms in measured["median_ms"].items()))
     for which, ms in found["discriminator"].get("median_ms", {}).items():

@@ -7,7 +7,6 @@ part of its tokens first; then all contenders run in turn, on a GPU with a cold 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -22,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aadkern
 from aadkern.pooling import reference
+from benchmarks.timing import keep
 
 FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU so far
 
@@ -205,8 +205,7 @@ def main() -> None:
         print(
             f"{name}: " + ", ".join(f"{what} {result[what]}" for what in ("kept_bytes", "peak_bytes", "relative_error")), flush=True
         )
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        keep(found, options.out)
 
 
 if __name__ == "__main__":

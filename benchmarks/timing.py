@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -129,3 +131,12 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def keep(found: Any, path: Path | None) -> None:
+    """Figures as JSON, whole or not at all: written after every case, so that a run which is cut off keeps what it found."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(found, indent=1) + "\n")
+        part.replace(path)

@@ -18,6 +18,8 @@ from triton.compiler import ASTSource
 CAPABILITIES = {"sm80": 80, "sm89": 89, "sm90": 90}
 # The most shared memory that a block may have (CUDA C++ programming guide, compute capabilities).
 SHARED_BYTES = {"sm80": 163 << 10, "sm89": 99 << 10, "sm90": 227 << 10}
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
+LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Compiled:
 
     binary: Any
 
-    def _disassembler(self, option: str) -> str:
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    def _tool(self, name: str, option: str) -> str:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(self.binary.asm["cubin"])
@@ -44,7 +46,7 @@ class Compiled:
 
     @cached_property
     def _usage(self) -> tuple[int, int]:
-        ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", self._disassembler("-res-usage"))
+        ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", self._tool("cuobjdump", "-res-usage"))
         return int(registers), int(stack)
 
     @property
@@ -57,14 +59,58 @@ class Compiled:
         return self._usage[1]
 
     @cached_property
+    def _code(self) -> str:
+        return self._tool("nvdisasm", "-c")
+
+    @cached_property
     def instructions(self) -> Counter[str]:
         """How often each machine instruction stands in the code, with its modifiers: {"LDG.E.128": 2, ...}."""
-        line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-        return Counter(line.findall(self._disassembler("-sass")))
+        return Counter(name for name, _ in INSTRUCTION.findall(self._code))
 
     def count(self, *prefixes: str) -> int:
         """Instructions whose name begins so."""
         return sum(n for name, n in self.instructions.items() if name.startswith(prefixes))
+
+    @property
+    def accesses(self) -> Counter[tuple[str, int]]:
+        """Instructions on global memory by direction and bits: ("LDG", 128), also straight into shared memory, or ("STG", 16)."""
+        found: Counter[tuple[str, int]] = Counter()
+        for name, times in self.instructions.items():
+            if name.startswith(("LDG.", "LDGSTS.", "STG.")):
+                bits = re.search(r"\.[US]?(8|16|64|128)(?=\.|$)", name)
+                found[name[:3], int(bits[1]) if bits else 32] += times
+        return found
+
+    @cached_property
+    def loops(self) -> list[list[str]]:
+        """The innermost loops, each the list of its instructions with their operands: from a label to a branch back to it."""
+        lines = self._code.splitlines()
+        labels = {match.group(1): at for at, line in enumerate(lines) if (match := LABEL.match(line))}
+        spans = []
+        for at, line in enumerate(lines):
+            target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            if target and labels.get(target.group(1), at) < at:
+                spans.append((labels[target.group(1)], at))
+        inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)]
+        return [[f"{name} {rest.strip()}" for name, rest in INSTRUCTION.findall("\n".join(lines[a : b + 1]))] for a, b in inner]
+
+
+def counts(loop: list[str]) -> Counter[str]:
+    """How often each instruction stands in a loop, without its modifiers."""
+    return Counter(instruction.split(" ")[0].split(".")[0] for instruction in loop)
+
+
+def beside_products(loop: list[str], name: str) -> int:
+    """How many instructions ``name`` stand between the first wgmma of a group and the wait for that group."""
+    open_group, total = False, 0
+    for instruction in loop:
+        if instruction.startswith("HGMMA"):
+            open_group = True
+        elif instruction.startswith("WARPGROUP.DEPBAR"):
+            open_group = False
+        elif open_group and instruction.startswith(name):
+            total += 1
+    return total
 
 
 def compile_kernel(
@@ -77,7 +123,7 @@ def compile_kernel(
     unaligned: tuple[str, ...] = (),
     **options: Any,
 ) -> Compiled:
-    """``kernel`` for "sm80", "sm89" or "sm90". ``types`` names each argument's type, int32 where it is silent.
+    """``kernel`` for "sm80", "sm89" or "sm90", within its shared memory. ``types`` names each argument's type, int32 where silent.
 
     Pointers, and integers with "stride" in their names, are multiples of 16, as in a launch with aligned tensors, and so are those
     named ``aligned``, but not those named ``unaligned``. ``options`` are Triton's: num_warps, num_stages, enable_fp_fusion.
@@ -87,4 +133,6 @@ def compile_kernel(
     multiples = (usual | set(aligned)) - set(unaligned)
     hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in multiples}
     source = ASTSource(kernel, signature, constants, hints)
-    return Compiled(triton.compile(source, target=GPUTarget("cuda", CAPABILITIES[device], 32), options=options))
+    compiled = Compiled(triton.compile(source, target=GPUTarget("cuda", CAPABILITIES[device], 32), options=options))
+    assert compiled.shared <= SHARED_BYTES[device], f"{compiled.shared} bytes of shared memory"
+    return compiled

@@ -409,6 +409,8 @@ def repeated(on):
 @case(20)
 def backends_that_cannot_serve(on):
     q, k, v = inputs(on)
+    with pytest.raises(TypeError, match="deterministic must be True or False, got 'yes'"):
+        aadkern.attention(q, k, v, PLAN, backend=on.backend, deterministic="yes")
     with pytest.raises(ValueError, match=rf"backend must be one of .*{on.backend}.* got 'cudnn'"):
         aadkern.attention(q, k, v, PLAN, backend="cudnn")
     if on.backend == "sm90":

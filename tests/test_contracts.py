@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ MAX_LINES = 500
 PUBLIC = {
     "AttentionPlan",
     "StreamingCache",
+    "StreamingGenerator",
     "VideoLayout",
     "Window",
     "__version__",
@@ -124,6 +126,18 @@ def python(code: str) -> str:
     return run.stdout
 
 
+def test_every_operator_is_opchecked():
+    """But sm90_*, the launches of range_attention's "sm90": they have no implementation without a CUDA build."""
+    schemas = torch._C._jit_get_all_schemas()
+    ours = {schema.name.removeprefix("aadkern::") for schema in schemas if schema.name.startswith("aadkern::")}
+    checked = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("opcheck"):
+                checked.add(ast.unparse(node.args[0]).removesuffix(".default").rpartition(".")[2])
+    assert len(ours) > 10 and [name for name in ours - checked if not name.startswith("sm90_")] == []
+
+
 # None in sys.modules is how Python itself marks a module that cannot be imported.
 WITH_TORCH_ALONE = """
 import sys, time
@@ -140,6 +154,8 @@ aadkern.attention(q, q, q, plan).sum().backward()
 assert q.grad.isfinite().all()
 assert "available" in aadkern.backends().values()
 assert aadkern.backends()["triton"] == "triton is not installed"
+import aadkern.compat
+assert aadkern.compat.plan_of_block_mask(plan.block_mask()) == plan
 print(seconds)
 """
 
@@ -150,6 +166,8 @@ def test_aadkern_works_with_torch_alone_and_imports_in_a_second():
 
 def test_importing_aadkern_imports_nothing_heavy():
     loaded = python("import torch, sys; before = set(sys.modules); import aadkern; print(*set(sys.modules) - before)")
+    assert "aadkern.range_attention.api" in loaded.split()
+    assert [name for name in loaded.split() if is_kernel(room_and_file(name)[1])] == []
     assert {name.partition(".")[0] for name in loaded.split()} & {  # torch's FLOP counter, where ours register, brings Triton
         "diffusers",
         "einops",
@@ -174,6 +192,18 @@ def test_public_names():
     assert [name for name in PUBLIC if not hasattr(aadkern, name)] == []
     of_the_module = {path.stem for path in (ROOT / "aadkern").iterdir()} | {"annotations", "Any", "TYPE_CHECKING"}
     assert {name for name in vars(aadkern) if not name.startswith("_")} - PUBLIC - of_the_module == set()
+
+
+def test_public_functions_explain_every_argument_and_their_errors():
+    functions = [aadkern.attention, aadkern.attention_pool, aadkern.noised_views]
+    functions += [getattr(aadkern.blocks, name) for name in aadkern.blocks.__all__ if name.islower()]
+    for function in functions:
+        told, arguments = function.__doc__ or "", inspect.signature(function).parameters
+        assert [name for name in arguments if not re.search(rf"``{name}\b", told)] == [], function
+        assert "ValueError" in told or "errors as for" in told, function
+    public = [getattr(aadkern, name) for name in PUBLIC - {"__version__"}]
+    public += [getattr(aadkern.blocks, name) for name in aadkern.blocks.__all__]
+    assert [thing for thing in public if not inspect.getdoc(thing)] == []
 
 
 def test_an_unknown_name_is_an_attribute_error():

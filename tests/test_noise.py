@@ -212,6 +212,8 @@ GOOD = {"delta_std": 0.1, "seed": 0}
         ({"first_sample": 0.0}, TypeError, "first_sample must be an int"),
         ({"seed": torch.arange(3), "first_sample": 3}, ValueError, "and 0 with a seed per sample, got 3"),
         ({"backend": "cuda"}, ValueError, "noised_views: backend must be one of reference, torch, triton, or None, got 'cuda'"),
+        ({"backend": "auto"}, ValueError, "noised_views: backend must be one of reference, torch, triton, or None, got 'auto'"),
+        ({"backend": 3}, ValueError, "noised_views: backend must be one of reference, torch, triton, or None, got 3"),
         ({"backend": "triton"}, ValueError, "Triton kernels need a GPU"),
     ],
 )

@@ -209,6 +209,9 @@ def test_operators_keep_to_their_schemas(norm, keys):
     query, b = torch.randn(4, 2, 4, requires_grad=True), tensors["b_k"].requires_grad_()
     if keys is None:
         torch.library.opcheck(ops.pool_tokens, (x, u, None, norm, 1e-6, 3, "torch"))
+        pooled, *kept = ops.pool_tokens(x.detach(), u.detach(), None, norm, 1e-6, 3, "torch")
+        backward = (torch.randn_like(pooled), x.detach(), u.detach(), *kept, norm, 3, "torch")
+        torch.library.opcheck(ops.pool_tokens_backward, backward)
         return
     of_keys = (x, query, tensors["w_k"].requires_grad_(), b if keys == "full" else None, keys == "full", norm, 1e-6)
     torch.library.opcheck(ops.key_scores, (*of_keys, 3))

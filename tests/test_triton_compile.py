@@ -13,10 +13,8 @@ triton = pytest.importorskip("triton")
 
 from aadkern.range_attention import triton_backward, triton_forward  # noqa: E402
 from aadkern.range_attention.tiles import device_class  # noqa: E402
-from tests.machine_code import beside_products, compiled, counts, read  # noqa: E402
+from tests.ahead_of_time import CAPABILITIES, beside_products, compile_kernel, counts  # noqa: E402
 
-TARGETS = {"sm80": 80, "sm89": 89, "sm90": 90}
-SHARED_BYTES = {"sm80": 163 << 10, "sm89": 99 << 10, "sm90": 227 << 10}  # most per block; CUDA C++ programming guide
 REGISTER_FILE = 65536  # per multiprocessor, in all three
 KERNELS = {
     "forward": (triton_forward.forward_kernel, triton_forward.CONFIGS, "BLOCK_Q", "BLOCK_K"),
@@ -50,16 +48,14 @@ def build(name, device, dtype, head_dim, wide=False):
     kinds = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}")
     kinds |= dict.fromkeys(("lse", "lse_log2", "delta"), "*fp32") | {"tiles": "*i32", "ranges": "*i32"}
     kinds |= {"scale": "fp32", "scale_log2": "fp32"}
-    binary = compiled(kernel, TARGETS[device], kinds, constants, tile.warps, tile.stages)
-    assert binary.metadata.shared <= SHARED_BYTES[device], f"{binary.metadata.shared} bytes of shared memory"
-    return binary, tile
+    return compile_kernel(kernel, device, kinds, constants, num_warps=tile.warps, num_stages=tile.stages), tile
 
 
 def everything():
     """All of kernel x device x dtype x head_dim; the daily part is bf16 128 everywhere and fp16 64 on Hopper."""
     cases = []
     for name in KERNELS:
-        for device in TARGETS:
+        for device in CAPABILITIES:
             for head_dim in (64, 128, 256):
                 for dtype in ("bf16", "fp16"):
                     daily = (dtype, head_dim) == ("bf16", 128) or (device, dtype, head_dim) == ("sm90", "fp16", 64)
@@ -68,9 +64,8 @@ def everything():
 
 
 @pytest.mark.parametrize(("name", "device", "dtype", "head_dim"), everything())
-def test_machine_code_keeps_to_the_table(name, device, dtype, head_dim, tmp_path):
-    binary, tile = build(name, device, dtype, head_dim)
-    machine = read(binary, tmp_path)
+def test_machine_code_keeps_to_the_table(name, device, dtype, head_dim):
+    machine, tile = build(name, device, dtype, head_dim)
     assert machine.stack <= STACK_BYTES.get((name, device, head_dim), 0)
     assert -(-machine.registers // 8) * 8 * 32 * tile.warps <= REGISTER_FILE
     wgmma = device == "sm90" and (name, head_dim) not in WITHOUT_WGMMA
@@ -92,11 +87,11 @@ def test_machine_code_keeps_to_the_table(name, device, dtype, head_dim, tmp_path
     assert (name, head_dim) in ALONE or beside_products(main, "MUFU") >= found["MUFU"] / 2
 
 
-def test_without_scores_ahead_exponentials_wait(tmp_path, monkeypatch):
+def test_without_scores_ahead_exponentials_wait(monkeypatch):
     """That the last assertion above can fail: the plain order leaves every exponential to itself."""
     tile = triton_forward.CONFIGS["sm90", 128]
     monkeypatch.setitem(triton_forward.CONFIGS, ("sm90", 128), tile._replace(ahead=False))
-    main = next(loop for loop in read(build("forward", "sm90", "bf16", 128)[0], tmp_path).loops if counts(loop)["LDGSTS"])
+    main = next(loop for loop in build("forward", "sm90", "bf16", 128)[0].loops if counts(loop)["LDGSTS"])
     assert counts(main)["MUFU"] > 0 and beside_products(main, "MUFU") == 0
 
 
@@ -108,24 +103,24 @@ def test_padded_head_dims_and_wide_offsets_compile(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("device", TARGETS)
+@pytest.mark.parametrize("device", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_fp32_compiles_without_rounding_to_tf32(name, device, head_dim):
-    assert "tf32" not in build(name, device, "fp32", head_dim)[0].asm["ptx"]
+    assert "tf32" not in build(name, device, "fp32", head_dim)[0].ptx
 
 
 @pytest.mark.parametrize("has_dlse", [True, False])
-def test_stats_compile(has_dlse, tmp_path):
+def test_stats_compile(has_dlse):
     constants = {"HAS_DLSE": has_dlse, "ROWS": triton_backward.STATS_ROWS, "HEAD_DIM": 128, "BLOCK_D": 128, "WIDE": False}
     if not has_dlse:
         constants |= {"dlse": None}
     kinds = {"dout": "*bf16", "out": "*bf16"} | dict.fromkeys(("lse", "dlse", "lse_log2", "delta"), "*fp32")
-    assert read(compiled(triton_backward.stats_kernel, 90, kinds, constants, 4, 1), tmp_path).stack == 0
+    assert compile_kernel(triton_backward.stats_kernel, "sm90", kinds, constants, num_warps=4, num_stages=1).stack == 0
 
 
 def test_there_is_a_configuration_for_every_device():
     for _, configs, _, _ in KERNELS.values():
-        assert set(configs) == {(device, head_dim) for device in TARGETS for head_dim in (64, 128, 256)}
+        assert set(configs) == {(device, head_dim) for device in CAPABILITIES for head_dim in (64, 128, 256)}
     capabilities = {(8, 0): "sm80", (8, 6): "sm89", (8, 9): "sm89", (9, 0): "sm90", (10, 0): "sm80", (12, 0): "sm89"}
     assert {c: device_class(c) for c in capabilities} == capabilities
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-from collections import Counter
-from pathlib import Path
-
 import pytest
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
 from aadkern.blocks import triton_gated_residual, triton_modulated_norm, triton_qk_norm_rope  # noqa: E402
 from aadkern.blocks.triton_rows import warps_for  # noqa: E402
+from tests.ahead_of_time import CAPABILITIES, compile_kernel  # noqa: E402
 
-TARGETS = {"sm80": 80, "sm89": 89, "sm90": 90}
 WIDTHS = {1536: 12, 5120: 40}  # channels -> heads: Wan 1.3B and 14B
 TENSORS = {"q", "k", "q_out", "k_out", "dq", "dk", "dq_out", "dk_out", "q_weight", "k_weight", "x", "y", "out", "dx", "dy", "dout"}
 FLOATS = {"turns", "dq_weight", "dk_weight", "partial", "shift", "scale", "gate"}
@@ -37,60 +29,34 @@ def constants_of(name, direction, channels):
     return constants, constants.pop("num_warps")
 
 
-def compiled(name, direction, device, channels, dtype="bf16"):
-    """A kernel compiled as a launch with aligned pointers and strides would compile it."""
-    kernel = getattr(ROOMS[name], f"{direction}_kernel")
+def build(name, direction, device, channels):
     constants, warps = constants_of(name, direction, channels)
-    kinds = (
-        dict.fromkeys(TENSORS, f"*{dtype}")
-        | dict.fromkeys(FLOATS, "*fp32")
-        | {"eps": "fp32"}
-        | dict.fromkeys(constants, "constexpr")
-    )
-    signature = {argument: kinds.get(argument, "i32") for argument in kernel.arg_names}
-    aligned = [i for i, (argument, kind) in enumerate(signature.items()) if kind.startswith("*") or "stride" in argument]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return triton.compile(source, target=GPUTarget("cuda", TARGETS[device], 32), options={"num_warps": warps})
-
-
-def machine_code(binary, folder):
-    """(bytes of stack per thread, which is where registers spill to; accesses to global memory by (load or store, bits))."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage, code = (
-        subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout for what in ("-res-usage", "-sass")
-    )
-    (stack,) = re.findall(r"REG:\d+ STACK:(\d+)", usage)
-    accesses: Counter[tuple[str, int]] = Counter()
-    for kind, modifiers in re.findall(r"\b(LDGSTS|LDG|STG)\.E((?:\.\w+)*)", code):
-        bits = re.search(r"\.[US]?(8|16|64|128)(?=\.|$)", modifiers)
-        accesses[kind[:3], int(bits[1]) if bits else 32] += 1
-    return int(stack), accesses
+    types = dict.fromkeys(TENSORS, "*bf16") | dict.fromkeys(FLOATS, "*fp32") | {"eps": "fp32"}
+    return compile_kernel(getattr(ROOMS[name], f"{direction}_kernel"), device, types, constants, num_warps=warps)
 
 
 def everything():
     """Every kernel at both widths on sm_90; on the others 5120 channels, and the rest marked slow."""
     for name in ROOMS:
         for direction in ("forward", "backward"):
-            for device in TARGETS:
+            for device in CAPABILITIES:
                 for channels in WIDTHS:
                     daily = device == "sm90" or channels == 5120
                     yield pytest.param(name, direction, device, channels, marks=() if daily else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "direction", "device", "channels"), list(everything()))
-def test_no_spills_and_wide_accesses(name, direction, device, channels, tmp_path):
-    stack, accesses = machine_code(compiled(name, direction, device, channels), tmp_path)
-    assert stack == 0
+def test_no_spills_and_wide_accesses(name, direction, device, channels):
+    code = build(name, direction, device, channels)
+    assert code.stack == 0
+    accesses = code.accesses
     assert accesses["LDG", 128] > 0 and accesses["STG", 128] > 0
     if name == "qk_norm_rope":  # cos and sin, from three tables whose edges are not multiples of 16 bytes
         assert sum(accesses.pop(("LDG", bits), 0) for bits in (32, 64)) <= 8
     assert {bits for _, bits in accesses} == {128}
 
 
-def test_the_count_of_accesses_sees_unaligned_channels(monkeypatch, tmp_path):
+def test_the_count_of_accesses_sees_unaligned_channels(monkeypatch):
     """1530 channels are not whole vectors of 16 bytes: what the test above would show."""
     monkeypatch.setitem(WIDTHS, 1530, 12)
-    _, accesses = machine_code(compiled("modulated_norm", "forward", "sm90", 1530), tmp_path)
-    assert any(bits < 128 for _, bits in accesses)
+    assert any(bits < 128 for _, bits in build("modulated_norm", "forward", "sm90", 1530).accesses)

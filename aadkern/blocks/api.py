@@ -34,7 +34,8 @@ def qk_norm_rope(
 
     ``q`` and ``k`` are [B, L, H, D] with L = grid.tokens: any strides, such as views of a fused projection's output. ``q``
     and ``q_weight`` may be None where only keys are wanted; ``grid`` may be what its ``turns`` gave. The norm's result is
-    rounded to the inputs' dtype before the rotation, as in diffusers; the rest runs in float32 (float64 for float64).
+    rounded to the inputs' dtype before the rotation, as in diffusers; the rest runs in float32 (float64 for float64). ``eps`` is
+    added to the mean square, ``k_weight`` [H * D] as ``q_weight``.
 
     Returns new tensors [B, L, H, D], or writes to ``q_out``, ``k_out`` and returns those: a slot of a cache, a send buffer
     [B, L, groups, H / groups, D], or ``q``, ``k`` themselves (the same objects) for in place. Differentiable in q, k and the
@@ -55,6 +56,7 @@ def qk_norm_rope(
         raise ValueError(f"{name}: k must have the grid's {tokens} tokens, got {k.shape[1]}")
     _check_destination(q_out, "q_out", q)
     _check_destination(k_out, "k_out", k)
+    _check_eps(name, eps)
     chosen = _choose(name, backend, k, k.shape[2] * k.shape[3])
     into = q_out is not None or k_out is not None
     if into and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, q_weight, k_weight)):
@@ -95,8 +97,8 @@ def modulated_norm(
 
     ``x`` is [B, L, C], or [B, frames, tokens of a frame, C]. F is 1 for one timestep per clip, the number of frames for one
     each, L for one per token; ``shift`` and ``scale`` may be views (of one [B, F, 6, C], say) and are never spread over the
-    tokens. Float32 inside (float64 if any input is), x's dtype outside. Differentiable in x, shift and scale; the gradients of
-    the latter two are summed in a fixed order. ``backend`` and errors as for ``qk_norm_rope``.
+    tokens. Float32 inside (float64 if any input is), x's dtype outside; ``eps`` is added to the variance. Differentiable in x,
+    shift and scale; the gradients of the latter two are summed in a fixed order. ``backend`` and errors as for ``qk_norm_rope``.
     """
     name = "modulated_norm"
     _check_tokens(name, x, "x", x)
@@ -106,6 +108,7 @@ def modulated_norm(
         raise TypeError(f"{name}: scale must have shift's dtype {shift.dtype}, got {scale.dtype}")
     if shift.shape != scale.shape:
         raise ValueError(f"{name}: scale must have shift's shape {list(shift.shape)}, got {list(scale.shape)}")
+    _check_eps(name, eps)
     chosen = _choose(name, backend, x, x.shape[-1], shift)
     if chosen != "triton":
         return _PLAIN[chosen].modulated_norm(x, shift, scale, eps)
@@ -119,9 +122,9 @@ def gated_residual(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """x + gate y, with a row of the gate for every L / F tokens in turn; float32 inside, x's dtype outside.
+    """``x`` + ``gate`` ``y``, with a row of the gate for every L / F tokens in turn; float32 inside, x's dtype outside.
 
-    Differentiable in x, y and gate. Shapes, ``backend`` and errors as for ``modulated_norm``; y may have a dtype of its own.
+    Differentiable in all three. Shapes, ``backend`` and errors as for ``modulated_norm``; y may have a dtype of its own.
     """
     name = "gated_residual"
     _check_tokens(name, x, "x", x)
@@ -148,6 +151,13 @@ def _choose(name: str, backend: str | None, x: Tensor, channels: int, *others: T
     if chosen == "triton" and beyond:
         raise ValueError(f"{name}: backend 'triton' serves up to {TRITON_MAX_CHANNELS} channels, got {channels}; 'torch' serves it")
     return chosen
+
+
+def _check_eps(name: str, eps: float) -> None:
+    if isinstance(eps, Tensor) or not hasattr(eps, "__float__"):
+        raise TypeError(f"{name}: eps must be a real number, got {type(eps).__name__}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{name}: eps must be finite and not negative, got {eps}")
 
 
 def _check_tensor(name: str, x: Tensor, argument: str, like: Tensor) -> None:

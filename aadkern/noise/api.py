@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aadkern import ops
+from aadkern.runtime import FUSED_BACKENDS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_ELEMENTS = 2**31 - 2**16  # of one sample: its positions are 32-bit
@@ -28,6 +29,7 @@ def noised_views(
 
     ``x0`` [B, F, C, H, W] clean latents, floating point; ``sigma`` [B] or [B, F] noise levels in [0, 1]; ``delta_std`` the standard
     deviation of the perturbation: a number, or [B] or [B, F] (0 where a frame must stay, an image-to-video clip's first, say).
+    What tensors hold is not checked: on a GPU the host would have to wait for it.
     ``seed``: an integer of 64 bits, or an int64 tensor: one number for the call, or [B] one per sample. The same seed gives the
     same noise on every device and backend (``aadkern.noise.layout``: integers to the bit, normals to 2 ulp; so far, to the bit).
     To share out a batch under one seed, give each part the index of its first sample in the whole as ``first_sample``; seeds per
@@ -54,6 +56,8 @@ def noised_views(
         raise ValueError(
             f"noised_views: first_sample must be in [0, 2^32 - batch), and 0 with a seed per sample, got {first_sample}"
         )
+    if backend is not None and backend not in FUSED_BACKENDS:
+        raise ValueError(f"noised_views: backend must be one of {', '.join(FUSED_BACKENDS)}, or None, got {backend!r}")
     return ops.noised_views(x0.contiguous(), levels, stds, seeds, first_sample, backend or "auto")
 
 

@@ -38,6 +38,7 @@ def attention_pool(
         y = norm(x),  K = y W_k^T + b_k,  V = y W_v^T + b_v,  pooled = softmax(q K^T / sqrt(C / heads)) V, per head and segment
 
     ``norm`` is "rms", "layer" or None, over C, with ``norm_weight`` [C], for "layer" also ``norm_bias`` [C], and ``eps``.
+    ``w_k`` and ``w_v`` are [C, C] with biases ``b_k`` and ``b_v`` [C], as nn.Linear keeps them, and cut into ``heads``.
     ``query`` is projected (and normalised) by the caller, so its projection and its norm are the caller's to train; the scale
     1/sqrt(C / heads) is applied here. ``segments=F`` pools each of F equal runs of tokens by itself: one result per latent frame.
 

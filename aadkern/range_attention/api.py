@@ -69,7 +69,7 @@ def attention(
 
     Raises TypeError for a wrong type or dtype and ValueError for a wrong shape, device, scale or backend, before any work.
     """
-    _check(q, k, v, plan, scale, backend)
+    _check(q, k, v, plan, scale, backend, deterministic)
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     out, lse = ops.range_attention(q, k, v, plan.code, scale, backend or "auto", deterministic)
@@ -80,7 +80,9 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | None, backend: str | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | None, backend: str | None, deterministic: bool
+) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"attention: {name} must be a torch.Tensor, got {type(x).__name__}")
@@ -114,5 +116,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | 
             raise TypeError(f"attention: scale must be a real number or None, got {type(scale).__name__}")
         if not math.isfinite(scale):
             raise ValueError(f"attention: scale must be finite, got {scale}")
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"attention: deterministic must be True or False, got {deterministic!r}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"attention: backend must be one of {', '.join(BACKENDS)}, or None, got {backend!r}")

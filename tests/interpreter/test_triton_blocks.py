@@ -194,6 +194,12 @@ def test_operator_contracts():
     shift, scale, gate = (torch.randn(1, 1, 6).requires_grad_() for _ in range(3))
     torch.library.opcheck(ops.modulated_norm, (x, shift, scale, 1e-6))
     torch.library.opcheck(ops.gated_residual, (x, y, gate))
+    backwards = torch.ops.aadkern
+    heads, weights = (q.detach(), k.detach()), (q_weight.detach(), k_weight.detach())
+    torch.library.opcheck(backwards.qk_norm_rope_backward.default, (*map(torch.randn_like, heads), *heads, *weights, *rest))
+    dout = torch.randn_like(x).detach()
+    torch.library.opcheck(backwards.modulated_norm_backward.default, (dout, x.detach(), scale.detach(), 1e-6))
+    torch.library.opcheck(backwards.gated_residual_backward.default, (dout, y.detach(), gate.detach()))
 
 
 def test_a_second_derivative_says_what_to_do():

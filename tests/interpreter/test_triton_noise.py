@@ -59,6 +59,11 @@ def test_gradient_and_emptiness():
     assert all(view.shape == (0, 3, 1, 4, 4) for view in empty)
 
 
+def test_operator_contract():
+    x0, levels = torch.randn(2, 3, 1, 2, 3, requires_grad=True), torch.rand(2, 3)
+    torch.library.opcheck(torch.ops.aadkern.noised_views.default, (x0, levels, levels, torch.tensor([4]), 0, "triton"))
+
+
 def test_float64_is_refused_by_name():
     x0 = torch.randn(1, 2, 1, 4, 4, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"noised_views: backend 'triton' serves .*float64"):
