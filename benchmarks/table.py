@@ -5,25 +5,11 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
+
+from benchmarks import goals
 
 DIRECTIONS = ("forward", "backward", "both")
-
-
-class Goal(NamedTuple):
-    """Our best must be ``factor`` times as fast as ``rival`` in ``direction``; without a rival, reach ``factor`` TFLOP/s."""
-
-    direction: str
-    rival: str | None
-    factor: float
-
-
-# Against the fastest that is there without us, and against what the field uses; the rates are those of the best dense kernels
-# published for an H100 (FlashAttention 3: about 650 forward, 550 backward), less a tenth.
-GOALS = (Goal("both", "loop, cuDNN", 1.0), Goal("both", "flex", 1.6))
-FORWARD_GOALS = (Goal("forward", "loop, cuDNN", 1.0), Goal("forward", "flex", 1.6))
-RATES = {"bidirectional": (Goal("forward", None, 585.0), Goal("backward", None, 495.0))}
-HOPPER = "9.0"
 
 
 def timed(case: dict[str, Any], direction: str, ours: bool) -> list[tuple[str, dict[str, Any]]]:
@@ -87,30 +73,6 @@ def case_lines(case: dict[str, Any]) -> Iterator[str]:
             yield f"  {name}: {who['status']}: {who['reason'][:150]}"
 
 
-def goal_lines(document: dict[str, Any]) -> Iterator[str]:
-    """Each goal that can be judged, met or missed, with its figure."""
-    hopper = document["environment"]["device"]["capability"] == HOPPER
-    for case in document["cases"]:
-        name = case["id"].partition("/")[0]
-        for direction, rival, factor in (
-            *(GOALS if "both" in case["flops"] else FORWARD_GOALS),
-            *(RATES.get(name, ()) if hopper else ()),
-        ):
-            best = best_of_ours(case, direction)
-            if best is None:
-                continue
-            if rival is None:
-                got, what = best[1]["tflops"], f"{factor:.0f} TFLOP/s"
-                figure = f"{got:.0f}"
-            else:
-                timing = case["contenders"].get(rival, {"timings": {}})["timings"].get(direction)
-                if timing is None:
-                    continue
-                got, what = times(timing, best[1]), f"{factor:g} x {rival}"
-                figure = f"{got:.2f} x"
-            yield f"  {'met   ' if got >= factor else 'missed'} {case['id']} {direction}: {figure} of the wanted {what} ({best[0]})"
-
-
 def heading(document: dict[str, Any]) -> str:
     """Where and when, in one line."""
     where, device = document["environment"], document["environment"]["device"]
@@ -169,10 +131,10 @@ def short_lines(document: dict[str, Any]) -> Iterator[str]:
     if len(rows) > 1:
         yield from columns(rows)
     yield from why_not_lines(document)
-    goals = list(goal_lines(document))
-    if goals:
+    judged = list(goals.judged(document, times))
+    if judged:
         yield "goals"
-        yield from goals
+        yield from judged
     if document["not_reached"]:
         yield f"not reached: {', '.join(document['not_reached'])}"
 
@@ -202,9 +164,9 @@ def lines(document: dict[str, Any]) -> Iterable[str]:
     for case in document["cases"]:
         yield ""
         yield from case_lines(case)
-    goals = list(goal_lines(document))
-    if goals:
+    judged = list(goals.judged(document, times))
+    if judged:
         yield "\ngoals"
-        yield from goals
+        yield from judged
     if document["not_reached"]:
         yield f"\nnot reached: {', '.join(document['not_reached'])}"
