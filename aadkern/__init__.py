@@ -14,12 +14,14 @@ from aadkern.runtime import backends
 if TYPE_CHECKING:
     from aadkern import blocks
     from aadkern.streaming.cache import StreamingCache
+    from aadkern.streaming.generator import StreamingGenerator
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionPlan",
     "StreamingCache",
+    "StreamingGenerator",
     "VideoLayout",
     "Window",
     "__version__",
@@ -41,4 +43,8 @@ def __getattr__(name: str) -> Any:
         from aadkern.streaming.cache import StreamingCache
 
         return StreamingCache
+    if name == "StreamingGenerator":
+        from aadkern.streaming.generator import StreamingGenerator
+
+        return StreamingGenerator
     raise AttributeError(f"module 'aadkern' has no attribute {name!r}")

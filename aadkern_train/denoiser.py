@@ -62,24 +62,38 @@ class Denoiser(nn.Module):
         cache_only: bool = False,
         taps: Sequence[int] | None = None,
         condition_of: Sequence[int] | None = None,
+        clean_frames: int = 0,
     ) -> Any:
         """``condition_of``: x's row i is at row condition_of[i] of sigma; the others are CausalWan's."""
         options = {"plan": plan, "cache": cache, "cache_only": cache_only, "taps": taps, "condition_of": condition_of}
-        out = self.net(x.transpose(1, 2), 1000 * sigma, **options)
+        out = self.net(x.transpose(1, 2), 1000 * sigma, clean_frames=clean_frames, **options)
         if taps is not None or cache_only:
             return out
         flow_or_x0 = out.transpose(1, 2)
         if condition_of is not None:
             sigma = sigma[list(condition_of)]
+        x, sigma = x[:, clean_frames:], sigma[:, clean_frames:]
         # A copy, as FSDP2 must not be handed a view.
         return flow_or_x0.clone() if self.predicts == "x0" else x0_from_flow(x, flow_or_x0, sigma)
 
 
 def new_cache(
-    denoiser: Denoiser, frame: Tensor, window: Window, max_chunk_frames: int, capacity_frames: int | None = None
+    denoiser: Denoiser,
+    frame: Tensor,
+    window: Window,
+    max_chunk_frames: int,
+    capacity_frames: int | None = None,
+    merged: bool = False,
 ) -> StreamingCache:
     """An empty cache for clips whose frames are shaped like ``frame`` [B, C, H, W]."""
     batch, _, height, width = frame.shape
     return StreamingCache.for_model(
-        denoiser.net, batch, height, width, window, max_chunk_frames=max_chunk_frames, capacity_frames=capacity_frames
+        denoiser.net,
+        batch,
+        height,
+        width,
+        window,
+        max_chunk_frames=max_chunk_frames,
+        capacity_frames=capacity_frames,
+        merged=merged,
     )

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aadkern.plans import VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
+from aadkern.streaming.generator import StreamingGenerator
 from aadkern_train.denoiser import Denoiser, new_cache
 from aadkern_train.distributed import accumulating
 from aadkern_train.flow import add_noise
@@ -98,9 +100,17 @@ def stream(
     ``sizes`` are the chunks' sizes in latent frames, each at most window.frames - window.sink; it may be infinite.
     """
     room = (window.frames or 0) - window.sink
-    cache = new_cache(generator, first_frame, window, room)
-    for made in generated(generator, cache, first_frame, sizes, noise, steps or StepPlan()):
-        yield made.x
+    steps, cache = steps or StepPlan(), new_cache(generator, first_frame, window, room, merged=True)
+
+    def model(x: Tensor, timestep: Tensor, text: None, **options: Any) -> Tensor | None:
+        # Through the denoiser, not its net: sharded parameters are gathered by its hooks.
+        x0 = generator(x.transpose(1, 2), timestep / 1000, **options)
+        return None if x0 is None else x0.transpose(1, 2)
+
+    streaming = StreamingGenerator(model, cache, levels=steps.levels(False), first_levels=steps.levels(True), predicts="x0")
+    chunks = streaming.chunks(lambda chunk, step: noise(chunk, step).transpose(1, 2), first_frame=first_frame[:, :, None])
+    for _, chunk in zip(sizes, chunks, strict=False):
+        yield chunk.transpose(1, 2)
 
 
 def rollout(

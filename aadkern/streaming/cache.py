@@ -6,9 +6,10 @@ slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,11 +45,16 @@ class StreamingCache:
     again with gradient in any order: give ``capacity_frames`` the whole clip for that, since a frame that has left a
     smaller ring is gone.
 
+    With ``merged`` the clean pass of one chunk and the first noisy pass of the next can be one forward, with the same result and
+    half the launches: ``model(cat(clean, noisy), timestep, cache=cache, clean_frames=c)`` sees what the two passes see,
+    returns the flow of the noisy frames alone, and ``commit`` then makes history of the c clean ones.
+
     ``layers``, ``batch``, ``heads`` and ``head_dim`` are the model's; frames are latent frames of
     ``tokens_per_frame`` tokens; ``max_chunk_frames`` is the largest chunk. ``capacity_frames`` counts sink and ring,
     and defaults to the smallest ring in whole chunks that serves ``window``, so that the slots of equal chunks repeat
-    with a short period. ``rope`` and ``frame_period`` must be the model's: "relative" moves the sink's keys to just before the
-    window (``streaming.context``). Frame indices are Python integers without a limit. ``nbytes`` tells the memory: twice
+    with a short period; ``merged`` adds a chunk to it, and in relative mode a second copy of the sink. ``rope`` and
+    ``frame_period`` must be the model's: "relative" moves the sink's keys to just before the window
+    (``streaming.context``). Frame indices are Python integers without a limit. ``nbytes`` tells the memory: twice
     layers * batch * capacity_frames * tokens_per_frame * heads * head_dim numbers.
 
     Raises ValueError or TypeError naming the argument; RuntimeError from ``commit`` when nothing was written.
@@ -69,6 +75,7 @@ class StreamingCache:
         device: torch.device | str = "cpu",
         rope: str = "absolute",
         frame_period: int | None = None,
+        merged: bool = False,
     ) -> None:
         sizes = {"layers": layers, "batch": batch, "heads": heads, "head_dim": head_dim}
         sizes |= {"tokens_per_frame": tokens_per_frame, "max_chunk_frames": max_chunk_frames}
@@ -79,17 +86,22 @@ class StreamingCache:
             raise TypeError(f"window must be a Window, got {window!r}")
         if rope not in ROPE_MODES:
             raise ValueError(f"rope must be one of {', '.join(ROPE_MODES)}, got {rope!r}")
-        capacity = _capacity(window, max_chunk_frames, capacity_frames)
+        capacity = _capacity(window, max_chunk_frames, capacity_frames, merged)
         self.layers, self.batch, self.heads, self.head_dim = layers, batch, heads, head_dim
         self.tokens_per_frame, self.window, self.rope, self.frame_period = tokens_per_frame, window, rope, frame_period
         self.max_chunk_frames, self.capacity_frames, self.ring = max_chunk_frames, capacity, capacity - window.sink
-        shape = (layers, batch, capacity * tokens_per_frame, heads, head_dim)
+        self.merged = merged
+        # A merged pass in relative mode sees the sink at two places: the second lies behind the ring.
+        second = window.sink if merged and rope == "relative" else 0
+        shape = (layers, batch, (capacity + second) * tokens_per_frame, heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         sink_tokens = window.sink * tokens_per_frame
-        # The sink's keys at their own frames; the slots in ``keys`` hold them moved by ``_sink_at[layer]`` frames.
+        # The sink's keys at their own frames; ``keys`` holds them moved by ``_sink_at[layer]`` frames, and by
+        # ``_second_at[layer]`` behind the ring.
         self._sink_keys = self.keys[:, :, :sink_tokens].clone() if rope == "relative" else None
         self._sink_at = [0] * layers
+        self._second_at: list[int | None] = [None] * layers
         self.reset()
 
     @classmethod
@@ -105,6 +117,7 @@ class StreamingCache:
         capacity_frames: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        merged: bool = False,
     ) -> StreamingCache:
         """A cache that fits ``model`` and latents [batch, C, F, height, width]; dtype and device default to its own."""
         weight = model.patch_embedding.weight
@@ -122,6 +135,7 @@ class StreamingCache:
             device=device or weight.device,
             rope=config.rope,
             frame_period=config.rope_periods[0] if config.rope_periods else None,
+            merged=merged,
         )
 
     @property
@@ -159,13 +173,13 @@ class StreamingCache:
         self._frame = self._history = self._written[1]
         self._written = None
 
-    def begin(self, frames: int) -> Callable[[int], LayerAttention]:
-        """The model's side: one pass over a chunk of ``frames`` frames; returns what gives a layer its attention."""
+    def begin(self, frames: int, clean_frames: int = 0) -> Callable[[int], LayerAttention]:
+        """The model's side: one pass over a chunk of ``frames`` frames, or over ``clean_frames`` clean ones and the chunk after
+        them; returns what gives a layer its attention."""
         start, end = self._frame, self._frame + frames
-        if not 1 <= frames <= self.max_chunk_frames:
-            raise ValueError(f"frames must be in [1, max_chunk_frames={self.max_chunk_frames}], got {frames}")
-        seen = self.window.visible_frames(start, end)
-        oldest = max(seen[-1][0], self.window.sink)
+        chunks = self._chunks(frames, clean_frames)
+        views = [self.window.visible_frames(*chunk) for chunk in chunks]
+        oldest = max(views[0][-1][0], self.window.sink)
         if end - oldest > self.ring:
             raise ValueError(
                 f"capacity_frames must be at least {end - oldest + self.window.sink} for frames [{start}, {end}) under "
@@ -176,17 +190,46 @@ class StreamingCache:
                 f"capacity_frames={self.capacity_frames} is too small to rewind to frame {start}: frames from {oldest} "
                 f"on are in view, and those before {self._newest - self.ring} were overwritten; give it the whole clip"
             )
-        shift = sink_shift(self.window, start, end) if self.rope == "relative" else 0
+        shifts = [sink_shift(self.window, *chunk) if self.rope == "relative" else 0 for chunk in chunks]
         if torch.is_grad_enabled():
-            past = [(a, min(b, start)) for a, b in seen if a < start]
-            return lambda layer: self._replay(layer, frames, past, shift)
+            past = [(a, min(b, start)) for a, b in views[0] if a < start]
+            return lambda layer: self._replay(layer, frames, past, shifts[0])
         self._written = None
         self._history = min(self._history, start)
         self._newest = max(self._newest, end)
-        own, n = self._slots(start, end), self.tokens_per_frame
-        in_view = tuple((slot * n, (slot + count) * n) for a, b in seen for _, slot, count in self._slots(a, b))
-        plan = _ring_plan(frames * n, self.capacity_frames * n, in_view)
-        return lambda layer: _RingAttention(self, layer, (start, end), own, shift, plan)
+        n, k_len = self.tokens_per_frame, self.keys.shape[2]
+        ranges = [self._ranges(view, second=shift != shifts[0]) for view, shift in zip(views, shifts, strict=True)]
+        plan = _ring_plan(tuple((b - a) * n for a, b in chunks), k_len, tuple(ranges))
+        last = plan if len(chunks) == 1 else _ring_plan(((frames - clean_frames) * n,), k_len, (ranges[1],))
+        own = self._slots(start, end)
+        return lambda layer: _RingAttention(self, layer, chunks, own, shifts, plan, last)
+
+    def _chunks(self, frames: int, clean_frames: int) -> list[tuple[int, int]]:
+        """The frames of the pass's chunks: one, or in a merged pass the clean and the noisy one."""
+        start, most = self._frame, self.max_chunk_frames
+        if not clean_frames:
+            if not 1 <= frames <= most:
+                raise ValueError(f"frames must be in [1, max_chunk_frames={most}], got {frames}")
+            return [(start, start + frames)]
+        if not self.merged:
+            raise ValueError(f"clean_frames must be 0 for a cache made without merged=True, got {clean_frames}")
+        if torch.is_grad_enabled():
+            raise ValueError(f"clean_frames must be 0 in a pass with gradient, got {clean_frames}: run it under torch.no_grad()")
+        if not 1 <= clean_frames <= most or not 1 <= frames - clean_frames <= most:
+            raise ValueError(
+                f"clean_frames must be in [1, max_chunk_frames={most}] and leave as many for the next chunk, "
+                f"got {clean_frames} of {frames} frames"
+            )
+        return [(start, start + clean_frames), (start + clean_frames, start + frames)]
+
+    def _ranges(self, seen: Sequence[tuple[int, int]], second: bool) -> tuple[tuple[int, int], ...]:
+        """The key ranges of the frames seen; with ``second`` the sink is the copy behind the ring."""
+        n, sink, ranges = self.tokens_per_frame, self.window.sink, []
+        for a, b in seen:
+            for frame, slot, count in self._slots(a, b):
+                at = self.capacity_frames + slot if second and frame < sink else slot
+                ranges.append((at * n, (at + count) * n))
+        return tuple(ranges)
 
     def _slots(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """(frame, slot, count) of the contiguous pieces in which frames [start, end) lie."""
@@ -218,6 +261,13 @@ class StreamingCache:
             self.keys[layer, :, : self._sink_keys.shape[2]] = _moved(self._sink_keys[layer], shift, self.frame_period)
             self._sink_at[layer] = shift
 
+    def _place_second_sink(self, layer: int, shift: int) -> None:
+        if self._sink_keys is not None and self._second_at[layer] != shift:
+            sink = self._sink_keys.shape[2]
+            self.keys[layer, :, -sink:] = _moved(self._sink_keys[layer], shift, self.frame_period)
+            self.values[layer, :, -sink:] = self.values[layer, :, :sink]
+            self._second_at[layer] = shift
+
     def _check(self, k: Tensor, frames: int) -> None:
         expected = (self.batch, frames * self.tokens_per_frame, self.heads, self.head_dim)
         if tuple(k.shape) != expected:
@@ -229,14 +279,18 @@ class StreamingCache:
 
 @dataclass(eq=False)
 class _RingAttention:
-    """One layer of a pass without gradient: keys and values go into the chunk's slots, queries attend to the ring."""
+    """One layer of a pass without gradient: keys and values go into the chunks' slots, queries attend to the ring.
+
+    ``chunks`` are one or, in a merged pass, two; ``last_plan`` is that of the last one's queries alone.
+    """
 
     cache: StreamingCache
     layer: int
-    chunk: tuple[int, int]
+    chunks: list[tuple[int, int]]
     own: list[tuple[int, int, int]]
-    shift: int
+    shifts: list[int]
     plan: AttentionPlan
+    last_plan: AttentionPlan
     slot: Tensor | None = None
 
     def key_slot(self, k: Tensor) -> Tensor | None:
@@ -248,9 +302,9 @@ class _RingAttention:
         return self.slot
 
     def store(self, k: Tensor, v: Tensor) -> None:
-        cache, layer, (start, end) = self.cache, self.layer, self.chunk
+        cache, layer, start, end = self.cache, self.layer, self.chunks[0][0], self.chunks[-1][1]
         cache._check(k, end - start)
-        cache._place_sink(layer, self.shift)
+        cache._place_sink(layer, self.shifts[0])
         n = cache.tokens_per_frame
         for frame, slot, count in self.own:
             source, slots = slice((frame - start) * n, (frame - start + count) * n), slice(slot * n, (slot + count) * n)
@@ -259,12 +313,16 @@ class _RingAttention:
             cache.values[layer, :, slots] = v[:, source]
             if cache._sink_keys is not None and frame < cache.window.sink:
                 cache._sink_keys[layer, :, slots] = k[:, source]
+                cache._second_at[layer] = None
+        if self.shifts[-1] != self.shifts[0]:
+            cache._place_second_sink(layer, self.shifts[-1])
         if layer == cache.layers - 1:
-            cache._written = self.chunk
+            cache._written = self.chunks[0]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.store(k, v)
-        return attention(q, self.cache.keys[self.layer], self.cache.values[self.layer], self.plan)
+        plan = self.plan if q.shape[1] == k.shape[1] else self.last_plan
+        return attention(q, self.cache.keys[self.layer], self.cache.values[self.layer], plan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,14 +348,14 @@ def _moved(keys: Tensor, shift: int, frame_period: int | None) -> Tensor:
     return rotate(keys, shift_table(keys.shape[-1], (shift,), frame_period, table_dtype(keys.dtype), keys.device)[0])
 
 
-def _capacity(window: Window, max_chunk: int, asked: int | None) -> int:
+def _capacity(window: Window, max_chunk: int, asked: int | None, merged: bool) -> int:
     recent = window.recent(max_chunk)
     if recent is not None and recent < max_chunk:
         raise ValueError(f"window must leave max_chunk_frames={max_chunk} frames in view, it leaves {recent} beside the sink")
     if asked is None:
         if recent is None:
             raise ValueError("capacity_frames must be given, as window has no limit: the frames to be streamed")
-        return window.sink + -(-recent // max_chunk) * max_chunk
+        return window.sink + (-(-recent // max_chunk) + merged) * max_chunk
     least = max(window.sink + 1, max_chunk)
     if not isinstance(asked, int) or isinstance(asked, bool) or asked < least:
         raise ValueError(f"capacity_frames must be at least {least}, for sink and largest chunk, got {asked!r}")
@@ -305,5 +363,8 @@ def _capacity(window: Window, max_chunk: int, asked: int | None) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _ring_plan(q_len: int, k_len: int, in_view: tuple[tuple[int, int], ...]) -> AttentionPlan:
-    return AttentionPlan.from_ranges(q_len, k_len, [((0, q_len), in_view)])
+def _ring_plan(q_lens: tuple[int, ...], k_len: int, in_view: tuple[tuple[tuple[int, int], ...], ...]) -> AttentionPlan:
+    """Queries of one or two chunks, each with its own key ranges."""
+    ends = tuple(accumulate(q_lens))
+    runs = [((end - length, end), ranges) for end, length, ranges in zip(ends, q_lens, in_view, strict=True)]
+    return AttentionPlan.from_ranges(ends[-1], k_len, runs)

@@ -7,6 +7,7 @@ under a plan, or through a ``StreamingCache``; without text the cross-attention 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@dataclass(frozen=True, eq=False)
+class TextCache:
+    """Each block's cross-attention keys and values [B, H, T, D] of one text: made by ``CausalWan.text_cache``."""
+
+    layers: list[tuple[Tensor, Tensor]]
+
+
 class CausalWanBlock(WanTransformerBlock):
     """diffusers' Wan block: the same parameters; attention comes from outside, modulation is per frame."""
 
@@ -41,16 +49,17 @@ class CausalWanBlock(WanTransformerBlock):
         modulation: Tensor,
         turns: Turns,
         attend: LayerAttention,
-        text: Tensor | None = None,
+        text: Tensor | tuple[Tensor, Tensor] | None = None,
         sample_of: Tensor | None = None,
         store_only: bool = False,
+        skip_frames: int = 0,
     ) -> Tensor | None:
-        """x [B, F, n, dim]: n tokens in each of F frames; modulation [B, F or 1, n or 1, 6, dim]; text [B, T, dim], or with
-        ``sample_of`` [B] that of fewer samples, of which row i of x takes sample_of[i].
+        """x [B, F, n, dim]: n tokens in each of F frames; modulation [B, F or 1, n or 1, 6, dim]; text [B, T, dim], or its
+        ``text_keys_values``, or with ``sample_of`` [B] that of fewer samples, of which row i of x takes sample_of[i].
 
         ``turns`` are those of the tokens' positions; ``attend`` maps q, k, v [B, F n, H, D] to
         [B, F n, H, D], and its ``key_slot`` is where the keys are wanted, if anywhere. ``store_only`` hands k and v to
-        ``attend.store`` and stops.
+        ``attend.store`` and stops; ``skip_frames`` goes on without the first frames once all keys and values are there.
         """
         wide, backend = _wide(x.dtype), self.block_backend
         rows = (self.scale_shift_table.to(wide) + modulation.to(wide)).flatten(1, 2)
@@ -65,22 +74,37 @@ class CausalWanBlock(WanTransformerBlock):
         if q is None:
             attend.store(k, v)  # type: ignore[attr-defined]
             return None
+        if skip_frames:
+            q, h, x = q[:, skip_frames * x.shape[2] :], h[:, skip_frames:], x[:, skip_frames:]
+            gate, ffn_shift, ffn_scale, ffn_gate = (
+                y[:, skip_frames * (y.shape[1] // modulation.shape[1]) :] for y in (gate, ffn_shift, ffn_scale, ffn_gate)
+            )
         x = gated_residual(x, attn.to_out[0](attend(q, k, v).reshape(h.shape)), gate, backend=backend)
         if text is not None:
             x = x + self._cross_attention(x, text, sample_of)
         h = modulated_norm(x, ffn_shift, ffn_scale, eps=self.norm3.eps, backend=backend)
         return gated_residual(x, self.ffn(h), ffn_gate, backend=backend)
 
-    def _cross_attention(self, x: Tensor, text: Tensor, sample_of: Tensor | None) -> Tensor:
+    def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross-attention's keys and values [B, H, T, D] of text [B, T, dim]."""
+        attn = self.attn2
+        v = attn.to_v(text)
+        k = attn.norm_k(attn.to_k(text)).to(v.dtype)
+        return self._heads_first(k), self._heads_first(v)
+
+    def _heads_first(self, y: Tensor) -> Tensor:
+        return y.unflatten(-1, (self.attn2.heads, -1)).transpose(1, 2)
+
+    def _cross_attention(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], sample_of: Tensor | None) -> Tensor:
         attn, norm, h = self.attn2, self.norm2, x
         if isinstance(norm, torch.nn.LayerNorm):
             wide = _wide(x.dtype)
             h = F.layer_norm(x.to(wide), x.shape[-1:], norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(x.dtype)
-        q, k, v = attn.norm_q(attn.to_q(h)), attn.norm_k(attn.to_k(text)), attn.to_v(text)
+        k, v = self.text_keys_values(text) if isinstance(text, Tensor) else text
         if sample_of is not None:
             k, v = k[sample_of], v[sample_of]
-        heads_first = [y.to(v.dtype).unflatten(-1, (attn.heads, -1)).flatten(1, -3).transpose(1, 2) for y in (q, k, v)]
-        return attn.to_out[0](F.scaled_dot_product_attention(*heads_first).transpose(1, 2).reshape(x.shape))
+        q = self._heads_first(attn.norm_q(attn.to_q(h)).to(v.dtype).flatten(1, 2))
+        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
 class CausalWan(WanTransformer3DModel):
@@ -162,6 +186,19 @@ class CausalWan(WanTransformer3DModel):
         for module in (self, *self.blocks):
             module.block_backend = None if backend == "auto" else backend  # type: ignore[assignment]
 
+    def text_cache(self, encoder_hidden_states: Tensor) -> TextCache:
+        """The cross-attention keys and values of text [B, T, text_dim], once for all passes: give them in its place.
+
+        Raises ValueError for another shape.
+        """
+        dim = self.config["text_dim"]
+        if encoder_hidden_states.dim() != 3 or encoder_hidden_states.shape[2] != dim:
+            raise ValueError(f"encoder_hidden_states must be [B, T, {dim}], got {list(encoder_hidden_states.shape)}")
+        embedder = self.condition_embedder.text_embedder
+        text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))
+        blocks: Any = self.blocks
+        return TextCache([block.text_keys_values(text) for block in blocks])
+
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of height x width: 1560 for 60 x 104. ValueError where patches do not tile it."""
         rows, columns = self._patch
@@ -173,7 +210,7 @@ class CausalWan(WanTransformer3DModel):
         self,
         hidden_states: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor | TextCache | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         *,
         plan: AttentionPlan | CausalContext | None = None,
@@ -182,6 +219,7 @@ class CausalWan(WanTransformer3DModel):
         taps: Sequence[int] | None = None,
         cache_only: bool = False,
         condition_of: Sequence[int] | None = None,
+        clean_frames: int = 0,
         return_dict: bool | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -189,7 +227,7 @@ class CausalWan(WanTransformer3DModel):
 
         ``hidden_states`` [B, C, F, H, W] latents; ``timestep`` 1000 sigma, float32, float64 or integer: [B], or [B,
         F] one per frame, or [B, F * tokens_per_frame] (diffusers' per-token form, which costs its memory);
-        ``encoder_hidden_states`` [B, T, text_dim], or None to leave the cross-attention out.
+        ``encoder_hidden_states`` [B, T, text_dim], or its ``text_cache``, or None to leave the cross-attention out.
 
         ``plan``: an ``AttentionPlan`` over the clip's tokens, a ``CausalContext`` (block-causal, in the model's own
         kind of positions), or None for bidirectional. Under an ``AttentionPlan`` positions are absolute in either
@@ -200,6 +238,8 @@ class CausalWan(WanTransformer3DModel):
         ``taps``: ascending block indices, whose outputs [B, F * tokens_per_frame, dim] are returned in a list
         instead; later blocks do not run. ``condition_of``: for several views of the same samples; row i of ``hidden_states`` takes
         row condition_of[i] of ``timestep`` and ``encoder_hidden_states``, whose embeddings, keys and values are computed once.
+        ``clean_frames``: with a cache, under ``torch.no_grad``: the first frames are the last chunk, clean, whose keys and values
+        are to be committed, the others the next chunk; ``timestep`` is per frame, and only the next chunk's flow is returned.
 
         Returns flow [B, C_out, F, H, W]; as in diffusers, ``return_dict=False`` gives it in a 1-tuple, True in an
         object. Raises ValueError or TypeError naming the argument, before any work.
@@ -212,9 +252,12 @@ class CausalWan(WanTransformer3DModel):
         blocks = self._check_taps(taps)
         if cache_only and (cache is None or taps is not None):
             raise ValueError("cache_only must come with a cache and without taps")
+        if clean_frames and (cache is None or cache_only or taps is not None or timestep.dim() == 1):
+            wanted = "0 without a cache, with cache_only or taps, or a timestep that is not per frame"
+            raise ValueError(f"clean_frames must be {wanted}, got {clean_frames}")
         grid = (frames, height // self._patch[0], width // self._patch[1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not cache_only):
-            attention_of = self._attention_of(batch, grid, plan, cache, first_frame)
+            attention_of = self._attention_of(batch, grid, plan, cache, first_frame, clean_frames)
             positions = _positions(first_frame if cache is None else cache.frame, frames)
             x = self._patchify(hidden_states)
             temb, modulation, text = self._conditions(timestep, encoder_hidden_states, frames)
@@ -226,10 +269,12 @@ class CausalWan(WanTransformer3DModel):
             for i, block in enumerate(self.blocks):
                 if i == blocks:
                     return tapped
-                arguments = (x, modulation, turns, attention_of(i), text, sample_of)
+                arguments = (x, modulation, turns, attention_of(i), _text_of(text, i), sample_of)
                 if cache_only and i == len(self.blocks) - 1:
                     return block(*arguments, True)
-                if self.gradient_checkpointing and torch.is_grad_enabled():
+                if clean_frames and i == len(self.blocks) - 1:
+                    x, temb = block(*arguments, skip_frames=clean_frames), temb[:, clean_frames:]
+                elif self.gradient_checkpointing and torch.is_grad_enabled():
                     x = self._gradient_checkpointing_func(block, *arguments)
                 else:
                     x = block(*arguments)
@@ -237,13 +282,13 @@ class CausalWan(WanTransformer3DModel):
                     tapped.append(x.flatten(1, 2))
             if taps is not None:
                 return tapped
-            flow = self._head(x, temb, grid)
+            flow = self._head(x, temb, (frames - clean_frames, *grid[1:]))
         if return_dict is None:
             return flow
         return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
 
     def _check_clip(
-        self, x: Tensor, timestep: Tensor, text: Tensor | None, condition_of: Sequence[int] | None
+        self, x: Tensor, timestep: Tensor, text: Tensor | TextCache | None, condition_of: Sequence[int] | None
     ) -> tuple[int, int, int, int, int]:
         channels = self.config["in_channels"]
         if x.dim() != 5 or x.shape[1] != channels or x.shape[2] < 1:
@@ -262,7 +307,13 @@ class CausalWan(WanTransformer3DModel):
             # FSDP's cast_forward_inputs does this unasked.
             raise ValueError(f"timestep must be float32: 937.5 would be 936 in bfloat16, got {timestep.dtype}")
         dim = self.config["text_dim"]
-        if text is not None and (text.dim() != 3 or text.shape[0] != samples or text.shape[2] != dim):
+        if isinstance(text, TextCache):
+            shape, heads = text.layers[0][0].shape, self.config["num_attention_heads"]
+            if len(text.layers) != len(self.blocks) or shape[0] != samples or shape[1::2] != (heads, self._head_dim):
+                ours = f"{len(self.blocks)} layers, batch {samples}, {heads} heads of {self._head_dim}"
+                theirs = f"{len(text.layers)}, {shape[0]}, {shape[1]} of {shape[3]}"
+                raise ValueError(f"encoder_hidden_states must be a text cache of {ours}, got {theirs}")
+        elif text is not None and (text.dim() != 3 or text.shape[0] != samples or text.shape[2] != dim):
             raise ValueError(f"encoder_hidden_states must be [{samples}, T, {dim}] or None, got {list(text.shape)}")
         return batch, channels, frames, height, width
 
@@ -282,6 +333,7 @@ class CausalWan(WanTransformer3DModel):
         plan: AttentionPlan | CausalContext | None,
         cache: StreamingCache | None,
         first_frame: int | Sequence[int],
+        clean_frames: int,
     ) -> Callable[[int], LayerAttention]:
         """What gives each layer its attention."""
         frames, height, width = grid
@@ -294,7 +346,7 @@ class CausalWan(WanTransformer3DModel):
             theirs = (cache.layers, cache.batch, cache.tokens_per_frame, cache.rope, cache.frame_period)
             if ours != theirs:
                 raise ValueError(f"cache must have (layers, batch, tokens_per_frame, rope, frame_period) = {ours}, got {theirs}")
-            return cache.begin(frames)
+            return cache.begin(frames, clean_frames)
         if plan is None:
             plan = everything(frames * n, frames * n)
         elif isinstance(plan, CausalContext):
@@ -326,15 +378,17 @@ class CausalWan(WanTransformer3DModel):
         # As one product: 3 times faster than Conv3d, forward and backward, on a CPU.
         return F.linear(patches.flatten(4).flatten(2, 3), conv.weight.flatten(1), conv.bias)
 
-    def _conditions(self, timestep: Tensor, text: Tensor | None, frames: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Embedded timesteps [B, F or 1, n or 1, dim], block modulations [..., 6, dim] and text [B, T, dim]."""
+    def _conditions(
+        self, timestep: Tensor, text: Tensor | TextCache | None, frames: int
+    ) -> tuple[Tensor, Tensor, Tensor | TextCache | None]:
+        """Embedded timesteps [B, F or 1, n or 1, dim], block modulations [..., 6, dim] and text [B, T, dim] or its cache."""
         embedder = self.condition_embedder
         grid = (1, 1) if timestep.dim() == 1 else (frames, timestep.shape[1] // frames)
         waves = embedder.timesteps_proj(timestep.flatten()).unflatten(0, (-1, *grid))
         temb = embedder.time_embedder(waves.to(embedder.time_embedder.linear_1.weight.dtype))
         temb = temb.to(embedder.time_proj.weight.dtype)
         modulation = embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
-        if text is not None:
+        if isinstance(text, Tensor):
             text = embedder.text_embedder(text.to(embedder.text_embedder.linear_1.weight.dtype))
         return temb, modulation, text
 
@@ -347,6 +401,11 @@ class CausalWan(WanTransformer3DModel):
         patches = x.unflatten(2, (height, width)).unflatten(4, (rows, columns, -1)).permute(0, 6, 1, 2, 4, 3, 5)
         # One copy, and not a view: FSDP2 warns of modules that return views.
         return patches.reshape(x.shape[0], -1, frames, height * rows, width * columns)
+
+
+def _text_of(text: Tensor | TextCache | None, layer: int) -> Tensor | tuple[Tensor, Tensor] | None:
+    """What block ``layer`` takes as its text."""
+    return text.layers[layer] if isinstance(text, TextCache) else text
 
 
 def _positions(first_frame: int | Sequence[int], frames: int) -> range | tuple[int, ...]:

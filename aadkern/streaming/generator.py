@@ -1,0 +1,155 @@
+"""Endless generation chunk by chunk in constant memory, with one forward a chunk where one denoising step is enough."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aadkern.streaming.cache import StreamingCache
+
+Noise = Callable[[int, int], Tensor]
+
+PREDICTS = ("flow", "x0")
+
+
+class StreamingGenerator:
+    """Streams a video from a causal model: chunks of latents, each yielded as soon as it is made.
+
+    ::
+
+        cache = StreamingCache.for_model(model, 1, 60, 104, Window(9, sink=1), max_chunk_frames=4, merged=True)
+        generator = StreamingGenerator(model, cache, text=prompt_embeddings)
+        noise = lambda chunk, step: torch.randn(1, 16, 4, 60, 104)
+        for chunk in generator.chunks(noise, first_frame=image_latent):  # endless
+            show(vae.decode(chunk))
+
+    ``model`` is a ``CausalWan``, or any callable with its forward's arguments and, if text is given, its ``text_cache``.
+    ``cache`` is empty and fits it. ``levels`` are the falling noise levels, in (0, 1], of a chunk's denoising passes and
+    ``first_levels`` those of the first generated chunk (None: the same). ``predicts``: the model's output is "flow" (eps -
+    x0) or "x0". ``text`` [B, T, text_dim] or None: its cross-attention keys and values are computed once.
+
+    A chunk costs len(levels) passes, and one that writes its clean keys and values for later chunks; a cache made with
+    ``merged=True`` has the latter done within the next chunk's first pass, with the same result.
+
+    Raises ValueError or TypeError naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        cache: StreamingCache,
+        *,
+        levels: Sequence[float] = (1.0,),
+        first_levels: Sequence[float] | None = None,
+        predicts: str = "flow",
+        text: Tensor | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable, got {type(model).__name__}")
+        if not isinstance(cache, StreamingCache):
+            raise TypeError(f"cache must be a StreamingCache, got {type(cache).__name__}")
+        if cache.frame:
+            raise ValueError(f"cache must be empty, got one at frame {cache.frame}: reset() it")
+        if predicts not in PREDICTS:
+            raise ValueError(f"predicts must be one of {', '.join(PREDICTS)}, got {predicts!r}")
+        self.model, self.cache, self.predicts = model, cache, predicts
+        self._levels = _falling("levels", levels)
+        self._first_levels = self._levels if first_levels is None else _falling("first_levels", first_levels)
+        self.set_text(text)
+        self.reset()
+
+    def set_text(self, text: Tensor | None) -> None:
+        """From the next chunk on, generate from this text [B, T, text_dim]. What was made stays in view as it was made."""
+        with torch.no_grad():
+            self._text = None if text is None else self.model.text_cache(text)  # type: ignore[attr-defined]
+
+    def reset(self) -> None:
+        """Forget the video; the next chunk is a first one."""
+        self.cache.reset()
+        self._made = 0
+        self._clean: Tensor | None = None  # the last chunk, whose clean keys and values are still to be written
+        self._clean_text: Any = None  # and the text that it was made from
+
+    def chunks(self, noise: Noise, count: int | None = None, *, first_frame: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the next ``count`` chunks [B, C, f, H, W], or chunks without end; a later call goes on where this one stopped.
+
+        ``noise(chunk, step)`` gives standard normal noise [B, C, f, H, W] of chunk 1, 2, ... and its denoising step 0, 1,
+        ...; chunks are as large as their noise. ``first_frame`` [B, C, 1, H, W], clean: the video starts with it, as a
+        chunk of its own, and it is not yielded.
+
+        Raises ValueError for a negative count, or a first frame of another length or after the start.
+        """
+        if count is not None and count < 0:
+            raise ValueError(f"count must be at least 0 or None, got {count}")
+        if first_frame is not None:
+            if first_frame.dim() != 5 or first_frame.shape[2] != 1:
+                raise ValueError(f"first_frame must be [B, C, 1, H, W], got {list(first_frame.shape)}")
+            if self._made:
+                raise ValueError(f"first_frame must be None after the start, {self._made} chunks were made: reset() first")
+            self._clean, self._clean_text = first_frame, self._text
+        return self._chunks(noise, count)
+
+    def _chunks(self, noise: Noise, count: int | None) -> Iterator[Tensor]:
+        for _ in itertools.count() if count is None else range(count):
+            yield self._next(noise)
+
+    @torch.no_grad()
+    def _next(self, noise: Noise) -> Tensor:
+        number = self._made + 1
+        levels = self._levels if self._made else self._first_levels
+        x = noise(number, 0)
+        for step, level in enumerate(levels):
+            if step:
+                x = _mix(x, noise(number, step), level)
+            out = self._first_pass(x, level) if step == 0 else self._denoise(x, level)
+            x = out.to(x.dtype) if self.predicts == "x0" else _x0(x, out, level)
+        self._made, self._clean, self._clean_text = number, x, self._text
+        return x
+
+    def _first_pass(self, x: Tensor, level: float) -> Tensor:
+        """A chunk's first denoising pass, and the clean pass of the chunk before it."""
+        clean = self._clean
+        if clean is None:
+            return self._denoise(x, level)
+        if self.cache.merged and self._clean_text is self._text:
+            times = torch.cat((_timestep(clean, 0.0), _timestep(x, level)), dim=1)
+            frames = clean.shape[2]
+            out = self.model(torch.cat((clean, x), dim=2), times, self._text, cache=self.cache, clean_frames=frames)
+            self.cache.commit()
+        else:
+            self.model(clean, _timestep(clean, 0.0), self._clean_text, cache=self.cache, cache_only=True)
+            self.cache.commit()
+            self._clean = None
+            return self._denoise(x, level)
+        self._clean = None
+        return out
+
+    def _denoise(self, x: Tensor, level: float) -> Tensor:
+        return self.model(x, _timestep(x, level), self._text, cache=self.cache)
+
+
+def _falling(name: str, levels: Sequence[float]) -> tuple[float, ...]:
+    levels = tuple(levels)
+    falling = all(a > b for a, b in itertools.pairwise(levels))
+    if not levels or not falling or not all(0 < level <= 1 for level in levels):
+        raise ValueError(f"{name} must be falling noise levels in (0, 1], got {levels}")
+    return levels
+
+
+def _timestep(x: Tensor, level: float) -> Tensor:
+    """[B, f], every frame of x [B, C, f, H, W] at one level."""
+    return torch.full((x.shape[0], x.shape[2]), 1000 * level, dtype=torch.float32, device=x.device)
+
+
+def _x0(x: Tensor, flow: Tensor, level: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) - level * flow.to(wide)).to(x.dtype)
+
+
+def _mix(x0: Tensor, noise: Tensor, level: float) -> Tensor:
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    return ((1 - level) * x0.to(wide) + level * noise.to(wide)).to(x0.dtype)
