@@ -7,8 +7,6 @@ Wan's sizes on a GPU and small ones on the CPU. Both sides of a comparison run i
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,10 @@ from torch import Tensor
 import aadkern
 from aadkern.noise import layout, reference
 from aadkern.plans import VideoLayout
-from benchmarks.timing import Run, alternate, keep, peak_bytes
+from benchmarks.timing import Job, Run, keep, medians, peak_bytes
 
 SHAPES = {"cuda": {"480p": (1, 21, 16, 60, 104), "480p x 8": (8, 21, 16, 60, 104)}, "cpu": {"demo": (24, 13, 1, 20, 20)}}
 SIGMA, DELTA = 0.7, 0.05
-Job = Callable[[], Any]
 
 
 def eager_views(x0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,11 +36,6 @@ def error(x0: Tensor, sigma: Tensor, seed: Tensor, views: tuple[Tensor, Tensor])
     exact = (1 - s) * x0.double().cpu() + s * eps
     pairs = zip(views, (exact, exact + DELTA * delta), strict=True)
     return max((view.double().cpu() - wanted).abs().max().item() for view, wanted in pairs)
-
-
-def medians(jobs: Mapping[str, Job], device: torch.device, seconds: float) -> dict[str, float]:
-    taken = alternate({name: Run(job) for name, job in jobs.items()}, device, seconds)
-    return {name: 1e3 * statistics.median(times["forward"] for times in runs) for name, runs in taken.items()}
 
 
 def replayed(job: Job) -> Job:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aadkern
 from aadkern.pooling import reference
-from benchmarks.timing import keep
-
-FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU so far
+from benchmarks.timing import Run, keep, medians, peak_bytes
 
 
 class Case(NamedTuple):
@@ -102,43 +98,6 @@ def check(case: Case, tensors: dict[str, Tensor]) -> dict[str, float]:
     return errors
 
 
-def in_turn(jobs: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each job, all run in turn for about that long, after a warm-up round."""
-    cuda = device.type == "cuda"
-    flush = torch.empty(FLUSH_BYTES if cuda else 0, dtype=torch.int8, device=device)
-    taken: dict[str, list[float]] = {name: [] for name in jobs}
-    for job in jobs.values():
-        job()
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(next(iter(taken.values()))) < 3:
-        for name, job in jobs.items():
-            flush.zero_()  # gives the host a lead too, so that launches are waited for only where they outlast kernels
-            if cuda:
-                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                first.record()
-                job()
-                last.record()
-                torch.cuda.synchronize(device)
-                taken[name].append(first.elapsed_time(last))
-            else:
-                began = time.perf_counter()
-                job()
-                taken[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def peak(job: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that a job held beside what was there before; None on a CPU, where that is not counted."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    job()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
 def kept(job: Callable[[], object], given: dict[str, Tensor]) -> int:
     """Bytes that a forward keeps for its backward, beside its inputs."""
     storages: dict[int, int] = {}
@@ -168,9 +127,9 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     elsewhere = torch.empty_like(tensors["x"])
     copy = {"copy of x": lambda: elsewhere.copy_(tensors["x"].detach())}
     result: dict[str, Any] = {**case._asdict(), "dtype": str(case.dtype).removeprefix("torch."), "relative_error": errors}
-    result["forward_ms"] = in_turn({name: forward(f) for name, f in contenders.items()} | copy, device, seconds)
-    result["both_ms"] = in_turn({name: both(f) for name, f in contenders.items()} | copy, device, seconds)
-    result["peak_bytes"] = {name: peak(both(f), device) for name, f in contenders.items()}
+    result["forward_ms"] = medians({name: forward(f) for name, f in contenders.items()} | copy, device, seconds, least=3)
+    result["both_ms"] = medians({name: both(f) for name, f in contenders.items()} | copy, device, seconds, least=3)
+    result["peak_bytes"] = {name: peak_bytes(Run(both(f)), device) for name, f in contenders.items()}
     result["kept_bytes"] = {name: kept(both(f), tensors) for name, f in contenders.items()}
     # The forward reads x twice, a copy reads and writes it: the same bytes. The backward reads it twice and writes its gradient.
     if device.type == "cuda":

@@ -14,6 +14,7 @@ import torch
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU so far (H200 60 MB, B200 126 MB)
 
+Job = Callable[[], Any]
 Seconds = dict[str, float]  # of "forward" and, with a backward, of "backward" and "both"
 
 
@@ -87,7 +88,7 @@ def alternate(runs: Mapping[str, Run], device: torch.device, seconds: float, lea
     for name in names:
         clock.start(runs[name])
     clock.wait()
-    rounds = min(MOST_ROUNDS, max(least, int(seconds / max(time.perf_counter() - began, 1e-6))))
+    rounds = max(least, min(MOST_ROUNDS, int(seconds / max(time.perf_counter() - began, 1e-6))))
     taken: dict[str, list[Seconds]] = {name: [] for name in names}
     for turn in range(rounds):
         at = turn % len(names)
@@ -96,6 +97,12 @@ def alternate(runs: Mapping[str, Run], device: torch.device, seconds: float, lea
         for name, result in pending.items():
             taken[name].append(result())
     return taken
+
+
+def medians(jobs: Mapping[str, Job], device: torch.device, seconds: float, least: int = LEAST_ROUNDS) -> dict[str, float]:
+    """The median milliseconds of each job, timed as ``alternate`` does."""
+    taken = alternate({name: Run(job) for name, job in jobs.items()}, device, seconds, least)
+    return {name: 1e3 * statistics.median(times["forward"] for times in runs) for name, runs in taken.items()}
 
 
 def summary(seconds: list[float], flops: int, ceiling: float | None) -> dict[str, Any]:
