@@ -411,3 +411,20 @@ qk_norm_rope = torch.ops.aadkern.qk_norm_rope.default
 qk_norm_rope_into = torch.ops.aadkern.qk_norm_rope_into.default
 modulated_norm = torch.ops.aadkern.modulated_norm.default
 gated_residual = torch.ops.aadkern.gated_residual.default
+
+
+_library.define("quantise_rows(Tensor x) -> (Tensor values, Tensor scale)")
+
+
+@torch.library.impl(_library, "quantise_rows", "CompositeExplicitAutograd")
+def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    with span("quantise_rows"):
+        return importlib.import_module("aadkern.fp8.triton_quantise").forward(x)
+
+
+@torch.library.register_fake("aadkern::quantise_rows", lib=_library)
+def _quantise_rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+quantise_rows = torch.ops.aadkern.quantise_rows.default
