@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import os
 
+import torch
+
 BACKENDS = ("reference", "sdpa", "triton", "sm90")
 AVAILABLE = "available"
 
@@ -60,8 +62,6 @@ def _reason_against_sm90(device: str) -> str | None:
         return reason
     if not device.startswith("cuda"):
         return "built for sm_90a, and serves GPUs of compute capability 9.0 (H100, H200, H20, GH200) only"
-    import torch
-
     capability = torch.cuda.get_device_capability(device)
     if capability != SM90_CAPABILITY:
         return f"built for sm_90a, and this GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
@@ -98,6 +98,11 @@ def choose_fused_backend(operator: str, requested: str, device_type: str, dtype:
 
     Raises ValueError, naming ``operator``, where the requested one cannot serve.
     """
+    return _fused_backend(operator, requested, device_type, dtype)
+
+
+@functools.cache  # asked several times in every block: 5 microseconds each of a pass that takes 4 ms
+def _fused_backend(operator: str, requested: str, device_type: str, dtype: str) -> str:
     if requested == "auto":
         served = (b for b in FUSED_PREFERENCE.get(device_type, ("torch",)) if reason_against(b, device_type) is None)
         return next(b for b in served if not (b == "triton" and dtype == "float64"))
@@ -116,7 +121,5 @@ def backends(device: str | None = None) -> dict[str, str]:
     FlexAttention and FlashAttention are compared against in ``benchmarks/``; they are not backends.
     """
     if device is None:
-        import torch
-
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return {name: reason_against(name, device) or AVAILABLE for name in BACKENDS}

@@ -161,6 +161,11 @@ def shard(
     return fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds any part of the module."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
 def reshard(module: nn.Module) -> None:
     """Drops gathered copies, so that `module.parameters()` are the shards and the next forward sees changes to them."""
     for part in module.modules():

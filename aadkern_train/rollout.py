@@ -19,7 +19,7 @@ from aadkern.plans import VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
 from aadkern.streaming.generator import StreamingGenerator
 from aadkern_train.denoiser import Denoiser, new_cache
-from aadkern_train.distributed import accumulating
+from aadkern_train.distributed import accumulating, is_sharded
 from aadkern_train.flow import add_noise
 from aadkern_train.steps import StepPlan
 
@@ -107,7 +107,9 @@ def stream(
         x0 = generator(x.transpose(1, 2), timestep / 1000, **options)
         return None if x0 is None else x0.transpose(1, 2)
 
-    streaming = StreamingGenerator(model, cache, levels=steps.levels(False), first_levels=steps.levels(True), predicts="x0")
+    # What FSDP gathers under inference mode could not be trained with afterwards.
+    options = {"levels": steps.levels(False), "first_levels": steps.levels(True), "inference_mode": not is_sharded(generator)}
+    streaming = StreamingGenerator(model, cache, predicts="x0", **options)
     chunks = streaming.chunks(lambda chunk, step: noise(chunk, step).transpose(1, 2), first_frame=first_frame[:, :, None])
     for _, chunk in zip(sizes, chunks, strict=False):
         yield chunk.transpose(1, 2)

@@ -12,18 +12,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 
 from aadkern import VideoLayout, compat, plans
 from aadkern.wan import CausalWan
+from tests import test_wan
 
-CONFIG = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=3,
-    attention_head_dim=16,
-    in_channels=3,
-    out_channels=5,
-    text_dim=10,
-    freq_dim=12,
-    ffn_dim=40,
-    num_layers=2,
-)
+CONFIG = {**test_wan.CONFIG, "num_attention_heads": 3, "num_layers": 2}
 
 
 def random_state(dtype=torch.float32, **changes) -> dict[str, torch.Tensor]:

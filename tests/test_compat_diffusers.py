@@ -12,18 +12,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from aadkern import VideoLayout, Window, compat, plans
 from aadkern.testing import assert_close_to_reference
 from aadkern.wan import CausalWan
+from tests.test_wan import CONFIG
 
-CONFIG = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=3,
-    out_channels=5,
-    text_dim=10,
-    freq_dim=12,
-    ffn_dim=40,
-    num_layers=3,
-)
 FRAMES, HEIGHT, WIDTH, TOKENS = 6, 6, 4, 6
 LAYOUT = VideoLayout((1, 2, 3), TOKENS)
 WINDOW = Window(frames=4, sink=1)

@@ -300,9 +300,9 @@ def test_equal_chunks_repeat_a_few_plans_in_place():
     cache.commit()
     address, seen = cache.keys.data_ptr(), []
     for _ in range(8):
-        layer = cache.begin(4)(0)
-        assert len(layer.own) == 1  # slots are aligned to chunks: a chunk is written in one piece
-        seen.append(layer.plan)
+        ring = cache.begin(4)
+        assert len(ring.own) == 1  # slots are aligned to chunks: a chunk is written in one piece
+        seen.append(ring.plan)
         model(x, t, cache=cache, cache_only=True)
         cache.commit()
     assert cache.keys.data_ptr() == address
@@ -312,7 +312,7 @@ def test_equal_chunks_repeat_a_few_plans_in_place():
     assert uneven.capacity_frames == 12
     phases = []
     for _ in range(9):
-        phases.append(uneven.begin(4)(0).plan)
+        phases.append(uneven.begin(4).plan)
         model(x, t, cache=uneven, cache_only=True)
         uneven.commit()
     assert len(set(phases[2:])) == 3 and phases[3:6] == phases[6:]

@@ -102,8 +102,8 @@ def modulated_norm(
     """
     name = "modulated_norm"
     _check_tokens(name, x, "x", x)
-    for argument, rows in (("shift", shift), ("scale", scale)):
-        _check_rows(name, x, argument, rows)
+    _check_rows(name, x, "shift", shift)
+    _check_tensor(name, scale, "scale", x)
     if shift.dtype != scale.dtype:
         raise TypeError(f"{name}: scale must have shift's dtype {shift.dtype}, got {scale.dtype}")
     if shift.shape != scale.shape:

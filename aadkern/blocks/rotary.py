@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aadkern.streaming.rope import Periods, axis_dims, frequencies, rotation_table
+from aadkern.streaming.rope import Periods, axis_dims, axis_table, rotation_table, upload
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,19 @@ class Turns(NamedTuple):
     sizes: tuple[int, int, int]
     of_tokens: Tensor | None = None  # complex [tokens, 1, head_dim / 2], what torch's own operations need
 
+    def on(self, device: torch.device) -> Turns:
+        """The same on ``device``, from the host, without waiting for the device."""
+        of_tokens = None if self.of_tokens is None else upload(self.of_tokens, device)
+        return Turns(upload(self.axes, device), self.sizes, of_tokens)
+
 
 @lru_cache(maxsize=64)
 def axis_turns(grid: RotaryGrid, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``Turns.axes`` from float64 angles; the first t rows are the first frame's."""
     positions = (grid.frames, range(grid.height), range(grid.width))
-    tables = []
-    # Cached, so never an inference tensor: those cannot be saved for backward.
+    axes = zip(positions, axis_dims(head_dim), grid.periods or (None, None, None), strict=True)
     with torch.inference_mode(False):
-        for dim, at, period in zip(axis_dims(head_dim), positions, grid.periods or (None, None, None), strict=True):
-            angle = torch.outer(torch.tensor(list(at), dtype=torch.float64), frequencies(dim, period)).flatten()
-            tables.append(torch.stack((angle.cos(), angle.sin()), dim=-1))
+        tables = [torch.view_as_real(axis_table(*axis)).flatten(0, 1) for axis in axes]
         return torch.cat(tables).to(device=device, dtype=dtype)
 
 

@@ -6,26 +6,21 @@ slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from aadkern.plans import AttentionPlan, Window
-from aadkern.range_attention.api import attention
-from aadkern.streaming.context import everything, sink_shift
-from aadkern.streaming.rope import rotate, shift_table, table_dtype
+from aadkern.streaming.context import sink_shift
+from aadkern.streaming.passes import ReplayPass, RingPass
 
 if TYPE_CHECKING:
     from aadkern.wan.model import CausalWan
 
 ROPE_MODES = ("absolute", "relative")
-
-LayerAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class StreamingCache:
@@ -97,11 +92,11 @@ class StreamingCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         sink_tokens = window.sink * tokens_per_frame
-        # The sink's keys at their own frames; ``keys`` holds them moved by ``_sink_at[layer]`` frames, and by
-        # ``_second_at[layer]`` behind the ring.
+        # The sink's keys at their own frames; ``keys`` holds them moved by ``_sink_at`` frames, and by ``_second_at`` behind the
+        # ring (None: not known).
         self._sink_keys = self.keys[:, :, :sink_tokens].clone() if rope == "relative" else None
-        self._sink_at = [0] * layers
-        self._second_at: list[int | None] = [None] * layers
+        self._sink_at: int | None = 0
+        self._second_at: int | None = None
         self.reset()
 
     @classmethod
@@ -144,6 +139,11 @@ class StreamingCache:
         return self._frame
 
     @property
+    def held(self) -> tuple[int, int]:
+        """The frames [start, end) that are in the ring, whole or half made; the sink's are beside it."""
+        return max(self._newest - self.ring, 0), self._newest
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         sink = 0 if self._sink_keys is None else self._sink_keys.nbytes
@@ -154,6 +154,7 @@ class StreamingCache:
         self._frame = 0
         self._history = 0  # frames [0, _history) are committed
         self._newest = 0  # slots hold frames [_newest - ring, _newest), and the sink
+        self._oldest = 0  # earlier frames, but for the sink, are not seen
         self._written: tuple[int, int] | None = None
 
     def rewind(self, frame: int) -> None:
@@ -163,7 +164,19 @@ class StreamingCache:
         """
         if not isinstance(frame, int) or isinstance(frame, bool) or not 0 <= frame <= self._history:
             raise ValueError(f"frame must be a whole number in [0, {self._history}], what is committed, got {frame!r}")
-        self._frame = frame
+        self._frame, self._oldest = frame, 0
+        self._written = None
+
+    def revisit(self, frame: int, oldest: int) -> None:
+        """Stand before ``frame``, to write its chunk anew: the next pass sees the sink, and of other frames those from ``oldest``
+        on. What it sees it must find: write in order the chunks of the sink, the chunk at ``oldest``, and all after it.
+
+        ``commit`` ends it. Raises ValueError for frames that are not in the ring.
+        """
+        first, end = self.held
+        if not 0 <= frame < end or (frame >= self.window.sink and not first <= oldest <= frame):
+            raise ValueError(f"frame and oldest must be of the sink or held, in [{first}, {end}), got {frame} and {oldest}")
+        self._frame, self._oldest = frame, oldest
         self._written = None
 
     def commit(self) -> None:
@@ -171,14 +184,14 @@ class StreamingCache:
         if self._written is None:
             raise RuntimeError(f"nothing was written for the chunk at frame {self._frame}: run all layers under torch.no_grad()")
         self._frame = self._history = self._written[1]
-        self._written = None
+        self._written, self._oldest = None, 0
 
-    def begin(self, frames: int, clean_frames: int = 0) -> Callable[[int], LayerAttention]:
+    def begin(self, frames: int, clean_frames: int = 0) -> RingPass | ReplayPass:
         """The model's side: one pass over a chunk of ``frames`` frames, or over ``clean_frames`` clean ones and the chunk after
-        them; returns what gives a layer its attention."""
+        them; called with a layer it gives that one's attention."""
         start, end = self._frame, self._frame + frames
         chunks = self._chunks(frames, clean_frames)
-        views = [self.window.visible_frames(*chunk) for chunk in chunks]
+        views = [self._view(*chunk) for chunk in chunks]
         oldest = max(views[0][-1][0], self.window.sink)
         if end - oldest > self.ring:
             raise ValueError(
@@ -192,8 +205,8 @@ class StreamingCache:
             )
         shifts = [sink_shift(self.window, *chunk) if self.rope == "relative" else 0 for chunk in chunks]
         if torch.is_grad_enabled():
-            past = [(a, min(b, start)) for a, b in views[0] if a < start]
-            return lambda layer: self._replay(layer, frames, past, shifts[0])
+            past = [piece for a, b in views[0] if a < start for piece in self._slots(a, min(b, start))]
+            return ReplayPass(self, frames, past, shifts[0])
         self._written = None
         self._history = min(self._history, start)
         self._newest = max(self._newest, end)
@@ -201,8 +214,26 @@ class StreamingCache:
         ranges = [self._ranges(view, second=shift != shifts[0]) for view, shift in zip(views, shifts, strict=True)]
         plan = _ring_plan(tuple((b - a) * n for a, b in chunks), k_len, tuple(ranges))
         last = plan if len(chunks) == 1 else _ring_plan(((frames - clean_frames) * n,), k_len, (ranges[1],))
-        own = self._slots(start, end)
-        return lambda layer: _RingAttention(self, layer, chunks, own, shifts, plan, last)
+        return RingPass(self, chunks, self._slots(start, end), plan, last, self._places(start, shifts))
+
+    def _view(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The frames that the chunk sees: its window's, without those before ``_oldest``."""
+        seen, sink = self.window.visible_frames(start, end), self.window.sink
+        if min(self._oldest, start) <= max(seen[-1][0], sink):
+            return seen
+        return ([(0, sink)] if sink else []) + [(min(self._oldest, start), end)]
+
+    def _places(self, start: int, shifts: list[int]) -> tuple[int | None, int | None]:
+        """Where the sink and its second copy are to be moved; until the pass has done it they stand nowhere."""
+        if self._sink_keys is None:
+            return None, None
+        if start < self.window.sink:  # the pass writes the sink anew
+            self._second_at = None
+        sink = None if shifts[0] == self._sink_at else shifts[0]
+        second = None if shifts[-1] in (shifts[0], self._second_at) else shifts[-1]
+        self._sink_at = None if sink is not None else self._sink_at
+        self._second_at = None if second is not None else self._second_at
+        return sink, second
 
     def _chunks(self, frames: int, clean_frames: int) -> list[tuple[int, int]]:
         """The frames of the pass's chunks: one, or in a merged pass the clean and the noisy one."""
@@ -241,111 +272,6 @@ class StreamingCache:
             pieces.append((frame, slot, count))
             frame += count
         return pieces
-
-    def _replay(self, layer: int, frames: int, past: list[tuple[int, int]], shift: int) -> _ReplayAttention:
-        n, keys, values = self.tokens_per_frame, [], []
-        for a, b in past:
-            for frame, slot, count in self._slots(a, b):
-                tokens = slice(slot * n, (slot + count) * n)
-                if self._sink_keys is not None and frame < self.window.sink:
-                    keys.append(_moved(self._sink_keys[layer, :, tokens], shift, self.frame_period))
-                else:
-                    keys.append(self.keys[layer, :, tokens])
-                values.append(self.values[layer, :, tokens])
-        if not keys:
-            return _ReplayAttention(self, frames, None, None)
-        return _ReplayAttention(self, frames, torch.cat(keys, dim=1), torch.cat(values, dim=1))
-
-    def _place_sink(self, layer: int, shift: int) -> None:
-        if self._sink_keys is not None and self._sink_at[layer] != shift:
-            self.keys[layer, :, : self._sink_keys.shape[2]] = _moved(self._sink_keys[layer], shift, self.frame_period)
-            self._sink_at[layer] = shift
-
-    def _place_second_sink(self, layer: int, shift: int) -> None:
-        if self._sink_keys is not None and self._second_at[layer] != shift:
-            sink = self._sink_keys.shape[2]
-            self.keys[layer, :, -sink:] = _moved(self._sink_keys[layer], shift, self.frame_period)
-            self.values[layer, :, -sink:] = self.values[layer, :, :sink]
-            self._second_at[layer] = shift
-
-    def _check(self, k: Tensor, frames: int) -> None:
-        expected = (self.batch, frames * self.tokens_per_frame, self.heads, self.head_dim)
-        if tuple(k.shape) != expected:
-            raise ValueError(f"keys must be {list(expected)} for this cache, got {list(k.shape)}")
-        if k.dtype != self.keys.dtype or k.device != self.keys.device:
-            ours = f"dtype {self.keys.dtype} on {self.keys.device}"
-            raise ValueError(f"dtype and device of the cache must be the keys', {k.dtype} on {k.device}, got {ours}")
-
-
-@dataclass(eq=False)
-class _RingAttention:
-    """One layer of a pass without gradient: keys and values go into the chunks' slots, queries attend to the ring.
-
-    ``chunks`` are one or, in a merged pass, two; ``last_plan`` is that of the last one's queries alone.
-    """
-
-    cache: StreamingCache
-    layer: int
-    chunks: list[tuple[int, int]]
-    own: list[tuple[int, int, int]]
-    shifts: list[int]
-    plan: AttentionPlan
-    last_plan: AttentionPlan
-    slot: Tensor | None = None
-
-    def key_slot(self, k: Tensor) -> Tensor | None:
-        """Where turned keys like k [B, L, H, D] may be written, to be given to ``store``; None where that is not one place."""
-        cache, (_, first, count) = self.cache, self.own[0]
-        n = cache.tokens_per_frame
-        if len(self.own) == 1 and first >= cache.window.sink and k.dtype == cache.keys.dtype and k.shape[1] == count * n:
-            self.slot = cache.keys[self.layer, :, first * n : (first + count) * n]
-        return self.slot
-
-    def store(self, k: Tensor, v: Tensor) -> None:
-        cache, layer, start, end = self.cache, self.layer, self.chunks[0][0], self.chunks[-1][1]
-        cache._check(k, end - start)
-        cache._place_sink(layer, self.shifts[0])
-        n = cache.tokens_per_frame
-        for frame, slot, count in self.own:
-            source, slots = slice((frame - start) * n, (frame - start + count) * n), slice(slot * n, (slot + count) * n)
-            if k is not self.slot:
-                cache.keys[layer, :, slots] = k[:, source]
-            cache.values[layer, :, slots] = v[:, source]
-            if cache._sink_keys is not None and frame < cache.window.sink:
-                cache._sink_keys[layer, :, slots] = k[:, source]
-                cache._second_at[layer] = None
-        if self.shifts[-1] != self.shifts[0]:
-            cache._place_second_sink(layer, self.shifts[-1])
-        if layer == cache.layers - 1:
-            cache._written = self.chunks[0]
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.store(k, v)
-        plan = self.plan if q.shape[1] == k.shape[1] else self.last_plan
-        return attention(q, self.cache.keys[self.layer], self.cache.values[self.layer], plan)
-
-
-@dataclass(frozen=True, eq=False)
-class _ReplayAttention:
-    """One layer of a pass with gradient: the frames in view are constants, the chunk's own keys are not."""
-
-    cache: StreamingCache
-    frames: int
-    keys: Tensor | None
-    values: Tensor | None
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.cache._check(k, self.frames)
-        if self.keys is not None and self.values is not None:
-            k, v = torch.cat((self.keys, k), dim=1), torch.cat((self.values, v), dim=1)
-        return attention(q, k, v, everything(q.shape[1], k.shape[1]))
-
-
-def _moved(keys: Tensor, shift: int, frame_period: int | None) -> Tensor:
-    """Turned keys [B, tokens, H, D], moved by ``shift`` frames."""
-    if shift == 0:
-        return keys
-    return rotate(keys, shift_table(keys.shape[-1], (shift,), frame_period, table_dtype(keys.dtype), keys.device)[0])
 
 
 def _capacity(window: Window, max_chunk: int, asked: int | None, merged: bool) -> int:

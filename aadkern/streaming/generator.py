@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aadkern.streaming.cache import StreamingCache
+from aadkern.streaming.graphs import PassGraphs
 
 Noise = Callable[[int, int], Tensor]
 
@@ -30,7 +31,10 @@ class StreamingGenerator:
     ``model`` is a ``CausalWan``, or any callable with its forward's arguments and, if text is given, its ``text_cache``.
     ``cache`` is empty and fits it. ``levels`` are the falling noise levels, in (0, 1], of a chunk's denoising passes and
     ``first_levels`` those of the first generated chunk (None: the same). ``predicts``: the model's output is "flow" (eps -
-    x0) or "x0". ``text`` [B, T, text_dim] or None: its cross-attention keys and values are computed once.
+    x0) or "x0". ``text`` [B, T, text_dim] or None: its cross-attention keys and values are computed once. ``cuda_graphs``: passes
+    are replayed from CUDA graphs once the ring has come round (``PassGraphs``), which spares the launches; GPUs only.
+    ``inference_mode``: run under ``torch.inference_mode``, which spares a seventh of a small model's time on a CPU; False is
+    ``torch.no_grad``, for parameters that FSDP shards.
 
     A chunk costs len(levels) passes, and one that writes its clean keys and values for later chunks; a cache made with
     ``merged=True`` has the latter done within the next chunk's first pass, with the same result.
@@ -47,6 +51,8 @@ class StreamingGenerator:
         first_levels: Sequence[float] | None = None,
         predicts: str = "flow",
         text: Tensor | None = None,
+        cuda_graphs: bool = False,
+        inference_mode: bool = True,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}")
@@ -56,23 +62,54 @@ class StreamingGenerator:
             raise ValueError(f"cache must be empty, got one at frame {cache.frame}: reset() it")
         if predicts not in PREDICTS:
             raise ValueError(f"predicts must be one of {', '.join(PREDICTS)}, got {predicts!r}")
+        if cuda_graphs and cache.keys.device.type != "cuda":
+            raise ValueError(f"cuda_graphs must be False for a cache on {cache.keys.device}, got {cuda_graphs}")
         self.model, self.cache, self.predicts = model, cache, predicts
+        self._without_gradient = torch.inference_mode if inference_mode else torch.no_grad
+        self._options: dict[str, Any] = {"cache": cache, "graphs": PassGraphs()} if cuda_graphs else {"cache": cache}
         self._levels = _falling("levels", levels)
         self._first_levels = self._levels if first_levels is None else _falling("first_levels", first_levels)
-        self.set_text(text)
         self.reset()
+        self.set_text(text)
 
-    def set_text(self, text: Tensor | None) -> None:
-        """From the next chunk on, generate from this text [B, T, text_dim]. What was made stays in view as it was made."""
-        with torch.no_grad():
-            self._text = None if text is None else self.model.text_cache(text)  # type: ignore[attr-defined]
+    def set_text(self, text: Tensor | None, *, recache: bool = False) -> None:
+        """From the next chunk on, generate from this text [B, T, text_dim]. What was made stays in view as it was made.
+
+        With ``recache`` the keys and values of the chunks in view are made anew under this text, each seeing the sink and the
+        chunks in view before it, so that the video turns to it sooner (LongLive's KV-recache); that costs a pass for each. Raises
+        ValueError, having changed nothing, for chunks of unequal sizes of which the ring has not kept all that are in view.
+        """
+        oldest, kept = self._in_view() if recache else (0, [])
+        with self._without_gradient():
+            self._text: Any = None if text is None else self.model.text_cache(text)  # type: ignore[attr-defined]
+            for start, clean in kept:
+                self.cache.revisit(start, oldest)
+                self._write(clean, self._text)
+        if recache:
+            self._clean_text = self._text
+
+    def _in_view(self) -> tuple[int, list[tuple[int, Tensor]]]:
+        """The written chunks that the next pass sees, and where beside the sink they begin.
+
+        Raises ValueError where the ring has not kept all of them whole.
+        """
+        here, (held, _), window = self.cache.frame, self.cache.held, self.cache.window
+        pending = 1 if self._clean is None else self._clean.shape[2]
+        oldest = window.visible_frames(here, here + pending)[-1][0]
+        seen = [(start, chunk) for start, chunk in self._kept if start < window.sink or start + chunk.shape[2] > oldest]
+        begins = min((max(start, window.sink) for start, chunk in seen if start + chunk.shape[2] > oldest), default=here)
+        if begins < held and begins < here:
+            raise ValueError(f"recache must be False: frame {begins} is in view, and frames before {held} are overwritten")
+        return begins, seen
 
     def reset(self) -> None:
         """Forget the video; the next chunk is a first one."""
         self.cache.reset()
         self._made = 0
+        self._kept: list[tuple[int, Tensor]] = []  # the chunks in view, clean, and where each starts
+        self._times: dict[tuple[tuple[int, float], ...], Any] = {}
         self._clean: Tensor | None = None  # the last chunk, whose clean keys and values are still to be written
-        self._clean_text: Any = None  # and the text that it was made from
+        self._clean_text = None  # and the text that it was made from
 
     def chunks(self, noise: Noise, count: int | None = None, *, first_frame: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the next ``count`` chunks [B, C, f, H, W], or chunks without end; a later call goes on where this one stopped.
@@ -95,9 +132,10 @@ class StreamingGenerator:
 
     def _chunks(self, noise: Noise, count: int | None) -> Iterator[Tensor]:
         for _ in itertools.count() if count is None else range(count):
-            yield self._next(noise)
+            with self._without_gradient():
+                chunk = self._next(noise)
+            yield chunk.clone()  # the caller's own, and no inference tensor
 
-    @torch.no_grad()
     def _next(self, noise: Noise) -> Tensor:
         number = self._made + 1
         levels = self._levels if self._made else self._first_levels
@@ -115,21 +153,41 @@ class StreamingGenerator:
         clean = self._clean
         if clean is None:
             return self._denoise(x, level)
+        frames = clean.shape[2]
         if self.cache.merged and self._clean_text is self._text:
-            times = torch.cat((_timestep(clean, 0.0), _timestep(x, level)), dim=1)
-            frames = clean.shape[2]
-            out = self.model(torch.cat((clean, x), dim=2), times, self._text, cache=self.cache, clean_frames=frames)
+            times = self._levels_of(x, (frames, 0.0), (x.shape[2], level))
+            out = self.model(torch.cat((clean, x), dim=2), times, self._text, clean_frames=frames, **self._options)
             self.cache.commit()
-        else:
-            self.model(clean, _timestep(clean, 0.0), self._clean_text, cache=self.cache, cache_only=True)
-            self.cache.commit()
-            self._clean = None
-            return self._denoise(x, level)
+            self._keep(clean)
+            return out
+        self._write(clean, self._clean_text)
+        self._keep(clean)
+        return self._denoise(x, level)
+
+    def _write(self, clean: Tensor, text: Any) -> None:
+        """The clean keys and values of the chunk at ``cache.frame``."""
+        self.model(clean, self._levels_of(clean, (clean.shape[2], 0.0)), text, cache_only=True, **self._options)
+        self.cache.commit()
+
+    def _keep(self, clean: Tensor) -> None:
+        """The chunk is written; remember it while the sink holds it or a next chunk may see it."""
+        end, window = self.cache.frame, self.cache.window
+        oldest = window.visible_frames(end, end + 1)[-1][0]
+        kept = [*self._kept, (end - clean.shape[2], clean)]
+        self._kept = [(start, chunk) for start, chunk in kept if start < window.sink or start + chunk.shape[2] > oldest]
         self._clean = None
-        return out
 
     def _denoise(self, x: Tensor, level: float) -> Tensor:
-        return self.model(x, _timestep(x, level), self._text, cache=self.cache)
+        return self.model(x, self._levels_of(x, (x.shape[2], level)), self._text, **self._options)
+
+    def _levels_of(self, x: Tensor, *parts: tuple[int, float]) -> Any:
+        """The timesteps [B, f] of parts of a chunk, (frames, level) each; embedded once where the model offers that."""
+        if parts not in self._times:
+            rows = [1000 * level for frames, level in parts for _ in range(frames)]
+            timestep = torch.tensor(rows, dtype=torch.float32, device=x.device).expand(x.shape[0], -1)
+            embed = getattr(self.model, "time_cache", None)
+            self._times[parts] = timestep if embed is None else embed(timestep)
+        return self._times[parts]
 
 
 def _falling(name: str, levels: Sequence[float]) -> tuple[float, ...]:
@@ -138,11 +196,6 @@ def _falling(name: str, levels: Sequence[float]) -> tuple[float, ...]:
     if not levels or not falling or not all(0 < level <= 1 for level in levels):
         raise ValueError(f"{name} must be falling noise levels in (0, 1], got {levels}")
     return levels
-
-
-def _timestep(x: Tensor, level: float) -> Tensor:
-    """[B, f], every frame of x [B, C, f, H, W] at one level."""
-    return torch.full((x.shape[0], x.shape[2]), 1000 * level, dtype=torch.float32, device=x.device)
 
 
 def _x0(x: Tensor, flow: Tensor, level: float) -> Tensor:

@@ -8,7 +8,6 @@ out of (Wan's has 1024 rows).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -36,10 +35,13 @@ def frequencies(dim: int, period: int | None = None) -> Tensor:
     return (pair + 1) * (2.0 * math.pi / period)
 
 
-def _turns(positions: Sequence[int], frequency: Tensor) -> Tensor:
-    """exp(i position frequency), complex128 [positions, pairs]."""
-    angle = torch.outer(torch.tensor(list(positions), dtype=torch.float64), frequency)
-    return torch.polar(torch.ones_like(angle), angle)
+@lru_cache(maxsize=256)
+def axis_table(positions: range | tuple[int, ...], dim: int, period: int | None) -> Tensor:
+    """exp(i position frequency) of the ``dim / 2`` channel pairs of one axis, complex128 [positions, dim / 2] on the host."""
+    # Cached, so never an inference tensor: those cannot be saved for backward.
+    with torch.inference_mode(False):
+        angle = torch.outer(torch.tensor(list(positions), dtype=torch.float64), frequencies(dim, period))
+        return torch.polar(torch.ones_like(angle), angle)
 
 
 def table_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,13 +63,12 @@ def rotation_table(
 
     ``frames`` are the frame indices, ``height`` and ``width`` the grid in patches, ``periods`` or None.
     """
-    dims = axis_dims(head_dim)
-    frame_period, row_period, column_period = periods or (None, None, None)
-    # Cached, so never an inference tensor: those cannot be saved for backward.
+    positions = (frames, range(height), range(width))
     with torch.inference_mode(False):
-        frame = _turns(frames, frequencies(dims[0], frame_period)).to(device=device, dtype=dtype)
-        row = _turns(range(height), frequencies(dims[1], row_period)).to(device=device, dtype=dtype)
-        column = _turns(range(width), frequencies(dims[2], column_period)).to(device=device, dtype=dtype)
+        frame, row, column = (
+            axis_table(at, dim, period).to(device=device, dtype=dtype)
+            for at, dim, period in zip(positions, axis_dims(head_dim), periods or (None, None, None), strict=True)
+        )
         shape = (len(frames), height, width, -1)
         axes = (frame[:, None, None].expand(shape), row[:, None].expand(shape), column.expand(shape))
         return torch.cat(axes, dim=-1).flatten(0, 2).unsqueeze(1)
@@ -81,8 +82,13 @@ def shift_table(
     time = axis_dims(head_dim)[0] // 2
     with torch.inference_mode(False):
         turns = torch.ones(len(shifts), head_dim // 2, dtype=torch.complex128)
-        turns[:, :time] = _turns(shifts, frequencies(2 * time, frame_period))
+        turns[:, :time] = axis_table(shifts, 2 * time, frame_period)
         return turns[:, None, None].to(device=device, dtype=dtype)
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``, without waiting for the device as a plain copy would."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

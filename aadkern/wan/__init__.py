@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aadkern.streaming.context import CausalContext
-from aadkern.wan.model import CausalWan, CausalWanBlock
+from aadkern.wan.block import CausalWanBlock, TextCache, TimeCache
+from aadkern.wan.model import CausalWan
 
-__all__ = ["CausalContext", "CausalWan", "CausalWanBlock"]
+__all__ = ["CausalContext", "CausalWan", "CausalWanBlock", "TextCache", "TimeCache"]

@@ -7,104 +7,26 @@ under a plan, or through a ``StreamingCache``; without text the cross-attention 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
-from aadkern.blocks import RotaryGrid, Turns, gated_residual, modulated_norm, qk_norm_rope
+from aadkern.blocks import RotaryGrid, Turns, modulated_norm
 from aadkern.plans import AttentionPlan
 from aadkern.runtime import FUSED_BACKENDS, choose_fused_backend
-from aadkern.streaming.cache import ROPE_MODES, LayerAttention, StreamingCache
+from aadkern.streaming.cache import ROPE_MODES, StreamingCache
 from aadkern.streaming.context import CausalContext, ClipAttention, everything
+from aadkern.streaming.graphs import PassGraphs, PassInputs
+from aadkern.streaming.passes import LayerAttention, RingPass
+from aadkern.wan.block import CausalWanBlock, TextCache, TimeCache, wide_dtype
 
 CLEAN_FIRST_FRAME = "give the image as a clean first latent frame"
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Norms, modulation and gates run in fp32, for fp64 inputs in fp64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class TextCache:
-    """Each block's cross-attention keys and values [B, H, T, D] of one text: made by ``CausalWan.text_cache``."""
-
-    layers: list[tuple[Tensor, Tensor]]
-
-
-class CausalWanBlock(WanTransformerBlock):
-    """diffusers' Wan block: the same parameters; attention comes from outside, modulation is per frame."""
-
-    block_backend: str | None = None  # what serves ``aadkern.blocks``; None is the best for the device
-
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        turns: Turns,
-        attend: LayerAttention,
-        text: Tensor | tuple[Tensor, Tensor] | None = None,
-        sample_of: Tensor | None = None,
-        store_only: bool = False,
-        skip_frames: int = 0,
-    ) -> Tensor | None:
-        """x [B, F, n, dim]: n tokens in each of F frames; modulation [B, F or 1, n or 1, 6, dim]; text [B, T, dim], or its
-        ``text_keys_values``, or with ``sample_of`` [B] that of fewer samples, of which row i of x takes sample_of[i].
-
-        ``turns`` are those of the tokens' positions; ``attend`` maps q, k, v [B, F n, H, D] to
-        [B, F n, H, D], and its ``key_slot`` is where the keys are wanted, if anywhere. ``store_only`` hands k and v to
-        ``attend.store`` and stops; ``skip_frames`` goes on without the first frames once all keys and values are there.
-        """
-        wide, backend = _wide(x.dtype), self.block_backend
-        rows = (self.scale_shift_table.to(wide) + modulation.to(wide)).flatten(1, 2)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(-2)
-        attn = self.attn1
-        h = modulated_norm(x, shift, scale, eps=self.norm1.eps, backend=backend)
-        by_head = (x.shape[0], -1, attn.heads, attn.inner_dim // attn.heads)
-        v, k = attn.to_v(h).view(by_head), attn.to_k(h).view(by_head)
-        q, q_weight = (None, None) if store_only else (attn.to_q(h).view(by_head), attn.norm_q.weight)
-        slot = attend.key_slot(k) if hasattr(attend, "key_slot") else None
-        q, k = qk_norm_rope(q, k, q_weight, attn.norm_k.weight, turns, eps=self.norm1.eps, k_out=slot, backend=backend)
-        if q is None:
-            attend.store(k, v)  # type: ignore[attr-defined]
-            return None
-        if skip_frames:
-            q, h, x = q[:, skip_frames * x.shape[2] :], h[:, skip_frames:], x[:, skip_frames:]
-            gate, ffn_shift, ffn_scale, ffn_gate = (
-                y[:, skip_frames * (y.shape[1] // modulation.shape[1]) :] for y in (gate, ffn_shift, ffn_scale, ffn_gate)
-            )
-        x = gated_residual(x, attn.to_out[0](attend(q, k, v).reshape(h.shape)), gate, backend=backend)
-        if text is not None:
-            x = x + self._cross_attention(x, text, sample_of)
-        h = modulated_norm(x, ffn_shift, ffn_scale, eps=self.norm3.eps, backend=backend)
-        return gated_residual(x, self.ffn(h), ffn_gate, backend=backend)
-
-    def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """The cross-attention's keys and values [B, H, T, D] of text [B, T, dim]."""
-        attn = self.attn2
-        v = attn.to_v(text)
-        k = attn.norm_k(attn.to_k(text)).to(v.dtype)
-        return self._heads_first(k), self._heads_first(v)
-
-    def _heads_first(self, y: Tensor) -> Tensor:
-        return y.unflatten(-1, (self.attn2.heads, -1)).transpose(1, 2)
-
-    def _cross_attention(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], sample_of: Tensor | None) -> Tensor:
-        attn, norm, h = self.attn2, self.norm2, x
-        if isinstance(norm, torch.nn.LayerNorm):
-            wide = _wide(x.dtype)
-            h = F.layer_norm(x.to(wide), x.shape[-1:], norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(x.dtype)
-        k, v = self.text_keys_values(text) if isinstance(text, Tensor) else text
-        if sample_of is not None:
-            k, v = k[sample_of], v[sample_of]
-        q = self._heads_first(attn.norm_q(attn.to_q(h)).to(v.dtype).flatten(1, 2))
-        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
 class CausalWan(WanTransformer3DModel):
@@ -199,6 +121,23 @@ class CausalWan(WanTransformer3DModel):
         blocks: Any = self.blocks
         return TextCache([block.text_keys_values(text) for block in blocks])
 
+    def time_cache(self, timestep: Tensor) -> TimeCache:
+        """The embeddings of noise levels ``timestep`` [B] or [B, F], once for all passes at them: give it in its place."""
+        if timestep.dim() not in (1, 2):
+            raise ValueError(f"timestep must be [B] or [B, F], got {list(timestep.shape)}")
+        return TimeCache(timestep, *self._time(timestep, 1 if timestep.dim() == 1 else timestep.shape[1]))
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Run what each block does before and after its attention through ``torch.compile`` with these ``options``.
+
+        Every block has the same code, so one compilation serves all; the attention, norms of q and k, and the ring stay outside.
+        Each length of a pass is compiled for itself, when it first comes.
+        """
+        torch.compiler.assume_constant_result(choose_fused_backend)  # or torch.compile warns of the cache inside
+        for block in self.blocks:
+            for part in ("project", "complete"):
+                setattr(block, part, torch.compile(getattr(block, part), dynamic=False, **options))
+
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of height x width: 1560 for 60 x 104. ValueError where patches do not tile it."""
         rows, columns = self._patch
@@ -209,7 +148,7 @@ class CausalWan(WanTransformer3DModel):
     def forward(
         self,
         hidden_states: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | TimeCache,
         encoder_hidden_states: Tensor | TextCache | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         *,
@@ -220,13 +159,14 @@ class CausalWan(WanTransformer3DModel):
         cache_only: bool = False,
         condition_of: Sequence[int] | None = None,
         clean_frames: int = 0,
+        graphs: PassGraphs | None = None,
         return_dict: bool | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Flow (eps - x0) of latents at their noise levels.
 
         ``hidden_states`` [B, C, F, H, W] latents; ``timestep`` 1000 sigma, float32, float64 or integer: [B], or [B,
-        F] one per frame, or [B, F * tokens_per_frame] (diffusers' per-token form, which costs its memory);
+        F] one per frame, or [B, F * tokens_per_frame] (diffusers' per-token form, which costs its memory), or its ``time_cache``;
         ``encoder_hidden_states`` [B, T, text_dim], or its ``text_cache``, or None to leave the cross-attention out.
 
         ``plan``: an ``AttentionPlan`` over the clip's tokens, a ``CausalContext`` (block-causal, in the model's own
@@ -240,52 +180,86 @@ class CausalWan(WanTransformer3DModel):
         row condition_of[i] of ``timestep`` and ``encoder_hidden_states``, whose embeddings, keys and values are computed once.
         ``clean_frames``: with a cache, under ``torch.no_grad``: the first frames are the last chunk, clean, whose keys and values
         are to be committed, the others the next chunk; ``timestep`` is per frame, and only the next chunk's flow is returned.
+        ``graphs``: with a cache on a GPU, under ``torch.no_grad``: the pass is replayed from a CUDA graph once it has been seen.
 
         Returns flow [B, C_out, F, H, W]; as in diffusers, ``return_dict=False`` gives it in a 1-tuple, True in an
         object. Raises ValueError or TypeError naming the argument, before any work.
         """
-        batch, _, frames, height, width = self._check_clip(hidden_states, timestep, encoder_hidden_states, condition_of)
+        times = timestep.timestep if isinstance(timestep, TimeCache) else timestep
+        batch, _, frames, height, width = self._check_clip(hidden_states, times, encoder_hidden_states, condition_of)
         if encoder_hidden_states_image is not None:
             raise ValueError(f"encoder_hidden_states_image must be None; {CLEAN_FIRST_FRAME}")
         if attention_kwargs:
             raise ValueError(f"attention_kwargs must be empty: no processor takes them, got {attention_kwargs}")
-        blocks = self._check_taps(taps)
+        last = self._check_taps(taps)
         if cache_only and (cache is None or taps is not None):
             raise ValueError("cache_only must come with a cache and without taps")
-        if clean_frames and (cache is None or cache_only or taps is not None or timestep.dim() == 1):
+        if clean_frames and (cache is None or cache_only or taps is not None or times.dim() == 1):
             wanted = "0 without a cache, with cache_only or taps, or a timestep that is not per frame"
             raise ValueError(f"clean_frames must be {wanted}, got {clean_frames}")
         grid = (frames, height // self._patch[0], width // self._patch[1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not cache_only):
             attention_of = self._attention_of(batch, grid, plan, cache, first_frame, clean_frames)
             positions = _positions(first_frame if cache is None else cache.frame, frames)
-            x = self._patchify(hidden_states)
-            temb, modulation, text = self._conditions(timestep, encoder_hidden_states, frames)
-            sample_of = None if condition_of is None else torch.tensor(condition_of, device=x.device)
-            if sample_of is not None:
-                temb, modulation = temb[sample_of], modulation[sample_of]
-            turns = self._turns(RotaryGrid(positions, *grid[1:], self._rope_periods), x)
-            tapped: list[Tensor] = []
-            for i, block in enumerate(self.blocks):
-                if i == blocks:
-                    return tapped
-                arguments = (x, modulation, turns, attention_of(i), _text_of(text, i), sample_of)
-                if cache_only and i == len(self.blocks) - 1:
-                    return block(*arguments, True)
-                if clean_frames and i == len(self.blocks) - 1:
-                    x, temb = block(*arguments, skip_frames=clean_frames), temb[:, clean_frames:]
-                elif self.gradient_checkpointing and torch.is_grad_enabled():
-                    x = self._gradient_checkpointing_func(block, *arguments)
-                else:
-                    x = block(*arguments)
-                if taps is not None and i in taps:
-                    tapped.append(x.flatten(1, 2))
-            if taps is not None:
-                return tapped
-            flow = self._head(x, temb, (frames - clean_frames, *grid[1:]))
+            turns = self._turns(RotaryGrid(positions, *grid[1:], self._rope_periods), hidden_states.device, cache is not None)
+            run = partial(
+                self._run, last=last, taps=taps, cache_only=cache_only, condition_of=condition_of, clean_frames=clean_frames
+            )
+            if graphs is None:
+                flow = run(hidden_states, timestep, encoder_hidden_states, turns, attention_of)
+            else:
+                if not isinstance(attention_of, RingPass) or taps is not None or condition_of is not None:
+                    raise ValueError("graphs must be None without a cache, with gradient, or with taps or condition_of")
+                inputs = PassInputs(hidden_states, timestep, encoder_hidden_states, turns, attention_of)
+                flow = graphs.run((cache_only, clean_frames, self.block_backend), inputs, run)
+        if taps is not None or cache_only:
+            return flow
         if return_dict is None:
             return flow
         return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
+
+    def _run(
+        self,
+        x: Tensor,
+        timestep: Tensor | TimeCache,
+        text: Tensor | TextCache | None,
+        turns: Turns,
+        attention_of: Callable[[int], LayerAttention],
+        *,
+        last: int,
+        taps: Sequence[int] | None,
+        cache_only: bool,
+        condition_of: Sequence[int] | None,
+        clean_frames: int,
+    ) -> Any:
+        """The first ``last`` blocks and, without ``taps`` and ``cache_only``, the head. All that depends on the pass's frames came
+        before."""
+        frames = x.shape[2]
+        x = self._patchify(x)
+        if isinstance(timestep, TimeCache):
+            temb, modulation = timestep.embedded, timestep.modulation
+        else:
+            temb, modulation = self._time(timestep, frames)
+        if isinstance(text, Tensor):
+            embedder = self.condition_embedder.text_embedder
+            text = embedder(text.to(embedder.linear_1.weight.dtype))
+        sample_of = None if condition_of is None else torch.tensor(condition_of, device=x.device)
+        if sample_of is not None:
+            temb, modulation = temb[sample_of], modulation[sample_of]
+        tapped: list[Tensor] = []
+        for i, block in zip(range(last), self.blocks, strict=False):
+            arguments = (x, modulation, turns, attention_of(i), _text_of(text, i), sample_of)
+            if cache_only and i == last - 1:
+                return block(*arguments, True)
+            if clean_frames and i == last - 1:
+                x, temb = block(*arguments, skip_frames=clean_frames), temb[:, clean_frames:]
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                x = block(*arguments)
+            if taps is not None and i in taps:
+                tapped.append(x.flatten(1, 2))
+        return tapped if taps is not None else self._head(x, temb, (frames - clean_frames, *turns.sizes[1:]))
 
     def _check_clip(
         self, x: Tensor, timestep: Tensor, text: Tensor | TextCache | None, condition_of: Sequence[int] | None
@@ -361,11 +335,13 @@ class CausalWan(WanTransformer3DModel):
         clip = ClipAttention(plan, rope, self._head_dim, self._frame_period, weight.dtype, weight.device)
         return lambda layer: clip
 
-    def _turns(self, grid: RotaryGrid, x: Tensor) -> Turns:
-        chosen = choose_fused_backend(
-            "qk_norm_rope", self.block_backend or "auto", x.device.type, str(x.dtype).removeprefix("torch.")
-        )
-        return grid.turns(self._head_dim, x.dtype, x.device, spread=chosen == "torch")
+    def _turns(self, grid: RotaryGrid, device: torch.device, cached: bool) -> Turns:
+        dtype = self.patch_embedding.weight.dtype
+        chosen = choose_fused_backend("qk_norm_rope", self.block_backend or "auto", device.type, str(dtype).removeprefix("torch."))
+        spread = chosen == "torch"
+        if cached:  # positions that no later chunk has: not worth a place among the tables that stay on the device
+            return grid.turns(self._head_dim, dtype, torch.device("cpu"), spread=spread).on(device)
+        return grid.turns(self._head_dim, dtype, device, spread=spread)
 
     def _patchify(self, x: Tensor) -> Tensor:
         """[B, C, F, H, W] -> [B, F, n, dim]: the patch convolution."""
@@ -378,23 +354,18 @@ class CausalWan(WanTransformer3DModel):
         # As one product: 3 times faster than Conv3d, forward and backward, on a CPU.
         return F.linear(patches.flatten(4).flatten(2, 3), conv.weight.flatten(1), conv.bias)
 
-    def _conditions(
-        self, timestep: Tensor, text: Tensor | TextCache | None, frames: int
-    ) -> tuple[Tensor, Tensor, Tensor | TextCache | None]:
-        """Embedded timesteps [B, F or 1, n or 1, dim], block modulations [..., 6, dim] and text [B, T, dim] or its cache."""
+    def _time(self, timestep: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+        """Embedded timesteps [B, F or 1, n or 1, dim] and block modulations [..., 6, dim]."""
         embedder = self.condition_embedder
         grid = (1, 1) if timestep.dim() == 1 else (frames, timestep.shape[1] // frames)
         waves = embedder.timesteps_proj(timestep.flatten()).unflatten(0, (-1, *grid))
         temb = embedder.time_embedder(waves.to(embedder.time_embedder.linear_1.weight.dtype))
         temb = temb.to(embedder.time_proj.weight.dtype)
-        modulation = embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
-        if isinstance(text, Tensor):
-            text = embedder.text_embedder(text.to(embedder.text_embedder.linear_1.weight.dtype))
-        return temb, modulation, text
+        return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 
     def _head(self, x: Tensor, temb: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, F, n, dim] -> flow [B, C_out, F, H, W]."""
-        wide = _wide(x.dtype)
+        wide = wide_dtype(x.dtype)
         shift, scale = (self.scale_shift_table.to(wide) + temb.to(wide).unsqueeze(-2)).flatten(1, 2).unbind(-2)
         x = self.proj_out(modulated_norm(x, shift, scale, eps=self.norm_out.eps, backend=self.block_backend))
         (frames, height, width), (rows, columns) = grid, self._patch

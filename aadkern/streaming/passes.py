@@ -1,0 +1,155 @@
+"""One pass through a ``StreamingCache``: where its keys and values go, and what its queries see, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aadkern.plans import AttentionPlan
+from aadkern.range_attention.api import attention
+from aadkern.streaming.context import everything
+from aadkern.streaming.rope import rotate, shift_table, table_dtype, upload
+
+if TYPE_CHECKING:
+    from aadkern.streaming.cache import StreamingCache
+
+LayerAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class RingPass:
+    """A pass without gradient: keys and values go into the chunks' slots, queries attend to the ring in place.
+
+    ``chunks`` are the frames of one chunk or, in a merged pass, of two; ``own`` (frame, slot, count) the slots of their frames;
+    ``last_plan`` is ``plan`` for the last chunk's queries alone. ``places`` are the frames by which relative positions move the
+    sink and its copy behind the ring, None where that stands right already, and ``turns`` what moves them, on the device.
+    """
+
+    cache: StreamingCache
+    chunks: list[tuple[int, int]]
+    own: list[tuple[int, int, int]]
+    plan: AttentionPlan
+    last_plan: AttentionPlan
+    places: tuple[int | None, int | None] = (None, None)
+    turns: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        moved = [place for place in self.places if place is not None]
+        if moved and not self.turns:
+            keys = self.cache.keys
+            tables = shift_table(
+                keys.shape[-1], tuple(moved), self.cache.frame_period, table_dtype(keys.dtype), torch.device("cpu")
+            )
+            self.turns = tuple(upload(table, keys.device) for table in tables)
+
+    def __call__(self, layer: int) -> RingAttention:
+        return RingAttention(self, layer)
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for passes that do the same to the same addresses, but for the numbers in ``turns``."""
+        start, sink = self.chunks[0][0], self.cache.window.sink
+        own = tuple((frame - start, slot, count, frame < sink) for frame, slot, count in self.own)
+        return self.plan, self.last_plan, own, tuple(place is None for place in self.places), self.cache.keys.data_ptr()
+
+    def finish(self) -> None:
+        """All layers are done: the first chunk may be committed."""
+        sink, second = self.places
+        if sink is not None:
+            self.cache._sink_at = sink
+        if second is not None:
+            self.cache._second_at = second
+        self.cache._written = self.chunks[0]
+
+
+@dataclass(eq=False)
+class RingAttention:
+    """One layer of a ``RingPass``."""
+
+    ring: RingPass
+    layer: int
+    slot: Tensor | None = None
+
+    def key_slot(self, k: Tensor) -> Tensor | None:
+        """Where turned keys like k [B, L, H, D] may be written, to be given to ``store``; None where that is not one place."""
+        cache, (_, first, count) = self.ring.cache, self.ring.own[0]
+        n = cache.tokens_per_frame
+        if len(self.ring.own) == 1 and first >= cache.window.sink and k.dtype == cache.keys.dtype and k.shape[1] == count * n:
+            self.slot = cache.keys[self.layer, :, first * n : (first + count) * n]
+        return self.slot
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        ring, cache, layer = self.ring, self.ring.cache, self.layer
+        start, end = ring.chunks[0][0], ring.chunks[-1][1]
+        check_keys(cache, k, end - start)
+        keys, values, n = cache.keys[layer], cache.values[layer], cache.tokens_per_frame
+        sink = cache.window.sink * n
+        turns = iter(ring.turns)
+        if cache._sink_keys is not None and ring.places[0] is not None:
+            keys[:, :sink] = rotate(cache._sink_keys[layer], next(turns))
+        for frame, slot, count in ring.own:
+            source, slots = slice((frame - start) * n, (frame - start + count) * n), slice(slot * n, (slot + count) * n)
+            if k is not self.slot:
+                keys[:, slots] = k[:, source]
+            values[:, slots] = v[:, source]
+            if cache._sink_keys is not None and frame < cache.window.sink:
+                cache._sink_keys[layer, :, slots] = k[:, source]
+        if cache._sink_keys is not None and ring.places[1] is not None:
+            keys[:, -sink:] = rotate(cache._sink_keys[layer], next(turns))
+            values[:, -sink:] = values[:, :sink]
+        if layer == cache.layers - 1:
+            ring.finish()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.store(k, v)
+        plan = self.ring.plan if q.shape[1] == k.shape[1] else self.ring.last_plan
+        return attention(q, self.ring.cache.keys[self.layer], self.ring.cache.values[self.layer], plan)
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayPass:
+    """A pass with gradient of a chunk of ``frames`` frames: those in view, ``past`` (frame, slot, count), are constants, copied;
+    the chunk's own keys are not. ``shift`` is that of the sink."""
+
+    cache: StreamingCache
+    frames: int
+    past: list[tuple[int, int, int]]
+    shift: int
+
+    def __call__(self, layer: int) -> LayerAttention:
+        cache, n = self.cache, self.cache.tokens_per_frame
+        keys, values = [], []
+        for frame, slot, count in self.past:
+            tokens = slice(slot * n, (slot + count) * n)
+            if cache._sink_keys is not None and frame < cache.window.sink:
+                keys.append(self._moved(cache._sink_keys[layer, :, tokens]))
+            else:
+                keys.append(cache.keys[layer, :, tokens])
+            values.append(cache.values[layer, :, tokens])
+        past = (torch.cat(keys, dim=1), torch.cat(values, dim=1)) if keys else None
+        return lambda q, k, v: self._attend(q, k, v, past)
+
+    def _moved(self, keys: Tensor) -> Tensor:
+        if self.shift == 0:
+            return keys
+        table = shift_table(keys.shape[-1], (self.shift,), self.cache.frame_period, table_dtype(keys.dtype), keys.device)
+        return rotate(keys, table[0])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None) -> Tensor:
+        check_keys(self.cache, k, self.frames)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
+        return attention(q, k, v, everything(q.shape[1], k.shape[1]))
+
+
+def check_keys(cache: StreamingCache, k: Tensor, frames: int) -> None:
+    expected = (cache.batch, frames * cache.tokens_per_frame, cache.heads, cache.head_dim)
+    if tuple(k.shape) != expected:
+        raise ValueError(f"keys must be {list(expected)} for this cache, got {list(k.shape)}")
+    if k.dtype != cache.keys.dtype or k.device != cache.keys.device:
+        ours = f"dtype {cache.keys.dtype} on {cache.keys.device}"
+        raise ValueError(f"dtype and device of the cache must be the keys', {k.dtype} on {k.device}, got {ours}")
