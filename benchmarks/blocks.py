@@ -7,10 +7,7 @@ medians of each, with the bytes that must move over them, go to FILE as JSON, be
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from aadkern import blocks
 from aadkern.blocks import RotaryGrid, reference
+from benchmarks import results
 from benchmarks.timing import FLUSH_BYTES, keep
 
 EPS = 1e-6
@@ -214,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--commit", help="of the sources, where the copy at hand has no history")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     torch.manual_seed(0)
@@ -221,18 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     full = (RotaryGrid(21, 30, 52), torch.bfloat16)
     sizes = {"1.3B at 480p": (12, 128, *full), "14B at 480p": (40, 128, *full)} if cuda else {}
     sizes = sizes or {"small": (4, 64, RotaryGrid(4, 8, 8), torch.float32)}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     report: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **results.header(device.type, options.commit),
         "rounds": options.rounds,
         "copy_GB/s": copy_rate(device, clock, options.rounds) / 1e9,
         "cases": [],
     }
-    print(f"{report['device']}, torch {torch.__version__}, a copy moves {report['copy_GB/s']:.0f} GB/s")
+    print(f"{report['environment']['device']['name']}, torch {torch.__version__}, a copy moves {report['copy_GB/s']:.0f} GB/s")
     for size, shape in sizes.items():
         for case in cases(*shape, device):
             measured = measure(case, clock, options.rounds)

@@ -134,7 +134,7 @@ def _prepare(name: str, problem: Problem, known: Truth, journal: Journal) -> tup
     except Exception as error:  # of any library: it is told, and the others go on
         traceback.print_exc()
         reason = told(error)
-        _leave_if_beyond_repair(journal, step(case, name), reason, device)
+        leave_if_beyond_repair(journal, step(case, name), reason, device)
         return _outcome(name, "failed", reason), None
     record = _outcome(name, "checked")
     record.update(errors=errors, prepare_seconds=time.perf_counter() - began)
@@ -147,7 +147,7 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
 
 
-def _leave_if_beyond_repair(journal: Journal, item: str, reason: str, device: torch.device) -> None:
+def leave_if_beyond_repair(journal: Journal, item: str, reason: str, device: torch.device) -> None:
     """After some errors every further CUDA call of the process fails: then end it, so that a fresh one goes on with the rest."""
     if device.type != "cuda":
         return

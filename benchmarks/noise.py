@@ -16,6 +16,7 @@ from torch import Tensor
 import aadkern
 from aadkern.noise import layout, reference
 from aadkern.plans import VideoLayout
+from benchmarks import results
 from benchmarks.timing import Job, Run, keep, medians, peak_bytes
 
 SHAPES = {"cuda": {"480p": (1, 21, 16, 60, 104), "480p x 8": (8, 21, 16, 60, 104)}, "cpu": {"demo": (24, 13, 1, 20, 20)}}
@@ -132,11 +133,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1.0, help="for the rounds of one comparison, about")
+    parser.add_argument("--commit", help="of the sources, where the copy at hand has no history")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.manual_seed(0)
-    found: dict[str, Any] = {"device": options.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    found["views"] = {}
+    found: dict[str, Any] = {**results.header(options.device, options.commit), "views": {}}
     for name, shape in SHAPES[options.device].items():
         found["views"][name] = measure_views(name, shape, device, options.seconds)
         keep(found, options.out)

@@ -7,7 +7,6 @@ part of its tokens first; then all contenders run in turn, on a GPU with a cold 
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aadkern
 from aadkern.pooling import reference
+from benchmarks import results
 from benchmarks.timing import Run, keep, medians, peak_bytes
 
 
@@ -146,14 +146,14 @@ def main() -> None:
     parser.add_argument("--device", choices=CASES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--case", nargs="+", help="names (default: all of the device's)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each comparison, about")
+    parser.add_argument("--commit", help="of the sources, where the copy at hand has no history")
     options = parser.parse_args()
     cases = CASES[options.device]
     if unknown := set(options.case or ()) - set(cases):
         parser.error(f"--case must be of {', '.join(cases)}, got {', '.join(unknown)}")
     device = torch.device(options.device)
     torch.manual_seed(0)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    found: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "threads": torch.get_num_threads(), "cases": {}}
+    found: dict[str, Any] = {**results.header(options.device, options.commit), "cases": {}}
     for name in options.case or cases:
         result = found["cases"][name] = measure(cases[name], device, options.seconds)
         for what in ("forward", "both"):

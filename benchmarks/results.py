@@ -20,7 +20,7 @@ from typing import Any
 
 SCHEMA = "aadkern-results/1"
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("triton", "numpy", "flash-attn", "flash-attn-4", "fa3-fwd", "xformers", "pytest", "hypothesis")
+PACKAGES = ("triton", "numpy", "diffusers", "flash-attn", "flash-attn-4", "fa3-fwd", "xformers", "pytest", "hypothesis")
 
 NUMBER, MAYBE_NUMBER = (int, float), (int, float, type(None))
 MAYBE_WHOLE, MAYBE_TEXT = (int, type(None)), (str, type(None))
@@ -170,6 +170,11 @@ def empty(environment: dict[str, Any], conditions: dict[str, Any]) -> dict[str, 
     """A document without results yet."""
     lists: dict[str, Any] = {"stages": [], "tests": [], "cases": [], "rooms": {}, "not_reached": []}
     return {"schema": SCHEMA, "environment": environment, "conditions": conditions, **lists}
+
+
+def header(device_type: str, commit: str | None = None) -> dict[str, Any]:
+    """What the JSON of every room's benchmark begins with: where it ran, by ``environment``."""
+    return {"environment": environment(device_type, commit)}
 
 
 def _output(*command: str) -> str | None:

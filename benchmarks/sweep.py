@@ -20,6 +20,7 @@ import torch
 
 import aadkern
 from aadkern.range_attention.tiles import Tile, device_class
+from benchmarks import results
 from benchmarks.cases import AttentionCase, case_of
 from benchmarks.checks import Problem, Truth, check, truth
 from benchmarks.timing import Run, alternate
@@ -146,15 +147,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="timing of one kernel in one case")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds after which no further candidate is begun")
     parser.add_argument("--out", type=Path, help="a JSON file, rewritten after every kernel")
+    parser.add_argument("--commit", help="of the sources, where the copy at hand has no history")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed: the interpreter's times say nothing of a GPU's")
     device, deadline = torch.device("cuda", torch.cuda.current_device()), time.monotonic() + options.limit
     import triton
 
-    facts = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
-    document: dict[str, Any] = {**facts, "dtype": options.dtype, "cases": {}}
-    print(", ".join(facts.values()))
+    document: dict[str, Any] = {**results.header("cuda", options.commit), "dtype": options.dtype, "cases": {}}
+    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Triton {triton.__version__}")
     for text in options.case or CASES:
         if time.monotonic() > deadline:
             print(f"{text}: out of time")

@@ -99,6 +99,46 @@ def test_lines(tests: list[dict[str, Any]]) -> Iterator[str]:
         yield f"  and {len(bad) - 20} more, in the results file"
 
 
+def streaming_lines(size: str, made: dict[str, Any]) -> Iterator[str]:
+    """One size of the streaming benchmark: rates of every contender, the VAE, the parts of a chunk, and what was not timed."""
+    tera, floor, of = made["flops_per_chunk"], made["floor"], made["items"]
+    yield (
+        f"streaming {size}: {made['pixel_frames_per_chunk']} frames a chunk; 1 NFE: {tera['1 NFE'] / 1e12:.3g} TFLOP a chunk, "
+        f"floor {floor['fps']['1 NFE']:.3g} FPS at {floor['tflops']:.0f} TFLOP/s"
+    )
+    rows = [["", "ms a chunk", "FPS", "of floor", "x lineage", "first chunk, ms", "peak GiB", "off by"]]
+    for item, record in of.items():
+        if record["status"] != "timed" or "fps" not in record:
+            continue
+        lineage = of.get(f"rate: lineage, {item.rpartition(', ')[2]}", {})
+        share, peak, first = record["floor_share"], record["peak_bytes"], record.get("first_chunk_ms")
+        cells = [f"{record['ms_per_chunk']:.4g}", f"{record['fps']:.3g}", "-" if share is None else f"{share:.0%}"]
+        cells += [f"{lineage['ms_per_chunk'] / record['ms_per_chunk']:.2f}" if "ms_per_chunk" in lineage else "-"]
+        cells += ["-" if first is None else f"{first:.4g}", "-" if peak is None else f"{peak / 2**30:.1f}"]
+        rows.append([item, *cells, f"{record['difference']:.1e}" if "difference" in record else "-"])
+    yield from (f"  {line}" for line in columns(rows))
+    for item, record in of.items():
+        if record["status"] != "timed":
+            yield f"  {item}: {record['status']}: {record['reason'][:150]}"
+        elif "linear" in record:
+            parts = ", ".join(f"{part} {record[part]:.4g}" for part in ("linear", "attention", "rest"))
+            yield f"  {item}, ms of {record['ms_per_chunk']:.4g}: {parts}"
+        elif "vae_ms_per_chunk" in record:
+            alone, tuned = record["vae_ms_per_chunk"], record["vae_tuned_ms_per_chunk"]
+            yield f"  {item}: the VAE alone takes {alone:.4g} ms a chunk, {tuned:.4g} with cuDNN's benchmark mode"
+    if made.get("not_reached"):
+        yield f"  not reached: {'; '.join(made['not_reached'])}"
+
+
+def room_lines(rooms: dict[str, Any]) -> Iterator[str]:
+    """What the streaming benchmark found, and which rooms did not run."""
+    for room, found in rooms.items():
+        if "not_run" in found:
+            yield f"{room}: not run: {found['not_run']}"
+    for size, made in rooms.get("streaming", {}).get("sizes", {}).items():
+        yield from streaming_lines(size, made)
+
+
 def why_not_lines(document: dict[str, Any]) -> Iterator[str]:
     """Each reason why a contender was not timed, once, with the number of cases it held for; ours first."""
     count: Counter[tuple[bool, str, str, str]] = Counter()
@@ -130,6 +170,7 @@ def short_lines(document: dict[str, Any]) -> Iterator[str]:
             rows.append([f"{case['id']} {direction}", best[0], *speed, fastest, ratio.get(fastest, "-"), ratio.get("flex", "-")])
     if len(rows) > 1:
         yield from columns(rows)
+    yield from room_lines(document["rooms"])
     yield from why_not_lines(document)
     judged = list(goals.judged(document, times))
     if judged:
@@ -164,6 +205,7 @@ def lines(document: dict[str, Any]) -> Iterable[str]:
     for case in document["cases"]:
         yield ""
         yield from case_lines(case)
+    yield from room_lines(document["rooms"])
     judged = list(goals.judged(document, times))
     if judged:
         yield "\ngoals"

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from benchmarks import chart, results, run, table, timing
+from benchmarks import blocks, chart, noise, pooling, results, run, table, timing
 from benchmarks.cases import attention_case
 from benchmarks.contenders import CONTENDERS, Contender, Missing
 from benchmarks.journal import Journal
@@ -203,3 +203,21 @@ def test_run_measures_what_it_is_asked_for(tmp_path, capsys):
     assert "loop, torch" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run.main(["--device", "cpu", "--case", "7x4"])
+
+
+@pytest.mark.parametrize("room", [pooling, noise, blocks])
+def test_every_room_says_where_it_ran(room, tmp_path, monkeypatch):
+    small: dict[str, object] = {
+        "pooling": {"CASES": {"cpu": {"small": pooling.Case(32, 16, 2, dtype=torch.float32)}}},
+        "noise": {"SHAPES": {"cpu": {"small": (1, 2, 1, 4, 4)}}, "measure_passes": lambda *_: {"missing": "left out"}},
+        "blocks": {"cases": lambda *_: [blocks.Case("none", (), {}, None, (1, 1))], "measure": lambda *_: {"times": []}},
+    }[room.__name__.rpartition(".")[2]]
+    for name, value in small.items():
+        monkeypatch.setattr(room, name, value)
+    out = tmp_path / "room.json"
+    quick = ["--rounds", "1"] if room is blocks else ["--seconds", "0.01"]
+    monkeypatch.setattr("sys.argv", [room.__name__, "--device", "cpu", "--commit", "0123abc", "--out", str(out), *quick])
+    room.main()
+    found = json.loads(out.read_text())
+    assert results.problems(found["environment"], results.FORM["environment"]) == []
+    assert found["environment"]["commit"] == "0123abc" and found["environment"]["device"]["type"] == "cpu"

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import gpu_check, results
+from benchmarks import gpu_check, results, table
 from benchmarks.cases import attention_case
 from benchmarks.journal import Journal, run_limited, supervise
 from benchmarks.measure import step
@@ -247,6 +247,26 @@ def test_a_rooms_figures_are_kept_whatever_they_are(tmp_path, monkeypatch):
     check.document["cases"] = "spoiled"
     check.write()
     assert json.loads((tmp_path / "results.json").read_text())["cases"] == "spoiled"
+
+
+def test_streaming_without_diffusers_is_not_run_and_not_failed(tmp_path, monkeypatch):
+    words = ["--out", str(tmp_path), "--stages", "streaming", "--commit", "0123abc"]
+    check = gpu_check.Check(gpu_check.arguments().parse_args(words))
+
+    def run_room(command, log, limit, environment, folder):
+        asked = [command[command.index(word) + 1] for word in ("-m", "--size", "--device", "--commit")]
+        assert asked == ["benchmarks.streaming", "1.3B", "cuda", "0123abc"] and "14B" in command
+        allowed = float(command[command.index("--limit") + 1])
+        assert 0.95 * check.left < limit <= check.left + 1 and allowed < limit  # no other stage follows: all the time
+        Path(command[command.index("--out") + 1]).write_text('{"not_run": "diffusers is missing"}')
+        return "passed"
+
+    monkeypatch.setattr(gpu_check, "run_limited", run_room)
+    monkeypatch.setattr(check, "look", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
+    check.run()
+    document = results.read(tmp_path / "results.json")
+    assert document["stages"][0]["outcome"] == "not run: diffusers is missing"
+    assert "streaming: not run: diffusers is missing" in "\n".join(table.short_lines(document))
 
 
 def test_the_shares_leave_time_for_every_stage():
