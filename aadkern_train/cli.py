@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 TRAIN_MODULES = {
     "diffusers": "diffusers",
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"aad {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"aad {args.command}: interrupted; what was saved stays, and resume=RUN goes on from it", file=sys.stderr)
+        goes_on = ", and resume=RUN goes on from it" if args.command in ("demo", "train") else ""
+        print(f"aad {args.command}: interrupted; what was saved stays{goes_on}", file=sys.stderr)
         return 130
     return status or 0
 
@@ -58,14 +60,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--show", action="store_true", help="print the settings and stop")
     train.set_defaults(run=run_train)
 
-    generate = commands.add_parser("generate", help="stream a video from a trained generator and a first frame")
-    generate.add_argument("--checkpoint", required=True, type=Path, help="RUN, or RUN/weights/STAGE.safetensors")
-    generate.add_argument("--image", type=Path, help="first frame: an image or video file (default: one held out of training)")
-    generate.add_argument("--index", type=int, default=0, help="which held-out first frame, without --image")
-    generate.add_argument("--chunks", type=int, default=12, help="chunks to generate")
-    generate.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    generate.add_argument("--fps", type=float, default=8.0)
-    generate.add_argument("--out", type=Path, default=Path("video.mp4"), help="a .mp4 or .gif file")
+    generate = commands.add_parser(
+        "generate",
+        help="stream a video from a causal Wan model, or from a trained run",
+        description="Stream a video, chunk by chunk, into an mp4 that plays while it grows. Ctrl-C keeps what was made.",
+    )
+    add_generate_options(generate)
     generate.set_defaults(run=run_generate)
 
     report = commands.add_parser("report", help="write RUN/report.html anew")
@@ -79,6 +79,39 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("words", nargs="*")
     bench.set_defaults(run=run_bench)
     return top
+
+
+def add_generate_options(generate: argparse.ArgumentParser) -> None:
+    """Options left out stay None: the defaults are the settings' own, and an option of the other kind of model is refused."""
+    add = generate.add_argument
+    add("--checkpoint", required=True, type=Path, help="a Wan folder of diffusers, Self-Forcing's or CausVid's .pt, or RUN")
+    add("--image", type=Path, help="first frame: an image file (RUN: a video too; default: one held out of training)")
+    add("--out", type=Path, default=Path("video.mp4"), help="an mp4 file (RUN: a gif too)")
+    add("--chunks", type=int, help="chunks to generate (Wan 7, RUN 12)")
+    add("--seed", type=int, default=0, help="seed of the noise")
+    add("--fps", type=float, help="frames per second of the file (Wan 16, RUN 8)")
+    add("--index", type=int, help="RUN: which held-out first frame, without --image")
+    wan = generate.add_argument_group("Wan models", "Frames here are latent frames, of four video frames each.")
+    wan.add_argument("--parts", type=Path, help="a Wan folder to take vae, text_encoder and tokenizer from (default: --checkpoint)")
+    wan.add_argument("--prompt", help="what the video shows")
+    wan.add_argument("--size", help="rows x columns of pixels (480x832)")
+    wan.add_argument("--steps", help='denoising steps: a count, or timesteps like "1000,750,500,250" (1; Self-Forcing 4)')
+    wan.add_argument("--first-steps", help="the same for the first chunk (as --steps)")
+    wan.add_argument("--shift", type=float, help="shift of the timesteps towards noise (5)")
+    wan.add_argument("--chunk-frames", type=int, help="frames generated together (3)")
+    wan.add_argument("--window", type=int, help="frames in view, the sink and the chunk counted (21)")
+    wan.add_argument("--sink", type=int, help="first frames that always stay in view (1)")
+    wan.add_argument("--rope", choices=("absolute", "relative"), help="positions of the sink (the checkpoint's; absolute)")
+    wan.add_argument("--device", help="cpu or cuda (cuda if there is one)")
+    wan.add_argument("--dtype", choices=("fp32", "bf16"), help="of all parts (bf16 on a GPU, fp32 on a CPU)")
+    wan.add_argument("--fp8", action="store_true", default=None, help="large linear layers in FP8, their error told first")
+    wan.add_argument("--compile", action="store_true", default=None, help="blocks through torch.compile")
+    wan.add_argument(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay passes from CUDA graphs (on a GPU they are)"
+    )
+
+
+TRITON_ELSEWHERE = "verified on the CPU interpreter"
 
 
 def info_text() -> str:
@@ -98,6 +131,8 @@ def info_text() -> str:
         lines.append(f"attention on {device} ({name}): {runtime.choose_backend('auto', device)} by default")
         for backend, answer in aadkern.backends(device).items():
             lines.append(f"  {backend:<10} {answer}; verified on: {', '.join(runtime.VERIFIED[backend]) or 'nothing yet'}")
+        fused = runtime.choose_fused_backend("info", "auto", device)
+        lines.append(f"pooling, noise, blocks, fp8 on {device}: {fused} by default (their Triton kernels: {TRITON_ELSEWHERE})")
     return "\n".join(lines)
 
 
@@ -155,10 +190,45 @@ def run_train(args: argparse.Namespace) -> None:
         print(f"The report: {report}")
 
 
-def run_generate(args: argparse.Namespace) -> None:
-    from aadkern_train.generate import generate
+WAN_PLAIN = ("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs")  # as in WanSettings
+WAN_ONLY = ("parts", "prompt", "size", "steps", "first_steps", "shift", *WAN_PLAIN)
 
-    generate(args.checkpoint, args.out, image=args.image, index=args.index, chunks=args.chunks, seed=args.seed, fps=args.fps)
+
+def run_generate(args: argparse.Namespace) -> None:
+    from aadkern_train.generate import find_weights, generate
+    from aadkern_train.wan_parts import is_wan
+
+    wan = is_wan(args.checkpoint)
+    if not wan:
+        find_weights(args.checkpoint)  # there is a run at all
+    given: dict[str, Any] = {name: value for name, value in vars(args).items() if value is not None}
+    foreign = next((name for name in (("index",) if wan else WAN_ONLY) if name in given), None)
+    if foreign is not None:
+        kind = "a Wan model, not a run" if wan else "a run, not a Wan model"
+        raise ValueError(f"--{foreign.replace('_', '-')} must be left out: {args.checkpoint} is {kind}")
+    if not wan:
+        run_options = ("image", "index", "chunks", "seed", "fps")
+        generate(args.checkpoint, args.out, **{name: given[name] for name in run_options if name in given})
+        return
+    from aadkern_train.generate_wan import WanSettings, generate_wan, noise_levels
+
+    options = {name: given[name] for name in ("chunks", "fps", "seed", *WAN_PLAIN) if name in given}
+    shift = given.get("shift", 5.0)
+    for name in ("steps", "first_steps"):
+        if name in given:
+            options[name] = noise_levels(given[name], shift)
+    if "size" in given:
+        options["size"] = rows_and_columns(given["size"])
+    settings = WanSettings(**options)
+    generate_wan(args.checkpoint, args.out, prompt=args.prompt, image=args.image, parts=args.parts, settings=settings)
+
+
+def rows_and_columns(size: str) -> tuple[int, int]:
+    """ "480x832" as (480, 832)."""
+    rows, x, columns = size.lower().partition("x")
+    if not (x and rows.isdecimal() and columns.isdecimal()):
+        raise ValueError(f"size must be rows x columns of pixels, say 480x832, got {size!r}")
+    return int(rows), int(columns)
 
 
 def run_report(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Streaming a video from a trained generator and a first frame: chunk after chunk in constant memory, written as mp4 or gif."""
+"""Streaming a video from a run's generator and a first frame, chunk after chunk, written as mp4 or gif. Wan: ``generate_wan``."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ def find_weights(checkpoint: Path) -> Path:
         weights = RunFolder(checkpoint).weights(stage)
         if weights.exists():
             return weights
-    raise ValueError(
-        f"checkpoint must be a run with a finished causal stage, or a .safetensors file of one; {checkpoint} is neither"
-    )
+    accepted = "a Wan folder, a .pt file, a run with a finished causal stage, or a .safetensors file of one"
+    raise ValueError(f"checkpoint must be {accepted}; {checkpoint} is none")
 
 
 def first_frame_from(run: Run, image: Path) -> Tensor:

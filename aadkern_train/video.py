@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -43,16 +44,102 @@ def write_video(path: str | os.PathLike[str], frames: torch.Tensor | np.ndarray,
     if suffix not in SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}, got {path.name!r}")
     array = as_frames(frames)
-    if not 0 < fps <= 240:
-        raise ValueError(f"fps must lie in (0, 240], got {fps!r}")
+    rate = frame_rate(fps)
     if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
         raise ValueError(f"scale must be a whole number of at least 1, got {scale!r}")
     if scale > 1:
         array = array.repeat(scale, axis=1).repeat(scale, axis=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as partial:
-        _write(partial, array, Fraction(fps).limit_denominator(1001), suffix)
+        _write(partial, array, rate, suffix)
     return path
+
+
+def frame_rate(fps: float) -> Fraction:
+    """``fps`` as a file states it. Raises ValueError outside (0, 240]."""
+    if not 0 < fps <= 240:
+        raise ValueError(f"fps must lie in (0, 240], got {fps!r}")
+    return Fraction(fps).limit_denominator(1001)
+
+
+class GrowingVideo:
+    """An mp4 that plays while it grows: ``with GrowingVideo(path, 16) as video: video.write(frames)``, as often as wanted.
+
+    The first frames replace what was at ``path``. Until the end it is a fragmented mp4, a fragment for each frame, which a
+    player can open at any time and which is whole even if the process dies, but for the newest frame. When the block ends, in
+    an error and on Ctrl-C too, the same encoded frames become an ordinary file with its index in front. Memory does not grow.
+
+    Raises ValueError for another suffix than ``.mp4``, a place that cannot be written to, or an ``fps`` outside (0, 240], and
+    from ``write`` as ``as_frames`` does, and for frames of another size than the first.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fps: float) -> None:
+        self.path, self.rate, self.count = Path(path), frame_rate(fps), 0
+        if self.path.suffix.lower() != ".mp4":
+            raise ValueError(f"path must end in .mp4 to grow, got {self.path.name!r}")
+        try:  # now, and not when the first frames are made
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"path must lie in a folder, {self.path.parent} cannot be made one: {error.strerror}") from error
+        if self.path.is_dir() or not os.access(self.path.parent, os.W_OK):
+            raise ValueError(f"path must be a file that can be written, got {self.path}")
+        self._container: Any = None
+        self._stream: Any = None
+
+    def __enter__(self) -> GrowingVideo:
+        return self
+
+    def write(self, frames: torch.Tensor | np.ndarray) -> None:
+        """Append uint8 RGB frames [T, H, W, 3]. All but the last are in the file when this returns, and that one with the next."""
+        array = _even(as_frames(frames))
+        if self._container is None:
+            self._open(*array.shape[1:3])
+        elif array.shape[1:3] != (self._stream.height, self._stream.width):
+            raise ValueError(f"frames must be {self._stream.height} by {self._stream.width} as before, got {list(array.shape)}")
+        for frame in _frames(array, self.rate, self.count):
+            self._container.mux(self._stream.encode(frame))
+            self.count += 1
+
+    def _open(self, height: int, width: int) -> None:
+        import av
+
+        codec, options = _codec()
+        if codec == "libx264":
+            options["tune"] = "zerolatency"  # no frame waits in the encoder for later ones
+        flags = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
+        container = av.open(str(self.path), "w", format="mp4", options=flags)
+        self._stream = container.add_stream(codec, rate=self.rate, options=options)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        self._container = container
+
+    def __exit__(self, *error: object) -> None:
+        if self._container is None:
+            return
+        container, self._container = self._container, None
+        if not self.count:  # stopped within the first frame
+            with contextlib.suppress(OSError, ValueError):
+                container.close()
+            self.path.unlink(missing_ok=True)
+            return
+        container.mux(self._stream.encode(None))
+        container.close()
+        with atomic_path(self.path) as partial:
+            self.count = _remux(self.path, partial)  # Ctrl-C may have come between a frame and its counting
+
+
+def _remux(source: Path, target: Path) -> int:
+    """The same encoded frames in an ordinary mp4; returns how many."""
+    import av
+
+    count = 0
+    with av.open(str(source)) as old, av.open(str(target), "w", format="mp4", options={"movflags": "+faststart"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:  # the last one only says that there are no more
+                packet.stream = stream
+                new.mux(packet)
+                count += 1
+    return count
 
 
 def _write(path: Path, array: np.ndarray, rate: Fraction, suffix: str) -> None:
@@ -64,20 +151,31 @@ def _write(path: Path, array: np.ndarray, rate: Fraction, suffix: str) -> None:
             stream.width, stream.height, stream.pix_fmt = array.shape[2], array.shape[1], "pal8"
             _encode(container, stream, _paletted(array, rate))
         return
-    array = np.pad(array, ((0, 0), (0, array.shape[1] % 2), (0, array.shape[2] % 2), (0, 0)), mode="edge")
-    # PyAV's wheels carry libx264; a build without it still has FFmpeg's own MPEG-4 encoder.
-    codec, options = ("libx264", {"crf": "16"}) if "libx264" in av.codecs_available else ("mpeg4", {"qscale": "2"})
+    array = _even(array)
+    codec, options = _codec()
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = array.shape[2], array.shape[1], "yuv420p"
         _encode(container, stream, _frames(array, rate))
 
 
-def _frames(array: np.ndarray, rate: Fraction) -> list[av.VideoFrame]:
+def _even(array: np.ndarray) -> np.ndarray:
+    """Even sides, which 4:2:0 needs: an odd last row or column repeated."""
+    return np.pad(array, ((0, 0), (0, array.shape[1] % 2), (0, array.shape[2] % 2), (0, 0)), mode="edge")
+
+
+def _codec() -> tuple[str, dict[str, str]]:
+    """PyAV's wheels carry libx264; a build without it still has FFmpeg's own MPEG-4 encoder."""
+    import av
+
+    return ("libx264", {"crf": "16"}) if "libx264" in av.codecs_available else ("mpeg4", {"qscale": "2"})
+
+
+def _frames(array: np.ndarray, rate: Fraction, first: int = 0) -> list[av.VideoFrame]:
     import av
 
     frames = []
-    for i, picture in enumerate(array):
+    for i, picture in enumerate(array, start=first):
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame.pts, frame.time_base = i, 1 / rate
         frames.append(frame)

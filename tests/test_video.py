@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,72 @@ def test_read_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "bad.mp4").write_bytes(b"not a video" * 50)
     with pytest.raises(ValueError, match=r"FFmpeg can decode.*bad\.mp4"):
         read_video(tmp_path / "bad.mp4")
+
+
+def test_a_growing_video_plays_at_any_time_and_ends_as_an_ordinary_file(tmp_path: Path) -> None:
+    frames, path = smooth_frames(30, 33, 47), tmp_path / "new/a.mp4"
+    path.parent.mkdir()
+    path.write_bytes(b"an older file")
+    with video.GrowingVideo(path, 16) as growing:
+        assert path.read_bytes() == b"an older file"  # until there is something better
+        for start in range(0, 30, 10):
+            growing.write(frames[start : start + 10])
+            so_far, fps = read_video(path)
+            assert fps == 16 and len(so_far) in (start + 9, start + 10)
+    back, fps = read_video(path)
+    assert back.shape == (30, 34, 48, 3) and fps == 16 and growing.count == 30
+    assert torch.equal(back[: len(so_far)], so_far)  # the same encoded frames
+    error = (back[:, :33, :47].float() - frames.float()).abs().mean(dim=(1, 2, 3))
+    assert error.max() < 6 < (frames[1:].float() - frames[:-1].float()).abs().mean(dim=(1, 2, 3)).min()
+    with av.open(str(path)) as container:
+        times = [float(frame.pts * frame.time_base) for frame in container.decode(video=0)]
+    assert np.allclose(np.diff(times), 1 / 16)
+    assert b"moof" not in path.read_bytes() and [p.name for p in path.parent.iterdir()] == ["a.mp4"]
+
+
+def test_a_growing_video_survives_an_error_and_a_dead_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = smooth_frames(12, 16, 16)
+    with pytest.raises(KeyboardInterrupt), video.GrowingVideo(tmp_path / "a.mp4", 8) as growing:
+        growing.write(frames)
+        (tmp_path / "dead.mp4").write_bytes((tmp_path / "a.mp4").read_bytes())  # what a process killed now would leave
+        raise KeyboardInterrupt
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 12 and len(read_video(tmp_path / "dead.mp4")[0]) in (11, 12)
+    with video.GrowingVideo(tmp_path / "none.mp4", 8):
+        pass
+    real = video._frames
+    for whole in (0, 5):
+
+        def stops(*arguments: object, whole: int = whole) -> Iterator[object]:
+            yield from real(*arguments)[:whole]
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(video, "_frames", stops)
+        with pytest.raises(KeyboardInterrupt), video.GrowingVideo(tmp_path / f"{whole}.mp4", 8) as growing:
+            growing.write(frames)
+        assert growing.count == whole
+    assert len(read_video(tmp_path / "5.mp4")[0]) == 5 and not (tmp_path / "0.mp4").exists()
+    monkeypatch.setattr(video, "_frames", real)
+    with video.GrowingVideo(tmp_path / "a.mp4", 8) as growing:
+        growing.write(frames)
+        growing.count -= 1  # Ctrl-C came between a frame and its counting
+    assert growing.count == 12
+
+
+def test_growing_videos_refuse_what_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"path must end in \.mp4 to grow, got 'a\.gif'"):
+        video.GrowingVideo(tmp_path / "a.gif", 8)
+    with pytest.raises(ValueError, match=r"fps must lie in \(0, 240\], got 0"):
+        video.GrowingVideo(tmp_path / "a.mp4", 0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"path must lie in a folder, .*file cannot be made one"):
+        video.GrowingVideo(tmp_path / "file/a.mp4", 8)
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(ValueError, match="path must be a file that can be written"):
+        video.GrowingVideo(tmp_path / "folder.mp4", 8)
+    with video.GrowingVideo(tmp_path / "a.mp4", 8) as growing:
+        growing.write(smooth_frames(2, 16, 16))
+        with pytest.raises(ValueError, match=r"frames must be 16 by 16 as before, got \[2, 16, 18, 3\]"):
+            growing.write(smooth_frames(2, 16, 18))
+        with pytest.raises(TypeError, match="frames must be uint8"):
+            growing.write(torch.rand(2, 16, 16, 3))
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 2

@@ -1,0 +1,75 @@
+"""A prompt to Wan's text embedding, through UMT5. Imports transformers: ``pip install 'aadkern[wan]'``."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKENS = 512  # what Wan was trained with; the places behind the prompt's own tokens are zeros, and are attended to
+
+
+def clean_prompt(prompt: str) -> str:
+    """A prompt as Wan's pipelines clean it: Unicode mended where ftfy is installed, HTML entities read, spaces made single."""
+    if importlib.util.find_spec("ftfy") is not None:
+        import ftfy
+
+        prompt = ftfy.fix_text(prompt)
+    return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+def token_ids(tokenizer: str | os.PathLike[str], prompt: str) -> list[int]:
+    """The prompt's tokens, at most 512 with the end token, by the folder's tokenizer.json itself.
+
+    Not through transformers: T5Tokenizer of its version 5, which Wan's folders name, takes the vocabulary from the file and drops
+    its normaliser (5.0.0 and 5.23.0). Raises FileNotFoundError or ValueError where there is no readable tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    file = Path(tokenizer) / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"tokenizer must be a folder with a tokenizer.json, got {tokenizer}")
+    try:
+        reader = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"tokenizer must hold a tokenizer.json that tokenizers can read, {file} is none: {error}") from error
+    reader.no_padding()
+    reader.enable_truncation(TOKENS)
+    return list(reader.encode(clean_prompt(prompt)).ids)
+
+
+def load_text_encoder(folder: str | os.PathLike[str], dtype: torch.dtype, device: torch.device | str) -> Any:
+    """``UMT5EncoderModel`` from a folder in transformers' format (Wan's: 11 GB in bf16).
+
+    Raises ValueError where weights are missing.
+    """
+    from transformers import UMT5EncoderModel
+
+    loaded: Any = UMT5EncoderModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+    encoder, loading = loaded
+    # Wan's files hold the one table of embeddings as "shared", and its configuration says that nothing is tied: transformers 5.0
+    # leaves the encoder's own name for it unfilled (huggingface/transformers#43880; 5.23.0 does not).
+    missing = sorted(set(loading["missing_keys"]) - {"encoder.embed_tokens.weight"})
+    if missing:
+        raise ValueError(f"text encoder must be a whole UMT5 encoder; {folder} lacks {', '.join(missing[:3])}")
+    encoder.set_input_embeddings(encoder.shared)
+    return encoder.eval().to(device)
+
+
+@torch.no_grad()
+def embed(encoder: Any, ids: list[int]) -> Tensor:
+    """Tokens to the text [1, 512, text_dim] that Wan is given: the encoder's output, then zeros.
+
+    The encoder sees the prompt's tokens alone; Wan's pipelines pad first and mask the padding, which gives the same up to rounding.
+    Raises ValueError for no token, or more than 512.
+    """
+    if not 1 <= len(ids) <= TOKENS:
+        raise ValueError(f"ids must be 1 to {TOKENS} tokens, got {len(ids)}")
+    tokens = torch.tensor([ids], device=encoder.device)
+    made: Tensor = encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+    return torch.nn.functional.pad(made, (0, 0, 0, TOKENS - len(ids)))

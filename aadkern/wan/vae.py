@@ -1,0 +1,105 @@
+"""Wan's VAE for streaming: latents to pixels chunk by chunk, and an image to a clean first latent frame. Imports diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, unpatchify
+from torch import Tensor
+
+
+def pixels_per_latent(vae: AutoencoderKLWan) -> int:
+    """Rows of pixels that one row of latents stands for: 8 for Wan 2.1's VAE, 16 for Wan 2.2's."""
+    config: Any = vae.config
+    return int(2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1))
+
+
+class StreamingDecoder:
+    """Decodes a video's latents chunk by chunk, with the same result as decoding the whole clip at once.
+
+    ::
+
+        decoder = StreamingDecoder(vae)
+        for latents in generator.chunks(noise):
+            show(decoder.decode(latents))
+
+    ``vae`` is diffusers' ``AutoencoderKLWan``, Wan 2.1's or 2.2's, not tiled. Its causal convolutions look back at two
+    frames of features; those are kept here, so memory does not grow with the video, and the VAE may encode and decode other things
+    in between. ``reset`` begins another video. Raises TypeError or ValueError naming the argument.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        if not isinstance(vae, AutoencoderKLWan):
+            raise TypeError(f"vae must be diffusers' AutoencoderKLWan, got {type(vae).__name__}")
+        if vae.use_tiling:
+            raise ValueError("vae must not be tiled: a stream keeps features of whole frames; call vae.disable_tiling()")
+        self.vae = vae
+        self._convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the video; the next latent frame is a first one."""
+        self._features: list[Any] = [None] * self._convolutions
+        self._shape: tuple[int, ...] | None = None  # of a latent frame, once there was one
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the features kept: the same from the third latent frame on."""
+        return sum(features.nbytes for features in self._features if isinstance(features, Tensor))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, f, h, w], normalised as the transformer makes them, to pixels [B, 3, F, 8h, 8w] in [-1, 1] (Wan 2.2:
+        16h, 16w) in the VAE's dtype. The video's first latent frame gives one frame, each later one four.
+
+        Raises ValueError for another number of channels, no frame, or other sizes than the chunks before had.
+        """
+        config: Any = self.vae.config
+        if latents.dim() != 5 or latents.shape[1] != config.z_dim or latents.shape[2] < 1:
+            raise ValueError(f"latents must be [B, {config.z_dim}, f, h, w] with f at least 1, got {list(latents.shape)}")
+        batch, channels, _, height, width = latents.shape
+        shape = (batch, channels, height, width)
+        if self._shape not in (None, shape):
+            before = "[{}, {}, f, {}, {}]".format(*self._shape or ())
+            raise ValueError(f"latents must be {before} as before, got {list(latents.shape)}; reset() begins another video")
+        latents = self.vae.post_quant_conv(denormalised(latents, self.vae))
+        made = []
+        for frame in latents.split(
+            1, dim=2
+        ):  # one by one, as in training: the first of a video is upsampled otherwise than the rest
+            made.append(self.vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=self._shape is None))
+            self._shape = shape
+        pixels = torch.cat(made, dim=2)
+        if config.patch_size is not None:
+            pixels = unpatchify(pixels, patch_size=config.patch_size)
+        return pixels.clamp(-1, 1)
+
+
+@torch.no_grad()
+def encode_image(vae: AutoencoderKLWan, image: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [-1, 1] to clean first latent frames [B, C, 1, h, w], normalised: the posterior's mode.
+
+    In fp32 (an fp64 VAE: fp64). Raises ValueError for another shape, or sides that are no multiples of ``pixels_per_latent``.
+    """
+    side = pixels_per_latent(vae)
+    if image.dim() != 4 or image.shape[1] != 3 or image.shape[2] % side or image.shape[3] % side or 0 in image.shape:
+        raise ValueError(f"image must be [B, 3, H, W] with H and W multiples of {side}, got {list(image.shape)}")
+    latents: Tensor = vae.encode(image[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()
+    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    mean, std = _statistics(vae, latents.dtype)
+    return (latents - mean) / std
+
+
+def denormalised(latents: Tensor, vae: AutoencoderKLWan) -> Tensor:
+    """The transformer's latents as ``vae`` made them, in its dtype and on its device."""
+    latents = latents.to(vae.device, torch.promote_types(latents.dtype, torch.float32))
+    mean, std = _statistics(vae, latents.dtype)
+    return (latents * std + mean).to(vae.dtype)
+
+
+def _statistics(vae: AutoencoderKLWan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents' channels, [C, 1, 1, 1]."""
+    config: Any = vae.config
+    mean, std = (torch.tensor(values, device=vae.device, dtype=dtype) for values in (config.latents_mean, config.latents_std))
+    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
