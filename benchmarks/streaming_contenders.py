@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aadkern
 from aadkern import StreamingCache, StreamingGenerator, runtime
+from aadkern.streaming.graphs import PassGraphs
 from aadkern.wan.fp8 import quantise
 from aadkern.wan.vae import StreamingDecoder
 from benchmarks.streaming_lineage import ClonedCache, lineage, sdpa
@@ -93,6 +94,7 @@ class Bench:
         self.model: Any = None
         self.state: tuple[bool, bool] | None = None  # compiled, FP8
         self.fp8: dict[str, str] = {}  # what the conversion says of its error
+        self.graphs: PassGraphs | None = None  # of the contender started last
         self.videos: dict[tuple[str, int], list[Tensor]] = {}
         torch.manual_seed(seed + 1)
         shape = (1, 16, size.chunk, size.height, size.width)
@@ -128,6 +130,7 @@ class Bench:
         """What begins the video anew at every call: chunks of latents without end."""
         if self.device.type != "cuda" and (way.graphs or way.cudnn):
             raise Missing("needs a CUDA device")
+        self.graphs = None  # and their memory
         self.prepare(way)
         size, model = self.size, self.model
         if not way.ours:
@@ -139,6 +142,7 @@ class Bench:
         cache = StreamingCache.for_model(model, 1, size.height, size.width, WINDOW, max_chunk_frames=size.chunk, merged=way.merged)
         options: dict[str, Any] = {"cuda_graphs": True} if way.graphs else {}
         generator = StreamingGenerator(model, cache, levels=LEVELS[nfe], text=self.text, **options)
+        self.graphs = generator.graphs
 
         def begin() -> Iterator[Tensor]:
             generator.reset()
@@ -205,6 +209,8 @@ class Bench:
             self.videos[name, nfe] = chunks
         checked = self.judge(name, nfe, chunks)
         seconds = self.timed(video)
+        if WAYS[name].graphs and not self.graphs:  # PassGraphs warns and goes on without, where a capture fails
+            raise RuntimeError("no CUDA graph was captured")
         first = 1e3 * self.first_chunk(start)
         return {**checked, **self.fp8, **self.rates(seconds, nfe), "first_chunk_ms": first, "peak_bytes": peak_bytes}
 

@@ -28,12 +28,12 @@ class _Recording(TorchDispatchMode):
 
 
 class OpRecorder:
-    """``record(run) -> (result, replay)``, as ``aadkern.streaming.graphs.CudaRecorder``; counts what it did."""
+    """``record(run, device) -> (result, replay)``, as ``aadkern.streaming.graphs.CudaRecorder``; counts what it did."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def __call__(self, run):
+    def __call__(self, run, device):
         with _Recording() as recording:
             result = run()
         self.recorded += 1

@@ -483,3 +483,10 @@ def test_one_compiled_graph_serves_every_position():
     whole = torch.compile(lambda k: blocks.qk_norm_rope(None, k, None, k_weight, GRID)[1], backend="aot_eager", fullgraph=True)
     k = qkv[..., :WIDTH].unflatten(-1, (HEADS, -1))
     torch.testing.assert_close(whole(k), blocks.qk_norm_rope(None, k, None, k_weight, GRID)[1])
+
+
+def test_tables_made_under_inference_mode_can_be_trained_with():
+    grid = RotaryGrid((7, 1234567), 3, 5)
+    with torch.inference_mode():
+        turns = grid.turns(HEAD_DIM, torch.float32, CPU, spread=True)
+    assert not turns.axes.is_inference() and not turns.of_tokens.is_inference()

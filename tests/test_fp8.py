@@ -158,6 +158,14 @@ def test_torchs_own_product_takes_what_the_layer_gives_it(monkeypatch, dtype, bi
     assert theirs.dtype == dtype and relative(theirs.view(2, 5, 48), ours.double()) < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("fast_accum", [True, False])
+def test_a_layer_asks_for_the_sums_it_was_made_for(monkeypatch, fast_accum):
+    asked = []
+    monkeypatch.setattr("aadkern.fp8.linear.scaled_product", lambda *_, fast_accum: asked.append(fast_accum))
+    Fp8Linear(nn.Linear(32, 48), fast_accum)(torch.randn(5, 32))
+    assert asked == [fast_accum]
+
+
 def kind_of_rows(kind, channels, count=24):
     x = torch.randn(count, channels)
     if kind == "outlier channels":

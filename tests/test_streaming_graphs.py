@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import pytest
 import torch
 
@@ -68,7 +71,7 @@ def test_a_phase_is_recorded_once_and_a_noise_tensor_may_be_used_again(merged):
         assert torch.equal(*map(next, streams))
         counts.append((recorder.recorded, recorder.replayed))
     # The phases of the ring: three of three chunks with ``merged``, else two of two, with a clean pass and a noisy one each.
-    assert counts[-1][0] == counts[9][0] == len(replayed._options["graphs"]) == (3 if merged else 4)
+    assert counts[-1][0] == counts[9][0] == len(replayed.graphs) == (3 if merged else 4)
     assert counts[-1][1] - counts[9][1] == (10 if merged else 20)  # every later pass is a replay
 
 
@@ -84,10 +87,119 @@ def test_results_stay_when_later_passes_are_replayed():
 def test_ever_new_kinds_of_passes_hold_no_more_graphs(monkeypatch):
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
     model, recorder = small_model("absolute"), OpRecorder()
-    plain, replayed = generator_for(model, True), generator_for(model, True, recorder)
+    texts = [torch.randn(2, 5 + i, 6, dtype=torch.float64) for i in range(2)]
+    plain, replayed = (generator_for(model, True, r, text=texts[0]) for r in (None, recorder))
     noise = noise_table()
     assert all(map(torch.equal, plain.chunks(noise, 16), replayed.chunks(noise, 16)))
-    assert recorder.recorded == len(replayed._options["graphs"]) == 2
+    assert recorder.recorded == len(replayed.graphs) == 2  # of three phases; the third runs without
+    monkeypatch.setattr(graphs, "UNUSED_PASSES", 4)
+    for generator in (plain, replayed):  # a text of another length: new kinds, and the old graphs fall out of use
+        generator.set_text(texts[1])
+    assert all(map(torch.equal, plain.chunks(noise, 16), replayed.chunks(noise, 16)))
+    assert recorder.recorded == 4 and len(replayed.graphs) == 2
+    lengths = {place[1][0][0][2] for place in replayed.graphs._held if place[0] == "text"}
+    assert lengths == {6}, "the tensors of the graphs let go are held"
+
+
+def test_a_pass_that_cannot_be_captured_runs_without_a_graph():
+    def refuses(run, device):
+        raise RuntimeError("not permitted while a stream is capturing")
+
+    model, noise = small_model("absolute"), noise_table()
+    plain, replayed = generator_for(model, True), generator_for(model, True, refuses)
+    with pytest.warns(UserWarning, match="runs without a CUDA graph, as capturing it failed: not permitted"):
+        made = list(replayed.chunks(noise, 12))
+    assert all(map(torch.equal, plain.chunks(noise, 12), made)) and len(replayed.graphs) == 0
+
+
+def test_a_first_pass_that_failed_does_not_count_as_one(monkeypatch):
+    model, noise, recorder = small_model("absolute"), noise_table(), OpRecorder()
+    generator = generator_for(model, True, recorder)
+    list(generator.chunks(noise, 1))
+    monkeypatch.setattr(model, "_run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            list(generator.chunks(noise, 1))
+    assert recorder.recorded == 0
+    monkeypatch.undo()
+    assert all(map(torch.equal, generator.chunks(noise, 12), list(generator_for(model, True).chunks(noise, 13))[1:]))
+
+
+def test_a_graph_serves_its_model_cache_dtype_and_backend_only():
+    """One ``PassGraphs`` for all of it, three passes each: run, captured, replayed."""
+    shared, x, t = PassGraphs(OpRecorder()), torch.randn(2, 3, 4, 2, 4, dtype=torch.float64), torch.full((2, 4), 500.0)
+    first, second = small_model("absolute"), small_model("absolute")
+    caches = [cache_for(first, WINDOW, CHUNKS) for _ in range(2)]
+
+    def same(model, cache, x):
+        for _ in range(3):
+            assert torch.equal(model(x, t, cache=cache, graphs=shared), model(x, t, cache=cache))
+
+    with torch.no_grad():
+        same(first, caches[0], x)
+        same(second, caches[0], x)
+        caches[1].keys.normal_()
+        same(first, caches[1], x)
+        assert caches[1].keys[:, :, : x.shape[2]].isfinite().all() and len(shared) == 3
+        first.set_block_backend("reference")
+        same(first, caches[0], x)
+        assert len(shared) == 4
+        same(first, caches[0], x.float())
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="graphs must be None under autocast"):
+            first(x, t, cache=caches[0], graphs=shared)
+
+
+def test_the_result_of_a_replay_is_the_callers():
+    model, t, shared = small_model("absolute"), torch.full((2, 4), 500.0), PassGraphs(OpRecorder())
+    cache = cache_for(model, WINDOW, CHUNKS)
+    with torch.no_grad():
+        results = [model(torch.randn(2, 3, 4, 2, 4, dtype=torch.float64), t, cache=cache, graphs=shared) for _ in range(4)]
+    assert len(shared) == 1 and not any(torch.equal(a, b) for a, b in itertools.pairwise(results))
+
+
+def test_graphs_serve_streams_in_and_out_of_inference_mode():
+    model, noise, shared = small_model("relative"), noise_table(), PassGraphs(OpRecorder())
+    expected = list(generator_for(model, True).chunks(noise, 12))
+    cache = merged_cache(model, WINDOW, CHUNKS)
+    for inference_mode in (True, False, True):
+        cache.reset()
+        generator = StreamingGenerator(model, cache, inference_mode=inference_mode)
+        generator._options["graphs"] = shared
+        assert all(map(torch.equal, generator.chunks(noise, 12), expected))
+
+
+def test_after_two_streams_and_resets_nothing_is_captured_any_more():
+    recorder, noise = OpRecorder(), noise_table()
+    generator = generator_for(small_model("relative"), True, recorder, levels=(1.0, 0.5))
+    counts = []
+    for _ in range(4):
+        list(generator.chunks(noise, 12))
+        generator.reset()
+        counts.append(recorder.recorded)
+    assert counts[0] < counts[1] == counts[2] == counts[3]
+
+
+def test_chunks_are_the_callers_own():
+    generator, plain, noise = *(generator_for(small_model("absolute"), True) for _ in range(2)), noise_table()
+    plain.model = generator.model
+    for made, expected in zip(generator.chunks(noise, 6), plain.chunks(noise, 6), strict=True):
+        assert torch.equal(made, expected) and not made.is_inference()
+        made.zero_()
+
+
+def test_a_deep_copy_of_a_compiled_model_computes_with_its_own_weights():
+    model = small_model("absolute")
+    model.compile_blocks(backend="aot_eager")
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.3)
+        plain = small_model("absolute")
+        plain.load_state_dict(copied.state_dict())
+        x, t = torch.randn(2, 3, 4, 2, 4, dtype=torch.float64), torch.full((2, 4), 500.0)
+        torch.testing.assert_close(copied(x, t), plain(x, t), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="mode must leave CUDA graphs to StreamingGenerator"):
+        model.compile_blocks(mode="reduce-overhead")
 
 
 def test_a_pass_that_failed_leaves_the_sink_to_be_placed_again():
@@ -127,6 +239,16 @@ def test_what_cannot_be_replayed_is_refused():
             model(x, t, graphs=PassGraphs(OpRecorder()), **options)
 
 
+def test_first_frames_and_noise_must_fit():
+    generator = generator_for(small_model("absolute"), True)
+    frame, noise = torch.randn(2, 3, 1, 2, 4, dtype=torch.float64), noise_table()
+    for wrong in (frame[:1], frame[:, :2], frame[..., :2]):
+        with pytest.raises(ValueError, match=r"noise must give \["):
+            next(generator.chunks(noise, first_frame=wrong))
+    with pytest.raises(ValueError, match=r"text must be \[2, T, text_dim\] for this cache, got \[3, 5, 6\]"):
+        generator.set_text(torch.randn(3, 5, 6))
+
+
 def test_time_cache_gives_what_its_timesteps_give():
     model, x = causal_wan(), torch.randn(2, 3, 4, 2, 4, dtype=torch.float64)
     for t in (torch.rand(2, 4) * 1000, torch.rand(2) * 1000):
@@ -148,30 +270,70 @@ def test_compiled_blocks_stream_the_same_video():
         torch.testing.assert_close(made, wanted, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rope", ROPE)
-@pytest.mark.parametrize(("merged", "levels"), [(True, (1.0,)), (True, (1.0, 0.6)), (False, (1.0,))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_graphs_give_the_bits_of_passes_run(rope, merged, levels, dtype):
-    model = CausalWan(
-        num_layers=3, num_attention_heads=2, attention_head_dim=64, ffn_dim=256, in_channels=16, out_channels=16, text_dim=32,
+def model_on_gpu(rope, dtype, layers=3):
+    return CausalWan(
+        num_layers=layers, num_attention_heads=2, attention_head_dim=64, ffn_dim=256, in_channels=16, out_channels=16, text_dim=32,
         freq_dim=32, rope=rope,
     ).to("cuda", dtype).eval()  # fmt: skip
-    noise = noise_of((1, 16, 3, 16, 24), dtype)
-    generators = []
-    for cuda_graphs in (False, True):
-        cache = StreamingCache.for_model(model, 1, 16, 24, Window(9, sink=1), max_chunk_frames=3, merged=merged)
-        generators.append(StreamingGenerator(model, cache, levels=levels, text=noise_text(dtype), cuda_graphs=cuda_graphs))
-    for chunk, (expected, made) in enumerate(zip(*(g.chunks(noise, 24) for g in generators), strict=True)):
-        assert torch.equal(made, expected), f"chunk {chunk}"
-        assert made.isfinite().all()
-    assert len(generators[1]._options["graphs"]) >= 1
 
 
-def noise_of(shape, dtype):
+def stream_on_gpu(model, merged, cuda_graphs, levels=(1.0,), batch=1):
+    cache = StreamingCache.for_model(model, batch, 16, 24, Window(9, sink=1), max_chunk_frames=3, merged=merged)
+    text = torch.randn(batch, 7, 32, generator=torch.Generator().manual_seed(5)).to(cache.keys)
+    return StreamingGenerator(model, cache, levels=levels, text=text, cuda_graphs=cuda_graphs)
+
+
+def noise_on_gpu(dtype, batch=1):
     table = {}
-    return lambda chunk, step: table.setdefault((chunk, step), torch.randn(shape, device="cuda", dtype=dtype))
+    return lambda chunk, step: table.setdefault((chunk, step), torch.randn(batch, 16, 3, 16, 24, device="cuda", dtype=dtype))
 
 
-def noise_text(dtype):
-    return torch.randn(1, 7, 32, device="cuda", dtype=dtype, generator=torch.Generator("cuda").manual_seed(5))
+@pytest.mark.gpu
+@pytest.mark.parametrize("rope", ROPE)
+@pytest.mark.parametrize(("merged", "levels", "batch"), [(True, (1.0,), 1), (True, (1.0, 0.6), 2), (False, (1.0,), 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_give_the_bits_of_passes_run(rope, merged, levels, batch, dtype):
+    model, noise = model_on_gpu(rope, dtype), noise_on_gpu(dtype, batch)
+    plain, replayed = (stream_on_gpu(model, merged, cuda_graphs, levels, batch) for cuda_graphs in (False, True))
+    texts = [torch.randn(batch, length, 32).cuda().to(dtype) for length in (7, 7, 11)]
+    for turn, text in enumerate([None, *texts]):
+        for generator in (plain, replayed):
+            if text is not None:
+                generator.set_text(text, recache=turn == 1)
+        for chunk, (expected, made) in enumerate(zip(plain.chunks(noise, 16), replayed.chunks(noise, 16), strict=True)):
+            assert torch.equal(made, expected), f"turn {turn}, chunk {chunk}"
+            assert made.isfinite().all()
+        if turn == 1:
+            plain.reset()
+            replayed.reset()
+    assert len(replayed.graphs) >= 3
+    with torch.no_grad():  # a capture of somebody else's while ours live
+        x, graph = torch.randn(64, 64, device="cuda"), torch.cuda.CUDAGraph()
+        x @ x
+        with torch.cuda.graph(graph):
+            y = x @ x
+        graph.replay()
+    torch.testing.assert_close(y, x @ x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["plain", "compiled", "fp8"])
+def test_a_steady_stream_never_waits_for_the_gpu(what):
+    from aadkern.wan.fp8 import quantise
+
+    model, noise = model_on_gpu("relative", torch.bfloat16), noise_on_gpu(torch.bfloat16)
+    if what == "fp8":
+        quantise(model)
+    if what == "compiled":
+        model.compile_blocks()
+    plain, replayed = stream_on_gpu(model, True, False), stream_on_gpu(model, True, True)
+    for expected, made in zip(plain.chunks(noise, 16), replayed.chunks(noise, 16), strict=True):
+        assert torch.equal(made, expected)
+    list(map(noise, range(17, 29), [0] * 12))
+    captured = len(replayed.graphs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = list(replayed.chunks(noise, 12))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(replayed.graphs) == captured and all(map(torch.equal, made, plain.chunks(noise, 12)))

@@ -8,7 +8,7 @@ import torch
 from aadkern import AttentionPlan, StreamingGenerator, Window
 from tests.op_recorder import OpRecorder
 from tests.test_streaming import ROPE, TOKENS, assert_near, cache_for
-from tests.test_streaming_generator import noise_table
+from tests.test_streaming_generator import WINDOW, noise_table
 from tests.test_streaming_graphs import small_model
 from tests.test_streaming_merged import merged_cache
 
@@ -115,6 +115,32 @@ def test_recaching_is_refused_where_the_ring_has_not_kept_what_is_in_view():
     assert all(chunk.isfinite().all() for chunk in generator.chunks(noise, 2))
     with pytest.raises(ValueError, match="frame and oldest must be of the sink or held"):
         generator.cache.revisit(frame + 40, frame)
+
+
+@pytest.mark.parametrize("rope", ROPE)
+def test_recaching_keeps_the_place_in_the_stream(rope):
+    """Also where nothing but the sink is in view, after an error, and after a reset."""
+    model, noise = small_model(rope), noise_table()
+    texts = [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(2)]
+    for window in (Window(5, sink=1), WINDOW):
+        generator, new = (StreamingGenerator(model, merged_cache(model, window, (4,)), text=texts[0]) for _ in range(2))
+        list(generator.chunks(noise_table(), 4))
+        generator.reset()
+        videos = []
+        for stream in (generator, new):
+            made = list(stream.chunks(noise, 4))
+            here = stream.cache.frame
+            stream.set_text(texts[1], recache=True)
+            assert stream.cache.frame == here
+            videos.append([*made, *stream.chunks(noise, 3)])
+        assert all(map(torch.equal, *videos))
+        here, write = generator.cache.frame, generator._write
+        generator._write = lambda *_: (_ for _ in ()).throw(MemoryError)
+        with pytest.raises(MemoryError):
+            generator.set_text(texts[0], recache=True)
+        generator._write = write
+        assert generator.cache.frame == here
+        assert all(chunk.isfinite().all() for chunk in generator.chunks(noise, 3))
 
 
 def test_recaching_before_anything_was_made_is_a_change_of_text():

@@ -95,7 +95,6 @@ class StreamingCache:
         # The sink's keys at their own frames; ``keys`` holds them moved by ``_sink_at`` frames, and by ``_second_at`` behind the
         # ring (None: not known).
         self._sink_keys = self.keys[:, :, :sink_tokens].clone() if rope == "relative" else None
-        self._sink_at: int | None = 0
         self._second_at: int | None = None
         self.reset()
 
@@ -155,6 +154,7 @@ class StreamingCache:
         self._history = 0  # frames [0, _history) are committed
         self._newest = 0  # slots hold frames [_newest - ring, _newest), and the sink
         self._oldest = 0  # earlier frames, but for the sink, are not seen
+        self._sink_at: int | None = 0  # as in a new cache: a second stream then makes the same kinds of passes
         self._written: tuple[int, int] | None = None
 
     def rewind(self, frame: int) -> None:
@@ -171,7 +171,7 @@ class StreamingCache:
         """Stand before ``frame``, to write its chunk anew: the next pass sees the sink, and of other frames those from ``oldest``
         on. What it sees it must find: write in order the chunks of the sink, the chunk at ``oldest``, and all after it.
 
-        ``commit`` ends it. Raises ValueError for frames that are not in the ring.
+        ``resume`` ends it. Raises ValueError for frames that are not in the ring.
         """
         first, end = self.held
         if not 0 <= frame < end or (frame >= self.window.sink and not first <= oldest <= frame):
@@ -179,12 +179,17 @@ class StreamingCache:
         self._frame, self._oldest = frame, oldest
         self._written = None
 
+    def resume(self, frame: int) -> None:
+        """After ``revisit``: stand before ``frame`` again, where the stream had come to."""
+        self._frame = self._history = frame
+        self._written, self._oldest = None, 0
+
     def commit(self) -> None:
         """Make history of what the last pass under ``torch.no_grad`` wrote, and move past its chunk."""
         if self._written is None:
             raise RuntimeError(f"nothing was written for the chunk at frame {self._frame}: run all layers under torch.no_grad()")
         self._frame = self._history = self._written[1]
-        self._written, self._oldest = None, 0
+        self._written = None
 
     def begin(self, frames: int, clean_frames: int = 0) -> RingPass | ReplayPass:
         """The model's side: one pass over a chunk of ``frames`` frames, or over ``clean_frames`` clean ones and the chunk after

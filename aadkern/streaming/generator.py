@@ -24,7 +24,7 @@ class StreamingGenerator:
 
         cache = StreamingCache.for_model(model, 1, 60, 104, Window(9, sink=1), max_chunk_frames=4, merged=True)
         generator = StreamingGenerator(model, cache, text=prompt_embeddings)
-        noise = lambda chunk, step: torch.randn(1, 16, 4, 60, 104)
+        noise = lambda chunk, step: torch.randn(1, 16, 4, 60, 104, device="cuda")
         for chunk in generator.chunks(noise, first_frame=image_latent):  # endless
             show(vae.decode(chunk))
 
@@ -34,7 +34,8 @@ class StreamingGenerator:
     x0) or "x0". ``text`` [B, T, text_dim] or None: its cross-attention keys and values are computed once. ``cuda_graphs``: passes
     are replayed from CUDA graphs once the ring has come round (``PassGraphs``), which spares the launches; GPUs only.
     ``inference_mode``: run under ``torch.inference_mode``, which spares a seventh of a small model's time on a CPU; False is
-    ``torch.no_grad``, for parameters that FSDP shards.
+    ``torch.no_grad``. A model that FSDP shards wants that, and to be given as a function around its forward, without text. After
+    changing weights in place, ``reset`` and ``set_text``: noise levels and text are embedded once.
 
     A chunk costs len(levels) passes, and one that writes its clean keys and values for later chunks; a cache made with
     ``merged=True`` has the latter done within the next chunk's first pass, with the same result.
@@ -75,16 +76,26 @@ class StreamingGenerator:
     def set_text(self, text: Tensor | None, *, recache: bool = False) -> None:
         """From the next chunk on, generate from this text [B, T, text_dim]. What was made stays in view as it was made.
 
-        With ``recache`` the keys and values of the chunks in view are made anew under this text, each seeing the sink and the
-        chunks in view before it, so that the video turns to it sooner (LongLive's KV-recache); that costs a pass for each. Raises
-        ValueError, having changed nothing, for chunks of unequal sizes of which the ring has not kept all that are in view.
+        With ``recache`` the keys and values of the chunks in view are made anew under this text, so that the video turns to it
+        sooner: as LongLive's KV-recache, but chunk by chunk, each seeing the sink, made anew too, and the chunks in view before
+        it. That costs a pass for each. A text that is given again, even the same one, costs the next chunk its merged pass.
+
+        Raises ValueError, having changed nothing, for a text of another batch, and with ``recache`` for chunks of unequal sizes of
+        which the ring has not kept all that are in view.
         """
+        if text is not None and text.shape[0] != self.cache.batch:
+            raise ValueError(f"text must be [{self.cache.batch}, T, text_dim] for this cache, got {list(text.shape)}")
         oldest, kept = self._in_view() if recache else (0, [])
         with self._without_gradient():
             self._text: Any = None if text is None else self.model.text_cache(text)  # type: ignore[attr-defined]
-            for start, clean in kept:
-                self.cache.revisit(start, oldest)
-                self._write(clean, self._text)
+            here = self.cache.frame
+            try:
+                for start, clean in kept:
+                    self.cache.revisit(start, oldest)
+                    self._write(clean, self._text)
+            finally:
+                if kept:
+                    self.cache.resume(here)
         if recache:
             self._clean_text = self._text
 
@@ -102,8 +113,13 @@ class StreamingGenerator:
             raise ValueError(f"recache must be False: frame {begins} is in view, and frames before {held} are overwritten")
         return begins, seen
 
+    @property
+    def graphs(self) -> PassGraphs | None:
+        """The CUDA graphs captured so far; None without ``cuda_graphs``."""
+        return self._options.get("graphs")
+
     def reset(self) -> None:
-        """Forget the video; the next chunk is a first one."""
+        """Forget the video; the next chunk is a first one. Graphs stay."""
         self.cache.reset()
         self._made = 0
         self._kept: list[tuple[int, Tensor]] = []  # the chunks in view, clean, and where each starts
@@ -116,9 +132,10 @@ class StreamingGenerator:
 
         ``noise(chunk, step)`` gives standard normal noise [B, C, f, H, W] of chunk 1, 2, ... and its denoising step 0, 1,
         ...; chunks are as large as their noise. ``first_frame`` [B, C, 1, H, W], clean: the video starts with it, as a
-        chunk of its own, and it is not yielded.
+        chunk of its own, and it is not yielded; it is taken when this is called.
 
-        Raises ValueError for a negative count, or a first frame of another length or after the start.
+        Raises ValueError for a negative count, a first frame of another length or after the start, and noise of another shape than
+        the chunk before it.
         """
         if count is not None and count < 0:
             raise ValueError(f"count must be at least 0 or None, got {count}")
@@ -140,6 +157,9 @@ class StreamingGenerator:
         number = self._made + 1
         levels = self._levels if self._made else self._first_levels
         x = noise(number, 0)
+        before = None if self._clean is None else self._clean.shape
+        if before is not None and (x.shape[:2], x.shape[3:]) != (before[:2], before[3:]):
+            raise ValueError(f"noise must give {[*before[:2], 'f', *before[3:]]} as the frames before, got {list(x.shape)}")
         for step, level in enumerate(levels):
             if step:
                 x = _mix(x, noise(number, step), level)

@@ -52,9 +52,9 @@ class RingPass:
     @property
     def kind(self) -> Hashable:
         """Equal for passes that do the same to the same addresses, but for the numbers in ``turns``."""
-        start, sink = self.chunks[0][0], self.cache.window.sink
-        own = tuple((frame - start, slot, count, frame < sink) for frame, slot, count in self.own)
-        return self.plan, self.last_plan, own, tuple(place is None for place in self.places), self.cache.keys.data_ptr()
+        start = self.chunks[0][0]
+        own = tuple((frame - start, slot, count) for frame, slot, count in self.own)
+        return self.cache, self.plan, self.last_plan, own, tuple(place is None for place in self.places)
 
     def finish(self) -> None:
         """All layers are done: the first chunk may be committed."""

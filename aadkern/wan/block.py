@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,7 @@ class CausalWanBlock(WanTransformerBlock):
     """diffusers' Wan block: the same parameters; attention comes from outside, modulation is per frame."""
 
     block_backend: str | None = None  # what serves ``aadkern.blocks``; None is the best for the device
+    parts: tuple[Callable[..., Any], Callable[..., Any]] | None = None  # ``project`` and ``complete``, where they are compiled
 
     def forward(  # type: ignore[override]
         self,
@@ -62,7 +65,8 @@ class CausalWanBlock(WanTransformerBlock):
         ``attend.store`` and stops; ``skip_frames`` goes on without the first frames once all keys and values are there.
         """
         attn = self.attn1
-        q, k, v, rows = self.project(x, modulation, not store_only)
+        project, complete = self.parts or (CausalWanBlock.project, CausalWanBlock.complete)
+        q, k, v, rows = project(self, x, modulation, not store_only)
         slot = attend.key_slot(k) if hasattr(attend, "key_slot") else None
         q_weight, k_weight, eps = None if q is None else attn.norm_q.weight, attn.norm_k.weight, self.norm1.eps
         q, k = qk_norm_rope(q, k, q_weight, k_weight, turns, eps=eps, k_out=slot, backend=self.block_backend)
@@ -72,7 +76,7 @@ class CausalWanBlock(WanTransformerBlock):
         if skip_frames:
             q, x = q[:, skip_frames * x.shape[2] :], x[:, skip_frames:]
             rows = rows[:, skip_frames * (rows.shape[1] // modulation.shape[1]) :]
-        return self.complete(x, attend(q, k, v), rows, text, sample_of)
+        return complete(self, x, attend(q, k, v), rows, text, sample_of)  # type: ignore[no-any-return]
 
     def project(self, x: Tensor, modulation: Tensor, queries: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """What comes before the attention: q (or None) and k, not normed yet, and v [B, F n, H, D]; the modulation's rows."""

@@ -117,6 +117,10 @@ def _check(name: str, linear: nn.Linear) -> None:
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < LEAST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(weight.device)
         raise ValueError(f"model must be on a GPU of compute capability 8.9 or later, which have FP8, this has {major}.{minor}")
+    if weight.is_cuda and weight.dtype == torch.float32 and torch.cuda.get_device_capability(weight.device) != (9, 0):
+        raise TypeError(
+            f"model must be in bfloat16 or float16 on this GPU, whose FP8 products give no float32, {name} is in float32"
+        )
     if not weight.isfinite().all():
         raise ValueError(f"model must have finite weights, {name} has not")
 

@@ -131,12 +131,22 @@ class CausalWan(WanTransformer3DModel):
         """Run what each block does before and after its attention through ``torch.compile`` with these ``options``.
 
         Every block has the same code, so one compilation serves all; the attention, norms of q and k, and the ring stay outside.
-        Each length of a pass is compiled for itself, when it first comes.
+        Each length of a pass, and of a text, is compiled for itself when it first comes, up to 64. A compiled model cannot be
+        pickled. Raises ValueError for a ``mode`` that captures CUDA graphs of its own.
         """
+        if options.get("mode") in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"mode must leave CUDA graphs to StreamingGenerator, say 'max-autotune-no-cudagraphs', got {options['mode']!r}"
+            )
         torch.compiler.assume_constant_result(choose_fused_backend)  # or torch.compile warns of the cache inside
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 64)
+        # Functions, not bound methods: a deep copy's blocks must compute with their own weights.
+        project, complete = (
+            torch.compile(part, dynamic=False, **options) for part in (CausalWanBlock.project, CausalWanBlock.complete)
+        )
         for block in self.blocks:
-            for part in ("project", "complete"):
-                setattr(block, part, torch.compile(getattr(block, part), dynamic=False, **options))
+            block.parts = (project, complete)  # type: ignore[assignment]
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of height x width: 1560 for 60 x 104. ValueError where patches do not tile it."""
@@ -211,7 +221,7 @@ class CausalWan(WanTransformer3DModel):
                 if not isinstance(attention_of, RingPass) or taps is not None or condition_of is not None:
                     raise ValueError("graphs must be None without a cache, with gradient, or with taps or condition_of")
                 inputs = PassInputs(hidden_states, timestep, encoder_hidden_states, turns, attention_of)
-                flow = graphs.run((cache_only, clean_frames, self.block_backend), inputs, run)
+                flow = graphs.run((self, cache_only, self.block_backend), inputs, run)
         if taps is not None or cache_only:
             return flow
         if return_dict is None:
