@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 
 import pytest
 import torch
@@ -57,6 +58,39 @@ def test_replayed_passes_give_the_bits_of_passes_run(rope, merged, first, rest):
     # Three phases of a ring of three chunks (two without ``merged``: one), for each kind of pass; of those at the start and at
     # the change of text each was seen twice, in the second stream.
     assert recorder.recorded <= 12 + 9 * len(rest) and recorder.replayed > 16 * len(rest)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_stream_replayed_is_the_stream_run(seed):
+    """Windows, sinks, chunks of equal or unequal sizes, prompts of two lengths or none, recached or not, resets: at random."""
+    draw = random.Random(seed)
+    model, sink, size, merged = small_model(draw.choice(ROPE)), draw.randint(0, 3), draw.randint(1, 4), draw.random() < 0.6
+    window = Window(sink + size + draw.randint(0, 5), sink=sink)
+    ragged, levels = draw.random() < 0.5, draw.choice([(1.0,), (1.0, 0.5)])
+    pair = []
+    for recorder in (None, OpRecorder()):
+        cache = (merged_cache if merged else cache_for)(model, window, (size,))
+        pair.append(StreamingGenerator(model, cache, levels=levels))
+        if recorder is not None:
+            pair[-1]._options["graphs"] = PassGraphs(recorder)
+    for _ in range(22):
+        event = draw.random()
+        if event < 0.15:
+            text = None if draw.random() < 0.2 else torch.randn(2, draw.choice([4, 4, 6]), 6, dtype=torch.float64)
+            recache, said, frame = draw.random() < 0.6, [], pair[0].cache.frame
+            for generator in pair:
+                try:
+                    generator.set_text(text, recache=recache)
+                except ValueError as error:
+                    said.append(str(error))
+            assert len(said) in (0, 2) and (ragged or not said)
+            assert all(generator.cache.frame == frame for generator in pair)
+        elif event < 0.2:
+            for generator in pair:
+                generator.reset()
+        frames = draw.randint(1, size) if ragged else size
+        noise = noise_table(frames)
+        assert torch.equal(*(next(generator.chunks(noise, 1)) for generator in pair))
 
 
 @pytest.mark.parametrize("merged", [True, False])
