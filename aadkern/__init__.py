@@ -12,7 +12,7 @@ from aadkern.range_attention.api import attention
 from aadkern.runtime import backends
 
 if TYPE_CHECKING:
-    from aadkern import blocks
+    from aadkern import blocks, fp8
     from aadkern.streaming.cache import StreamingCache
     from aadkern.streaming.generator import StreamingGenerator
 
@@ -29,16 +29,17 @@ __all__ = [
     "attention_pool",
     "backends",
     "blocks",
+    "fp8",
     "noised_views",
     "plans",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "blocks":
+    if name in ("blocks", "fp8"):
         from importlib import import_module
 
-        return import_module("aadkern.blocks")
+        return import_module(f"aadkern.{name}")
     if name == "StreamingCache":
         from aadkern.streaming.cache import StreamingCache
 

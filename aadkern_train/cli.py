@@ -214,6 +214,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     options = {name: given[name] for name in ("chunks", "fps", "seed", *WAN_PLAIN) if name in given}
     shift = given.get("shift", 5.0)
+    noise_levels("1", shift)  # is told of even where nothing is shifted
     for name in ("steps", "first_steps"):
         if name in given:
             options[name] = noise_levels(given[name], shift)

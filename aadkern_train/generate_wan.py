@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -85,8 +86,8 @@ def noise_levels(steps: str, shift: float = 5.0) -> tuple[float, ...]:
     ValueError naming ``steps`` or ``shift``.
     """
     wanted = f'steps must be a count of 1 to {MAX_STEPS} or falling timesteps in (0, 1000], say "1000,750,500,250", got {steps!r}'
-    if not shift > 0:
-        raise ValueError(f"shift must be above 0, got {shift}")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be above 0 and finite, got {shift}")
     try:
         if "," not in steps:
             count = int(steps)
@@ -194,6 +195,8 @@ def generate_wan(
     settings that they do not allow.
     """
     settings = settings or WanSettings()
+    if out.suffix.lower() != ".mp4":
+        raise ValueError(f"out must end in .mp4, which can grow, got {out}")
     device, dtype = settings.placement()
     if prompt is None:
         raise ValueError('prompt must be given for a Wan model (--prompt "" is the empty one)')

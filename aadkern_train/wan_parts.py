@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 TRANSFORMERS = ("WanTransformer3DModel", "CausalWan")
@@ -40,6 +41,8 @@ def is_wan(checkpoint: Path) -> bool:
     if checkpoint.is_file():
         if checkpoint.suffix == ".safetensors" and (checkpoint.parent / "config.json").is_file():
             raise ValueError(f"checkpoint must be a folder with its configuration, say {checkpoint.parent}, got {checkpoint}")
+        if checkpoint.suffix.lower() not in (*PICKLES, ".safetensors"):
+            raise ValueError(f"checkpoint must be a Wan folder, a .pt file, a run or its .safetensors file, got {checkpoint}")
         return checkpoint.suffix.lower() in PICKLES
     return any((checkpoint / name).exists() for name in ("model_index.json", "config.json", "transformer"))
 
@@ -59,7 +62,7 @@ def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
     if not rest.is_dir():
         raise FileNotFoundError(f"parts must be a folder with vae, text_encoder and tokenizer, found none at {rest}")
     vae, text_encoder, tokenizer = rest / "vae", rest / "text_encoder", rest / "tokenizer"
-    config, vae_config, text_config = _transformer(transformer), _config(vae), _config(text_encoder)
+    (config, shapes), vae_config, text_config = _transformer(transformer), _config(vae), _config(text_encoder)
     if vae_config.get("_class_name") != "AutoencoderKLWan":
         raise ValueError(f"vae must be an AutoencoderKLWan, {vae} holds {vae_config.get('_class_name')!r}")
     if text_config.get("model_type") != "umt5":
@@ -77,6 +80,7 @@ def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
             )
     if config["text_dim"] != width:
         raise ValueError(f"transformer must have text_dim {width}, the text encoder's, got {config['text_dim']}")
+    _check_shapes(config, shapes, transformer)
     pixels = 2 ** (len(_get(vae_config, "dim_mult", vae)) - 1) * (vae_config.get("patch_size") or 1)
     rows, columns = (int(side) for side in config["patch_size"][1:])
     return WanParts(transformer, vae, text_encoder, tokenizer, channels, pixels, (rows, columns))
@@ -90,12 +94,16 @@ def _check_index(folder: Path) -> None:
         )
 
 
-def _transformer(path: Path) -> Mapping[str, Any]:
-    """The transformer's configuration, checked to be one that ``CausalWan`` takes."""
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _transformer(path: Path) -> tuple[Mapping[str, Any], Shapes]:
+    """The transformer's configuration, checked to be one that ``CausalWan`` takes; its weights' shapes, where the files tell."""
     if path.is_file():
         from aadkern.compat import infer_config, load_checkpoint
 
-        return infer_config(load_checkpoint(path))  # maps the file, and reads no weights
+        state = load_checkpoint(path)  # maps the file, and reads no weights
+        return infer_config(state), {name: tuple(tensor.shape) for name, tensor in state.items()}
     config = _config(path)
     if config.get("_class_name") not in TRANSFORMERS:
         raise ValueError(f"transformer must be one of {', '.join(TRANSFORMERS)}, {path} holds {config.get('_class_name')!r}")
@@ -106,8 +114,24 @@ def _transformer(path: Path) -> Mapping[str, Any]:
         )
     for name in ("in_channels", "out_channels", "text_dim", "patch_size"):
         _get(config, name, path)
-    _check_weights(path, "diffusion_pytorch_model")
-    return config
+    patch = config["patch_size"]
+    if not isinstance(patch, list) or len(patch) != 3 or patch[0] != 1 or not all(isinstance(side, int) for side in patch):
+        raise ValueError(f"transformer must have a patch_size of [1, rows, columns], {path} has {patch}")
+    return config, _check_weights(path, "diffusion_pytorch_model")
+
+
+def _check_shapes(config: Mapping[str, Any], shapes: Shapes, path: Path) -> None:
+    """That the transformer's weights are those that its configuration speaks of."""
+    from aadkern.wan import CausalWan
+
+    if not shapes:
+        return
+    with torch.device("meta"):
+        wanted = CausalWan.from_config(dict(config)).state_dict()
+    for name, tensor in wanted.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            found = f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else "nothing"
+            raise ValueError(f"transformer must hold {name} {list(tensor.shape)} by its configuration, found {found} in {path}")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -133,8 +157,10 @@ def _get(config: Mapping[str, Any], name: str, folder: Path) -> Any:
     return config[name]
 
 
-def _check_weights(folder: Path, *stems: str) -> None:
-    """That a part's weights are there, every shard of them, and are more than Git LFS's notes of them."""
+def _check_weights(folder: Path, *stems: str) -> Shapes:
+    """That a part's weights are there, every shard of them, and are more than Git LFS's notes of them. Their shapes, as far as
+    safetensors tell them."""
+    shapes: dict[str, tuple[int, ...]] = {}
     names = [f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".bin")]
     shards = [folder / name for name in names if (folder / name).is_file()][:1]
     for index in (folder / f"{name}.index.json" for name in names):
@@ -150,7 +176,8 @@ def _check_weights(folder: Path, *stems: str) -> None:
                 raise ValueError(f"{folder.name} must hold weights, {shard} is a Git LFS pointer: fetch it with `git lfs pull`")
         if shard.suffix == ".safetensors":
             try:
-                with safetensors.safe_open(shard, framework="pt"):  # reads the header, and compares it with the file's length
-                    pass
+                with safetensors.safe_open(shard, framework="pt") as held:  # reads the header, and holds the file's length to it
+                    shapes |= {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118 (no mapping)
             except safetensors.SafetensorError as error:
                 raise ValueError(f"{folder.name} must hold whole weights, {shard} is broken or cut off: {error}") from error
+    return shapes

@@ -254,6 +254,10 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     parser = arguments()
     options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device must be cpu: torch finds no CUDA device")
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     options.sizes = options.sizes or (["1.3B", "14B"] if options.device == "cuda" else ["demo"])
     try:
         items(options.device, options.items)

@@ -30,6 +30,7 @@ PUBLIC = {
     "attention_pool",
     "backends",
     "blocks",
+    "fp8",
     "noised_views",
     "plans",
 }

@@ -328,3 +328,19 @@ NARROW = ROWS._replace(values=torch.randn(3, 16).to(E4M3))
 def test_bad_input(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_is_no_row_weight_or_layer_is_named():
+    _, weight, scale, _, rows = operands(torch.bfloat16, False)
+    cases = [
+        (TypeError, "rows must be QuantisedRows", (torch.randn(5, 96), weight, scale)),
+        (TypeError, "weight must be a torch.Tensor, got NoneType", (rows, None, scale)),
+        (TypeError, "weight_scale must be a torch.Tensor, got float", (rows, weight, 1.0)),
+        (ValueError, "rows must have a scale of float32", (rows._replace(scale=rows.scale[..., 0]), weight, scale)),
+        (ValueError, "rows must have a scale of float32", (rows._replace(scale=rows.scale.double()), weight, scale)),
+    ]
+    for error, message, arguments in cases:
+        with pytest.raises(error, match=message):
+            scaled_product(*arguments)
+    with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got Conv1d"):
+        Fp8Linear(nn.Conv1d(16, 16, 1))

@@ -184,6 +184,16 @@ def test_saves_and_loads(tmp_path, dtype):
         other.load_state_dict(wan().state_dict())
 
 
+def test_a_folder_that_would_load_at_random_is_not_written(tmp_path):
+    model = wan()
+    model.save_pretrained(tmp_path / "plain")
+    assert CausalWan.from_pretrained(tmp_path / "plain").state_dict().keys() == model.state_dict().keys()
+    quantise(model)
+    with pytest.raises(ValueError, match="model must not be quantised to be saved as a folder"):
+        model.save_pretrained(tmp_path / "quantised")
+    assert not (tmp_path / "quantised").exists()
+
+
 def test_no_gradient():
     model, inputs = wan(), sample()
     quantise(model)

@@ -18,6 +18,8 @@ from tests.test_streaming import ROPE, cache_for, causal_wan
 from tests.test_streaming_generator import CHUNKS, WINDOW, noise_table
 from tests.test_streaming_merged import merged_cache
 
+REAL_COMPILE = torch.compile
+
 
 def small_model(rope):
     model = causal_wan(rope)
@@ -213,6 +215,33 @@ def test_after_two_streams_and_resets_nothing_is_captured_any_more():
     assert counts[0] < counts[1] == counts[2] == counts[3]
 
 
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_noise_levels_are_embedded_once_and_the_mode_is_the_one_asked_for(inference_mode):
+    model, asked, modes = small_model("absolute"), [], []
+
+    class Watched:
+        text_cache = model.text_cache
+
+        def time_cache(self, timestep):
+            asked.append(timestep)
+            return model.time_cache(timestep)
+
+        def __call__(self, *arguments, **options):
+            modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+            return model(*arguments, **options)
+
+    def noise(chunk, step):
+        assert not torch.is_inference_mode_enabled()
+        return torch.randn(2, 3, 4, 2, 4, dtype=torch.float64)
+
+    generator = StreamingGenerator(Watched(), merged_cache(model, WINDOW, CHUNKS), inference_mode=inference_mode)
+    kept = []
+    for _ in generator.chunks(noise, 20):
+        kept.append(len(generator._kept))
+    assert len(asked) == 2 and set(modes) == {(inference_mode, False)}  # the first chunk alone, and with the one before it
+    assert max(kept) == kept[10] == kept[-1] <= 4  # the chunk of the sink, and those in view
+
+
 def test_chunks_are_the_callers_own():
     generator, plain, noise = *(generator_for(small_model("absolute"), True) for _ in range(2)), noise_table()
     plain.model = generator.model
@@ -295,11 +324,17 @@ def test_time_cache_gives_what_its_timesteps_give():
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected")
-def test_compiled_blocks_stream_the_same_video():
+def test_compiled_blocks_stream_the_same_video(monkeypatch):
     model, noise = small_model("relative"), noise_table()
     text = torch.randn(2, 5, 6, dtype=torch.float64)
     expected = list(generator_for(model, True, text=text).chunks(noise, 9))
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled.append(a) or REAL_COMPILE(*a, **k))
     model.compile_blocks(backend="aot_eager")
+    assert len(compiled) == 2
+    for block in model.blocks:  # what runs is what was compiled
+        monkeypatch.setattr(type(block), "project", None)
+        monkeypatch.setattr(type(block), "complete", None)
     for made, wanted in zip(generator_for(model, True, text=text).chunks(noise, 9), expected, strict=True):
         torch.testing.assert_close(made, wanted, rtol=1e-10, atol=1e-10)
 

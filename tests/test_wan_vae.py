@@ -139,3 +139,18 @@ def test_bad_input():
     vae.enable_tiling()
     with pytest.raises(ValueError, match="vae must not be tiled"):
         StreamingDecoder(vae)
+
+
+def test_images_of_another_range_or_kind_are_refused():
+    vae = random_vae()
+    image = torch.rand(1, 3, 16, 24) * 2 - 1
+    for wrong, says in ((image.to(torch.uint8), "got torch.uint8"), (image.numpy(), "got ndarray")):
+        with pytest.raises(TypeError, match=f"image must be a floating tensor in \\[-1, 1\\], {says}"):
+            encode_image(vae, wrong)
+    for wrong in (255 * image, image + float("nan")):
+        with pytest.raises(ValueError, match=r"image must lie in \[-1, 1\], got \["):
+            encode_image(vae, wrong)
+    with pytest.raises(TypeError, match="vae must be diffusers' AutoencoderKLWan, got NoneType"):
+        encode_image(None, image)
+    with pytest.raises(TypeError, match="latents must be a tensor, got ndarray"):
+        StreamingDecoder(vae).decode(random_latents(vae, 1).numpy())

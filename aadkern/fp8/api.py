@@ -71,6 +71,14 @@ def scaled_product(
     Raises TypeError or ValueError, naming the argument, before any work.
     """
     name = "scaled_product"
+    if not isinstance(rows, QuantisedRows):
+        raise TypeError(f"{name}: rows must be QuantisedRows, as quantise_rows makes them, got {type(rows).__name__}")
+    for argument, given in (("weight", weight), ("weight_scale", weight_scale)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(given).__name__}")
+    if rows.scale.dtype != torch.float32 or rows.scale.shape != (*rows.values.shape[:-1], 1):
+        wanted = f"float32 {[*rows.values.shape[:-1], 1]}"
+        raise ValueError(f"{name}: rows must have a scale of {wanted}, got {rows.scale.dtype} {list(rows.scale.shape)}")
     for argument, tensor in (("rows", rows.values), ("weight", weight)):
         if tensor.dtype != torch.float8_e4m3fn:
             raise TypeError(f"{name}: {argument} must be float8_e4m3fn, got {tensor.dtype}")

@@ -23,6 +23,8 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, fast_accum: bool = True) -> None:
         super().__init__()
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         self.in_features, self.out_features, self.fast_accum = linear.in_features, linear.out_features, fast_accum
         weight = quantise_rows(linear.weight)
         self.weight_e4m3: Tensor

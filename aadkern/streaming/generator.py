@@ -25,8 +25,10 @@ class StreamingGenerator:
         cache = StreamingCache.for_model(model, 1, 60, 104, Window(9, sink=1), max_chunk_frames=4, merged=True)
         generator = StreamingGenerator(model, cache, text=prompt_embeddings)
         noise = lambda chunk, step: torch.randn(1, 16, 4, 60, 104, device="cuda")
+        decoder = aadkern.wan.vae.StreamingDecoder(vae)
+        show(decoder.decode(image_latent))
         for chunk in generator.chunks(noise, first_frame=image_latent):  # endless
-            show(vae.decode(chunk))
+            show(decoder.decode(chunk))
 
     ``model`` is a ``CausalWan``, or any callable with its forward's arguments and, if text is given, its ``text_cache``.
     ``cache`` is empty and fits it. ``levels`` are the falling noise levels, in (0, 1], of a chunk's denoising passes and
@@ -83,8 +85,12 @@ class StreamingGenerator:
         Raises ValueError, having changed nothing, for a text of another batch, and with ``recache`` for chunks of unequal sizes of
         which the ring has not kept all that are in view.
         """
-        if text is not None and text.shape[0] != self.cache.batch:
+        if text is not None and not isinstance(text, Tensor):
+            raise TypeError(f"text must be a tensor [B, T, text_dim] or None, got {type(text).__name__}")
+        if text is not None and (text.dim() != 3 or text.shape[0] != self.cache.batch):
             raise ValueError(f"text must be [{self.cache.batch}, T, text_dim] for this cache, got {list(text.shape)}")
+        if text is not None and not hasattr(self.model, "text_cache"):
+            raise TypeError(f"text must be None for a model without text_cache, as {type(self.model).__name__} is")
         oldest, kept = self._in_view() if recache else (0, [])
         with self._without_gradient():
             self._text: Any = None if text is None else self.model.text_cache(text)  # type: ignore[attr-defined]
@@ -137,6 +143,10 @@ class StreamingGenerator:
         Raises ValueError for a negative count, a first frame of another length or after the start, and noise of another shape than
         the chunk before it.
         """
+        if not callable(noise):
+            raise TypeError(f"noise must be a function of chunk and step, got {type(noise).__name__}")
+        if count is not None and not isinstance(count, int):
+            raise TypeError(f"count must be a whole number or None, got {count!r}")
         if count is not None and count < 0:
             raise ValueError(f"count must be at least 0 or None, got {count}")
         if first_frame is not None:
@@ -156,13 +166,13 @@ class StreamingGenerator:
     def _next(self, noise: Noise) -> Tensor:
         number = self._made + 1
         levels = self._levels if self._made else self._first_levels
-        x = noise(number, 0)
+        x = _drawn(noise, number, 0)
         before = None if self._clean is None else self._clean.shape
         if before is not None and (x.shape[:2], x.shape[3:]) != (before[:2], before[3:]):
             raise ValueError(f"noise must give {[*before[:2], 'f', *before[3:]]} as the frames before, got {list(x.shape)}")
         for step, level in enumerate(levels):
             if step:
-                x = _mix(x, noise(number, step), level)
+                x = _mix(x, _drawn(noise, number, step), level)
             out = self._first_pass(x, level) if step == 0 else self._denoise(x, level)
             x = out.to(x.dtype) if self.predicts == "x0" else _x0(x, out, level)
         self._made, self._clean, self._clean_text = number, x, self._text
@@ -211,11 +221,18 @@ class StreamingGenerator:
 
 
 def _falling(name: str, levels: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(levels, (int, float, str)):
+        raise TypeError(f"{name} must be a sequence of noise levels, got {levels!r}")
     levels = tuple(levels)
     falling = all(a > b for a, b in itertools.pairwise(levels))
     if not levels or not falling or not all(0 < level <= 1 for level in levels):
         raise ValueError(f"{name} must be falling noise levels in (0, 1], got {levels}")
     return levels
+
+
+def _drawn(noise: Noise, chunk: int, step: int) -> Tensor:
+    with torch.inference_mode(False):  # the caller's tensors stay what they are elsewhere
+        return noise(chunk, step)
 
 
 def _x0(x: Tensor, flow: Tensor, level: float) -> Tensor:

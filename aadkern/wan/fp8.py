@@ -77,6 +77,8 @@ def quantise(model: CausalWan, sample: Mapping[str, Any] | None = None, *, fast_
     """
     if not isinstance(model, CausalWan):
         raise TypeError(f"model must be a CausalWan, got {type(model).__name__}")
+    if sample is not None and not isinstance(sample, Mapping):
+        raise TypeError(f"sample must be a dictionary of the model's arguments, got {type(sample).__name__}")
     if sample is not None and sample.get("cache") is not None:
         raise ValueError("sample must be without a cache, which a call changes: give a plan or nothing in its place")
     linears = dict(_linears(model))

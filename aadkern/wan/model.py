@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from aadkern.blocks import RotaryGrid, Turns, modulated_norm
+from aadkern.fp8 import Fp8Linear
 from aadkern.plans import AttentionPlan
 from aadkern.runtime import FUSED_BACKENDS, choose_fused_backend
 from aadkern.streaming.cache import ROPE_MODES, StreamingCache
@@ -123,8 +124,11 @@ class CausalWan(WanTransformer3DModel):
 
     def time_cache(self, timestep: Tensor) -> TimeCache:
         """The embeddings of noise levels ``timestep`` [B] or [B, F], once for all passes at them: give it in its place."""
+        if not isinstance(timestep, Tensor):
+            raise TypeError(f"timestep must be a tensor [B] or [B, F], got {type(timestep).__name__}")
         if timestep.dim() not in (1, 2):
             raise ValueError(f"timestep must be [B] or [B, F], got {list(timestep.shape)}")
+        _check_exact(timestep)
         return TimeCache(timestep, *self._time(timestep, 1 if timestep.dim() == 1 else timestep.shape[1]))
 
     def compile_blocks(self, **options: Any) -> None:
@@ -147,6 +151,14 @@ class CausalWan(WanTransformer3DModel):
         )
         for block in self.blocks:
             block.parts = (project, complete)  # type: ignore[assignment]
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
+        """diffusers' own. Raises ValueError for a quantised model, whose layers ``from_pretrained`` would draw at random."""
+        if any(isinstance(module, Fp8Linear) for module in self.modules()):
+            raise ValueError(
+                "model must not be quantised to be saved as a folder; its state_dict() loads into a model quantised again"
+            )
+        return super().save_pretrained(*arguments, **options)
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of height x width: 1560 for 60 x 104. ValueError where patches do not tile it."""
@@ -287,9 +299,7 @@ class CausalWan(WanTransformer3DModel):
         if tuple(timestep.shape) not in ((samples,), (samples, frames), (samples, tokens)):
             shapes = f"[{samples}], [{samples}, {frames}] or [{samples}, {tokens}]"
             raise ValueError(f"timestep must be {shapes} for hidden_states {list(x.shape)}, got {list(timestep.shape)}")
-        if timestep.dtype in (torch.bfloat16, torch.float16):
-            # FSDP's cast_forward_inputs does this unasked.
-            raise ValueError(f"timestep must be float32: 937.5 would be 936 in bfloat16, got {timestep.dtype}")
+        _check_exact(timestep)
         dim = self.config["text_dim"]
         if isinstance(text, TextCache):
             shape, heads = text.layers[0][0].shape, self.config["num_attention_heads"]
@@ -382,6 +392,12 @@ class CausalWan(WanTransformer3DModel):
         patches = x.unflatten(2, (height, width)).unflatten(4, (rows, columns, -1)).permute(0, 6, 1, 2, 4, 3, 5)
         # One copy, and not a view: FSDP2 warns of modules that return views.
         return patches.reshape(x.shape[0], -1, frames, height * rows, width * columns)
+
+
+def _check_exact(timestep: Tensor) -> None:
+    if timestep.dtype in (torch.bfloat16, torch.float16):
+        # FSDP's cast_forward_inputs does this unasked.
+        raise ValueError(f"timestep must be float32: 937.5 would be 936 in bfloat16, got {timestep.dtype}")
 
 
 def _text_of(text: Tensor | TextCache | None, layer: int) -> Tensor | tuple[Tensor, Tensor] | None:

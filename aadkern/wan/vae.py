@@ -26,7 +26,9 @@ class StreamingDecoder:
 
     ``vae`` is diffusers' ``AutoencoderKLWan``, Wan 2.1's or 2.2's, not tiled. Its causal convolutions look back at two
     frames of features; those are kept here, so memory does not grow with the video, and the VAE may encode and decode other things
-    in between. ``reset`` begins another video. Raises TypeError or ValueError naming the argument.
+    in between. A clean first frame is a chunk too, and decoded before the others. ``reset`` begins another video.
+
+    Raises TypeError or ValueError naming the argument.
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
@@ -56,6 +58,8 @@ class StreamingDecoder:
         Raises ValueError for another number of channels, no frame, or other sizes than the chunks before had.
         """
         config: Any = self.vae.config
+        if not isinstance(latents, Tensor):
+            raise TypeError(f"latents must be a tensor, got {type(latents).__name__}")
         if latents.dim() != 5 or latents.shape[1] != config.z_dim or latents.shape[2] < 1:
             raise ValueError(f"latents must be [B, {config.z_dim}, f, h, w] with f at least 1, got {list(latents.shape)}")
         batch, channels, _, height, width = latents.shape
@@ -65,9 +69,7 @@ class StreamingDecoder:
             raise ValueError(f"latents must be {before} as before, got {list(latents.shape)}; reset() begins another video")
         latents = self.vae.post_quant_conv(denormalised(latents, self.vae))
         made = []
-        for frame in latents.split(
-            1, dim=2
-        ):  # one by one, as in training: the first of a video is upsampled otherwise than the rest
+        for frame in latents.split(1, dim=2):  # one by one, as in training: the first of a video is upsampled otherwise
             made.append(self.vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=self._shape is None))
             self._shape = shape
         pixels = torch.cat(made, dim=2)
@@ -82,9 +84,16 @@ def encode_image(vae: AutoencoderKLWan, image: Tensor) -> Tensor:
 
     In fp32 (an fp64 VAE: fp64). Raises ValueError for another shape, or sides that are no multiples of ``pixels_per_latent``.
     """
+    if not isinstance(vae, AutoencoderKLWan):
+        raise TypeError(f"vae must be diffusers' AutoencoderKLWan, got {type(vae).__name__}")
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"image must be a floating tensor in [-1, 1], got {got}")
     side = pixels_per_latent(vae)
     if image.dim() != 4 or image.shape[1] != 3 or image.shape[2] % side or image.shape[3] % side or 0 in image.shape:
         raise ValueError(f"image must be [B, 3, H, W] with H and W multiples of {side}, got {list(image.shape)}")
+    if not image.abs().max() <= 1.01:  # a resize may overshoot a little
+        raise ValueError(f"image must lie in [-1, 1], got [{image.min():.4g}, {image.max():.4g}]")
     latents: Tensor = vae.encode(image[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()
     latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
     mean, std = _statistics(vae, latents.dtype)
