@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import aadkern
-from aadkern import StreamingGenerator, Window
+from aadkern import StreamingCache, StreamingGenerator, Window
+from aadkern.wan import CausalWan
+from aadkern_train.recipes import Recipe
 from benchmarks import streaming
 from tests.test_streaming import ROPE, assert_near, cache_for, causal_wan
 from tests.test_streaming_merged import merged_cache
@@ -91,40 +93,62 @@ def test_a_model_may_predict_x0_and_one_step_costs_one_forward():
     assert len(calls) == 5
 
 
-def endless(chunks):
-    """Memory does not grow and positions stay exact: what the last chunks see is, in relative mode, what earlier ones saw."""
-    model = causal_wan("relative", layers=1, dtype=torch.float32)
-    cache = merged_cache(model, WINDOW, CHUNKS)
-    fixed = noise_table(dtype=torch.float32)
+def endless(model, shape, chunks):
+    """How memory grows over the second half of a long stream, its last chunk, and what it saw: sink, chunk before, noise."""
+    batch, _, frames, height, width = shape
+    cache = StreamingCache.for_model(model, batch, height, width, WINDOW, max_chunk_frames=frames, merged=True)
+    fixed = [torch.randn(shape, dtype=cache.keys.dtype) for _ in range(2)]
 
     def bounded(x, *arguments, **options):  # an untrained model's chunks would run away
         return model(x, *arguments, **options).tanh()
 
     generator = StreamingGenerator(bounded, cache, predicts="x0")
-    made = generator.chunks(lambda chunk, step: fixed(chunk % 2, step))
-    first = [next(made).clone() for _ in range(40)]
+    made = generator.chunks(lambda chunk, step: fixed[chunk % 2])
+    first = next(made)
+    address = cache.keys.data_ptr(), cache.nbytes
     tracemalloc.start()
-    address, before = (cache.keys.data_ptr(), cache.nbytes), None
-    for number in range(40, chunks):
-        last = next(made)
+    for number in range(2, chunks):
+        before = next(made)
         if number == chunks // 2:
-            before = tracemalloc.get_traced_memory()[0]
-    grown = tracemalloc.get_traced_memory()[0] - before
+            traced = tracemalloc.get_traced_memory()[0]
+    grown = tracemalloc.get_traced_memory()[0] - traced
     tracemalloc.stop()
-    assert (cache.keys.data_ptr(), cache.nbytes) == address
-    assert cache.frame == 4 * (chunks - 1)
-    assert last.isfinite().all()
-    return first, last, grown
+    kept = len(generator._kept)
+    last = next(made)
+    assert (cache.keys.data_ptr(), cache.nbytes) == address and len(generator._kept) == kept <= 3
+    assert cache.frame == frames * (chunks - 1) and last.isfinite().all()
+    return grown, last, torch.cat((first[:, :, :1], before, fixed[chunks % 2]), dim=2)
 
 
-def test_a_long_stream_keeps_its_memory():
-    _, _, grown = endless(400)
-    assert grown < 2**18  # bounded tables of plans and rotations still fill
+def positions_are_exact(chunks):
+    """With one layer keys depend on nothing before: a chunk is a forward of what it saw, at its own positions or any others."""
+    model = causal_wan("relative", layers=1)
+    grown, last, seen = endless(model, (2, 3, 4, 2, 4), chunks)
+    t = torch.tensor([0.0] * 5 + [1000.0] * 4).expand(2, -1)
+    for start in (4 * (chunks - 2) - 1, 0):  # the sink just before the window
+        with torch.no_grad():
+            expected = model(seen, t, first_frame=start)[:, :, -4:].tanh()
+        assert_near(last, expected, 1e-9)
+    return grown
+
+
+def test_a_long_stream_keeps_its_memory_and_its_positions():
+    assert positions_are_exact(400) < 2**18  # bounded tables of plans and rotations still fill
 
 
 @pytest.mark.slow
-def test_ten_thousand_chunks_keep_their_memory():
-    _, _, grown = endless(10_000)
+def test_ten_thousand_chunks_keep_their_positions():
+    assert positions_are_exact(10_000) < 2**16
+
+
+@pytest.mark.slow
+def test_ten_thousand_chunks_of_the_demos_network_keep_their_memory():
+    network = Recipe.model_validate({"recipe": "digits"}).network
+    model = CausalWan(
+        num_layers=network.layers, num_attention_heads=network.heads, attention_head_dim=network.head_dim, ffn_dim=network.ffn,
+        in_channels=1, out_channels=1, text_dim=8, freq_dim=64, patch_size=(1, network.patch, network.patch), rope="relative",
+    )  # fmt: skip
+    grown, _, _ = endless(model.eval(), (1, 1, 4, 20, 20), 10_000)
     assert grown < 2**16
 
 
