@@ -77,6 +77,8 @@ def measure(world: DigitsWorld, x: Tensor, segments: int = 5, given: int = 1) ->
     * velocity_tv, velocity_tv_first: total variation between the law of all displacements, or of the clips' first
       ones, and the uniform law over the 8 velocities; 0 to 1. Lost modes show here. N independent true ones give
       about 1 / sqrt(N).
+    * velocity_tv_legal: the same among legal displacements only, so that lost modes show apart from illegal moves; 0 to
+      7/8, and 1 where none is legal.
     * dynamic: percentage of videos of which round(4 F / 16) steps, at least 1, are faster than 6/256 of the frame
       (VBench's rule).
     * drift: 100 * standard deviation of ncc over equal parts of a video (`segments`, or fewer if it has fewer
@@ -111,6 +113,7 @@ def measure(world: DigitsWorld, x: Tensor, segments: int = 5, given: int = 1) ->
         "keep": _rate(kept, pairs),
         "velocity_tv": _total_variation(law, steps),
         "velocity_tv_first": _total_variation(law, steps[:, :1]),
+        "velocity_tv_legal": _total_variation(law, steps[legal]),
         "dynamic": _dynamic(world, steps),
         "drift": 100 * float(by_part.std(1, correction=0).mean()),
         "nll_excess": _nll_excess(world, steps, legal),
@@ -167,6 +170,8 @@ def _rate(hits: Tensor, of: Tensor) -> float:
 
 
 def _total_variation(law: Tensor, steps: Tensor) -> float:
+    if steps.numel() == 0:
+        return 1.0
     share = torch.bincount(steps.flatten(), minlength=len(law)).double() / steps.numel()
     return 0.5 * float((share - law).abs().sum())
 

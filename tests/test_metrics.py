@@ -93,7 +93,7 @@ def test_frozen_video(real):
     figures = measure(WORLD, WORLD.static(real))
     assert figures["quality"] == pytest.approx(100, abs=1e-3) and figures["identity"] == 100
     assert figures["legal"] == figures["dynamic"] == figures["keep"] == 0
-    assert figures["velocity_tv"] == figures["velocity_tv_first"] == 1
+    assert figures["velocity_tv"] == figures["velocity_tv_first"] == figures["velocity_tv_legal"] == 1
     same, other = WORLD.keep_rate, (1 - WORLD.keep_rate) / 7
     smooth = [(1 - ILLEGAL_SHARE) * p + ILLEGAL_SHARE / 16 for p in (same, other, 0)]
     true = -same * math.log(smooth[0]) - (1 - same) * math.log(smooth[1])
@@ -109,6 +109,7 @@ def test_a_path_counted_by_hand():
     assert figures["segments"]["keep"] == pytest.approx([1, 0, 0])
     assert figures["velocity_tv"] == pytest.approx(0.5 * (abs(2 / 6 - 1 / 8) + 2 * (1 / 6 - 1 / 8) + 5 / 8 + 2 / 6))
     assert figures["velocity_tv_first"] == pytest.approx(7 / 8)
+    assert figures["velocity_tv_legal"] == pytest.approx(0.5 * (2 / 4 - 1 / 8 + 2 * (1 / 4 - 1 / 8) + 5 / 8))
     same, other = WORLD.keep_rate, (1 - WORLD.keep_rate) / 7
     smooth = {p: -math.log((1 - ILLEGAL_SHARE) * p + ILLEGAL_SHARE / 16) for p in (same, other, 1 / 8, 0)}
     spent = smooth[same] + smooth[other] + smooth[0] + smooth[1 / 8] + smooth[0]
@@ -148,7 +149,14 @@ def test_lost_modes_show_in_velocity_tv_alone():
     """Every video moves right for ever: legal, sharp, and one mode of eight."""
     figures = measure(WORLD, still_of([[t % 4 for t in range(13)]] * 3))
     assert figures["legal"] == 100 and figures["quality"] == pytest.approx(100, abs=1e-3)
-    assert figures["velocity_tv"] == figures["velocity_tv_first"] == 7 / 8
+    assert figures["velocity_tv"] == figures["velocity_tv_first"] == figures["velocity_tv_legal"] == 7 / 8
+
+
+def test_illegal_moves_are_no_lost_modes():
+    """Each of the 8 velocities once per video, and as often an illegal one: half the displacements lost, no mode."""
+    paths = [[0, int(to), int(to)] for to in WORLD.moved[0]]
+    figures = measure(WORLD, still_of(paths))
+    assert figures["velocity_tv"] == 0.5 and figures["velocity_tv_legal"] == 0
 
 
 def test_a_freeze_passes_dynamic_and_shows_in_the_segments(real):

@@ -51,6 +51,9 @@ METRICS = {
         "Nats per transition by which the decoded movement is less likely under the law than real movement is.",
     ),
     "velocity_tv_first": Metric("First TV", "lower", 2, "Velocity TV of each video's first displacement alone."),
+    "velocity_tv_legal": Metric(
+        "Legal TV", "lower", 2, "Velocity TV among the legal displacements alone: mode loss without illegal moves."
+    ),
     "identity": Metric("Identity", "higher", 1, "Percentage of frames that show the same digit as the first frame."),
     "grid": Metric("Grid", "lower", 2, "Power of the error at the harmonics of the patch grid, in percent of a real frame's."),
     "motion": Metric("Motion", "near real", 1, "100 times the mean absolute frame difference over that of real video."),
