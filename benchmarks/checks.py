@@ -1,8 +1,8 @@
 """The check a result must pass before it is timed: every element of the output and gradients of a head, against fp64.
 
 The rule is FlashAttention's, as the tests use it (``aadkern.testing``): no further from fp64 than twice plain torch in the same
-dtype, plus rounding; and the same for every row in terms of its own norm. Exact values are made head by head and a few thousand
-queries at a time, so nothing of size Lq x Lk is held.
+dtype, plus rounding; and every row, in terms of its own norm, no further than four times. Exact values are made head by head and
+a few thousand queries at a time, so nothing of size Lq x Lk is held.
 """
 
 from __future__ import annotations
@@ -140,13 +140,17 @@ def row_errors(x: Tensor, exact: Tensor) -> Tensor:
 
 def _compare_rows(name: str, result: Tensor, known: Truth) -> None:
     """Each row by its own size. Over 32760 tokens an output is about 0.01, where the absolute rule's room for rounding, made for
-    numbers around 0.3, would let half of it be wrong."""
+    numbers around 0.3, would let half of it be wrong.
+
+    Four times plain torch's worst row: in rows of dq that nearly cancel both errors are luck, and of 60 right results in float32
+    one was off 2.3 times as far. A tile that leaves out 12 of 1512 keys is off 28 times as far and more.
+    """
     truly, lse = getattr(known.exact, name), known.exact.lse
     seen = lse[lse.isfinite()]
     of_scores = 3 * 2.0**-24 * (1 + seen.abs().max().item()) if seen.numel() else 0.0  # kept in fp32, as in aadkern.testing
     worst = row_errors(result, truly).max().item()
     plain = row_errors(getattr(known.eager, name), truly).max().item()
-    allowed = 2 * plain + torch.finfo(result.dtype).eps + of_scores
+    allowed = 4 * plain + torch.finfo(result.dtype).eps + of_scores
     if not worst <= allowed:
         raise WrongResult(
             f"{name}: a row is off by {worst:.2%} of itself, plain torch's worst by {plain:.2%}, allowed {allowed:.2%}"
