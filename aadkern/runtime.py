@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -25,6 +26,11 @@ SM90_CAPABILITY, SM90_HEAD_DIMS, SM90_DTYPES = (9, 0), (64, 128), ("bfloat16", "
 # adds the file, which benchmarks.gpu_check made on that GPU; tests/test_verified.py holds the entry to what the file says. "auto"
 # takes sm90, which no CPU can run, only once it has an entry.
 VERIFIED: dict[str, tuple[str, ...]] = {"reference": ("cpu",), "sdpa": ("cpu",), "triton": ("the CPU interpreter",), "sm90": ()}
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton's launches go to the tensors' own device, whichever is current."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def interpreting() -> bool:

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from aadkern.blocks.triton_rows import as_tokens, dense_channels, on_device
+from aadkern.blocks.triton_rows import as_tokens, dense_channels
+from aadkern.runtime import on_device
 
 TOKENS, CHANNELS = 8, 512  # of one tile: 32 elements a thread; 512 divides Wan's widths, 1536, 3072 and 5120
 FORWARD_TILES, BACKWARD_TILES = 2, 16  # tiles of one program, down the tokens of a frame; a partial row of dgate for each program

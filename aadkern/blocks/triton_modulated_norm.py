@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from aadkern.blocks.triton_rows import STAGES, as_tokens, dense_channels, on_device, warps_for
+from aadkern.blocks.triton_rows import STAGES, as_tokens, dense_channels, warps_for
+from aadkern.runtime import on_device
 
 FORWARD_TOKENS = 16  # of one program; shift and scale are then an eighth of what it reads through L2
 BACKWARD_TOKENS = 64  # partial sums of 2 C float32 for each program: 4 % of the traffic at 1560 tokens a frame

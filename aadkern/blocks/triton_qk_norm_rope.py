@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from aadkern.blocks.triton_rows import dense_channels, on_device, warps_for
+from aadkern.blocks.triton_rows import dense_channels, warps_for
+from aadkern.runtime import on_device
 
 PROGRAMS = 512  # rows of partial sums for d weight: 4 a multiprocessor; 10 MB at 40 heads
 COUNTS = ["rows", "rows_per_program", "length", "frames", "height", "width"]  # another clip is no new binary

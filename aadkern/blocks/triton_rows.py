@@ -1,8 +1,6 @@
-"""What the block operators' Triton kernels share: how a row of channels lies over the threads, and where launches go."""
+"""What the block operators' Triton kernels share: how a row of channels lies over the threads."""
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -16,11 +14,6 @@ STAGES = tl.constexpr(2)
 def warps_for(channels: int) -> int:
     """16 channels a thread: two vectors of 16 bytes in bf16, and few enough registers to keep a row's sums there too."""
     return min(max(triton.next_power_of_2(channels) // 512, 1), 32)
-
-
-def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Launches go to the tensors' own device, whichever is current."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def dense_channels(x: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 
 from aadkern.fp8 import e4m3
-from aadkern.runtime import interpreting
+from aadkern.runtime import interpreting, on_device
 
 LARGEST, SMALLEST_SCALE = tl.constexpr(e4m3.LARGEST), tl.constexpr(e4m3.SMALLEST_SCALE)
 
@@ -63,7 +61,7 @@ def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         rows = rows.contiguous()
     batch, length, channels = rows.shape
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # launches go to x's own device, whichever is current
+    with on_device(x):
         quantise_kernel[(length, batch)](
             rows, values, scale, length, *rows.stride()[:2],
             CHANNELS=channels, BLOCK_C=triton.next_power_of_2(channels), INTERPRETED=interpreting(), num_warps=warps_for(channels),

@@ -6,13 +6,12 @@ twenty launches of the eager form. Compiled without fusing multiplications into 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 
 from aadkern.noise import layout
+from aadkern.runtime import on_device
 
 ELEMENTS = 1024  # per program: 8 per thread of 4 warps, two 16-byte vectors in float32 and one in bf16
 ALIGNED = 8
@@ -110,7 +109,7 @@ def forward(
     samples, frames = x0.shape[:2]
     frame_elements = x0[0, 0].numel()
     grid = (triton.cdiv(frame_elements + ALIGNED - 1, ELEMENTS), frames, samples)
-    with torch.cuda.device(x0.device) if x0.is_cuda else nullcontext():
+    with on_device(x0):
         views_kernel[grid](
             x0, sigma, delta_std, seed, x_sigma, x_perturbed, frames * frame_elements, frame_elements, first_sample,
             *sigma.stride(), *delta_std.stride(), 0 if len(seed) == 1 else seed.stride(0),

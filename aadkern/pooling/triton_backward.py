@@ -22,12 +22,12 @@ from aadkern.pooling.triton_forward import (
     directions,
     load_directions,
     load_tokens,
-    on_device,
     row_products,
     split_tiles,
     thin,
     token_rows,
 )
+from aadkern.runtime import on_device
 
 # As PRODUCTS in the forward; beside 32 columns or more, 64 tokens spill on sm_90.
 GRADIENT = {"BLOCK_N": 64, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3}

@@ -14,11 +14,12 @@ are multiplied as tf32, which holds them exactly and does not underflow where so
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
+
+from aadkern.runtime import on_device
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -213,11 +214,6 @@ def check_served(x: torch.Tensor) -> None:
         raise ValueError(f"backend 'triton' serves {where}, because TRITON_INTERPRET=1 was {was} on import, got x on {x.device}")
     if x.dtype not in DTYPES:
         raise TypeError(f"backend 'triton' serves float32, float16 and bfloat16, got x of {x.dtype}; 'torch' serves it")
-
-
-def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Launches go to the tensors' own device, whichever is current."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def constants(config: dict[str, int], x: torch.Tensor, columns: int, length: int) -> dict[str, object]:

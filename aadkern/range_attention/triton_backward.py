@@ -27,13 +27,13 @@ from aadkern.range_attention.triton_forward import (
     head_base,
     is_wide,
     load_tile,
-    on_device,
     own_tile,
     padded,
     pick,
     store_tile,
     strides,
 )
+from aadkern.runtime import on_device
 
 # As triton_forward.CONFIGS: rows are queries for dq and keys for dk and dv.
 DQ_CONFIGS: dict[tuple[str, int], Tile] = {

@@ -16,7 +16,6 @@ no branch between the two.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -24,7 +23,7 @@ import triton.language as tl
 
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.tiles import Tile, device_class, heads_per_group, tile_table
-from aadkern.runtime import TRITON_MAX_HEAD_DIM
+from aadkern.runtime import TRITON_MAX_HEAD_DIM, on_device
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -245,11 +244,6 @@ def check_served(q: torch.Tensor) -> None:
         raise TypeError(f"backend 'triton' serves float32, float16 and bfloat16, got q of {q.dtype}; 'sdpa' serves it")
     if q.shape[3] > TRITON_MAX_HEAD_DIM:
         raise ValueError(f"backend 'triton' serves head_dim up to {TRITON_MAX_HEAD_DIM}, got {q.shape[3]}; 'sdpa' serves it")
-
-
-def on_device(q: torch.Tensor) -> AbstractContextManager[object]:
-    """Launches go to the tensors' own device, whichever is current."""
-    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
 def pick(configs: dict[tuple[str, int], Tile], q: torch.Tensor) -> Tile:
