@@ -158,10 +158,10 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from aadkern_train.config import apply_overrides, to_yaml
     from aadkern_train.demo import run_recipe
+    from aadkern_train.engine.config import apply_overrides, to_yaml
+    from aadkern_train.engine.run_folder import RunFolder
     from aadkern_train.recipes import RECIPES, Recipe
-    from aadkern_train.runs import RunFolder
 
     settings, recipe_name = list(args.settings), args.recipe
     if recipe_name is not None and "=" in recipe_name:
@@ -195,8 +195,8 @@ WAN_ONLY = ("parts", "prompt", "size", "steps", "first_steps", "shift", *WAN_PLA
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    from aadkern_train.generate import find_weights, generate
-    from aadkern_train.wan_parts import is_wan
+    from aadkern_train.generate.from_run import find_weights, generate
+    from aadkern_train.generate.wan_parts import is_wan
 
     wan = is_wan(args.checkpoint)
     if not wan:
@@ -210,7 +210,7 @@ def run_generate(args: argparse.Namespace) -> None:
         run_options = ("image", "index", "chunks", "seed", "fps")
         generate(args.checkpoint, args.out, **{name: given[name] for name in run_options if name in given})
         return
-    from aadkern_train.generate_wan import WanSettings, generate_wan, noise_levels
+    from aadkern_train.generate.from_wan import WanSettings, generate_wan, noise_levels
 
     options = {name: given[name] for name in ("chunks", "fps", "seed", *WAN_PLAIN) if name in given}
     shift = given.get("shift", 5.0)

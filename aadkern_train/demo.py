@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from aadkern_train import distributed
-from aadkern_train.config import apply_overrides
+from aadkern_train.engine.config import apply_overrides
+from aadkern_train.engine.processes import start
+from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.recipes import PROFILES, Recipe, digits
 from aadkern_train.run import Run
-from aadkern_train.runs import RunFolder
 from aadkern_train.trainer import train
 
 
 def run_recipe(recipe: Recipe, path: Path, *, resume: bool = False, overwrite: bool = False) -> Path | None:
     """Train ``recipe`` into the folder ``path`` and write its report; returns the report's path on the main process."""
-    with distributed.start() as processes:
+    with start() as processes:
         if resume:
             folder = RunFolder.open(path, active=processes.is_main)
         else:

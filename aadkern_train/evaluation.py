@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadkern_train.flow import integrate_ode, sigma_schedule
-from aadkern_train.rollout import stream
+from aadkern_train.diffusion.flow import integrate_ode, sigma_schedule
+from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.networks.rollout import stream
 from aadkern_train.run import Run
 from aadkern_train.stages.ode import SOLVER_SHIFT, teacher
-from aadkern_train.steps import StepPlan
 
 HEADLINE = ("quality", "legal", "keep", "velocity_tv", "dynamic", "drift", "nll_excess")
 
@@ -56,7 +56,7 @@ def measured(run: Run, x: Tensor) -> dict[str, Any]:
     """The metrics of clips [N, F, C, H, W]: the decoder's where the world has one, the generic ones against real clips
     otherwise."""
     if run.recipe.recipe == "digits":
-        from aadkern_train.metrics import measure
+        from aadkern_train.worlds.digits_metrics import measure
 
         return measure(run.videos, x)
     return run.videos.measure(x, real_clips(run, x.shape[0], x.shape[1]))

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from aadkern.plans import Window
-from aadkern_train.config import Config
-from aadkern_train.optim import OptimConfig
-from aadkern_train.steps import StepPlan
+from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.engine.config import Config
+from aadkern_train.learning.optim import OptimConfig
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from aadkern.plans import VideoLayout, Window
 from aadkern.wan import CausalWan
-from aadkern_train.denoiser import Denoiser
-from aadkern_train.distributed import World, shard
-from aadkern_train.draws import Draws
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.processes import Processes, shard
+from aadkern_train.engine.run_folder import RunFolder
+from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.recipes import ClipsData, Recipe
-from aadkern_train.runs import RunFolder
 
 
 @dataclass
@@ -25,13 +25,13 @@ class Run:
     """One run: a recipe on these processes, in this folder."""
 
     recipe: Recipe
-    processes: World
+    processes: Processes
     folder: RunFolder
 
     @classmethod
     def alone(cls, recipe: Recipe, folder: Path) -> Run:
         """A run to use, not to train: one process without a process group, on the CPU."""
-        return cls(recipe, World(0, 1, torch.device("cpu"), None, False), RunFolder(folder, active=False))  # type: ignore[arg-type]
+        return cls(recipe, Processes(0, 1, torch.device("cpu"), None, False), RunFolder(folder, active=False))  # type: ignore[arg-type]
 
     @cached_property
     def videos(self) -> Any:
@@ -146,6 +146,6 @@ class Run:
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The weights that a finished stage left under RUN/weights."""
-        from aadkern_train.checkpoint import load_weights
+        from aadkern_train.engine.checkpoint import load_weights
 
         return load_weights(self.folder.weights(name))[0]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from aadkern.spans import span
-from aadkern_train.checkpoint import Checkpoints, export_weights
+from aadkern_train.engine.checkpoint import Checkpoints, export_weights
+from aadkern_train.engine.run_folder import Progress
 from aadkern_train.evaluation import HEADLINE, evaluate, references
 from aadkern_train.run import Run
-from aadkern_train.runs import Progress
 from aadkern_train.stages.adversarial import AdversarialRefinement
 from aadkern_train.stages.base import Stage
 from aadkern_train.stages.dmd import DmdWarmUp
@@ -175,7 +175,7 @@ def machine(run: Run) -> dict[str, Any]:
 
 def save_sample(run: Run, name: str, x: Tensor) -> None:
     """The first clips as RGB in RUN/samples: .npy for the report, .gif to look at."""
-    from aadkern_train.video import write_video
+    from aadkern_train.engine.video import write_video
 
     if not run.processes.is_main:
         return

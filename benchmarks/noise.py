@@ -73,8 +73,8 @@ def measure_views(name: str, shape: tuple[int, ...], device: torch.device, secon
 def discriminator(device: torch.device) -> tuple[Any, tuple[int, ...], VideoLayout]:
     """A discriminator of random weights, a clip's shape and layout: on a GPU Wan-1.3B's width and 4 of its 30 blocks."""
     from aadkern.wan import CausalWan
-    from aadkern_train.denoiser import Denoiser
-    from aadkern_train.discriminator import Discriminator
+    from aadkern_train.networks.denoiser import Denoiser
+    from aadkern_train.networks.discriminator import Discriminator
 
     size: dict[str, Any] = {"text_dim": 8, "freq_dim": 32, "cross_attn_norm": False}
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Checkpoints: bitwise resume, other world sizes, kills at any moment, and what must be refused.
+"""Checkpoints: bitwise resume, other numbers of processes, kills at any moment, and what must be refused.
 
 This file is also a program: `python test_checkpoint.py save|load FOLDER` in two processes, `crash FOLDER ROUNDS` alone.
 """
@@ -20,11 +20,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from aadkern_train.checkpoint import CheckpointError, Checkpoints, export_weights, gathered, load_weights
-from aadkern_train.config import Config
-from aadkern_train.distributed import World, reshard, shard, start, whole
-from aadkern_train.ema import Ema
-from aadkern_train.optim import Optimiser, build
+from aadkern_train.engine.checkpoint import CheckpointError, Checkpoints, export_weights, gathered, load_weights
+from aadkern_train.engine.config import Config
+from aadkern_train.engine.processes import Processes, reshard, shard, start, whole
+from aadkern_train.learning.ema import Ema
+from aadkern_train.learning.optim import Optimiser, build
 from tests.processes import BATCH, Net, inputs, run_processes
 
 
@@ -58,18 +58,18 @@ class Counters:
         assert torch.equal(state["table"], torch.arange(3.0) * self.values["nested"]["n"])
 
 
-def training(world: World, seed: int = 0) -> dict[str, object]:
+def training(processes: Processes, seed: int = 0) -> dict[str, object]:
     torch.manual_seed(seed)
     net = Net()
-    shard(net, world, net.blocks, shard_blocks_above=0)
+    shard(net, processes, net.blocks, shard_blocks_above=0)
     optimiser = build(net.named_parameters(), kind="muon", lr=1e-2, muon_lr=0.02)
     return {"net": net, "optimiser": optimiser, "ema": Ema(net, 0.9, warmup=True), "counters": Counters()}
 
 
-def train(parts: dict[str, object], world: World, steps: range) -> None:
+def train(parts: dict[str, object], processes: Processes, steps: range) -> None:
     net, counters = parts["net"], parts["counters"]
     for step in steps:
-        x = inputs(step)[world.local_slice(range(BATCH))]
+        x = inputs(step)[processes.local_slice(range(BATCH))]
         loss = (net(x[:, 0], x[:, 1]) - x[:, 2]).square().mean()
         loss.backward()
         parts["optimiser"].step()
@@ -99,43 +99,43 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 @pytest.fixture(scope="module")
-def world():
+def processes():
     with start("cpu") as one:
         yield one
 
 
-def test_resumed_training_ends_bitwise_equal(world, tmp_path):
-    unbroken = training(world)
-    train(unbroken, world, range(6))
-    first = training(world)
-    train(first, world, range(3))
+def test_resumed_training_ends_bitwise_equal(processes, tmp_path):
+    unbroken = training(processes)
+    train(unbroken, processes, range(6))
+    first = training(processes)
+    train(first, processes, range(3))
     saved = everything(first)
-    path = Checkpoints(tmp_path, world).save("ode", 3, first, Settings())
+    path = Checkpoints(tmp_path, processes).save("ode", 3, first, Settings())
     assert path == tmp_path / "ode" / "step-3" and (tmp_path / "latest").read_text() == "ode/step-3\n"
-    train(first, world, range(3, 6))
+    train(first, processes, range(3, 6))
     assert_same(everything(first), everything(unbroken))
-    resumed = training(world, seed=1)
-    train(resumed, world, range(7, 9))
+    resumed = training(processes, seed=1)
+    train(resumed, processes, range(7, 9))
     with torch.no_grad():
         resumed["net"](torch.randn(1, 3), torch.randn(1, 3))  # leaves gathered copies of the old weights behind
-    found = Checkpoints(tmp_path, world).load(resumed, Settings())
+    found = Checkpoints(tmp_path, processes).load(resumed, Settings())
     assert (found.stage, found.step, found.path) == ("ode", 3, path)
     assert_same(everything(resumed), saved)
     values = resumed["counters"].values
     assert values == {"best": float("inf"), "third": 1.0, "seen": [0, 1, 2], "note": "x", "nested": {"n": 3}}
-    train(resumed, world, range(3, 6))
+    train(resumed, processes, range(3, 6))
     assert_same(everything(resumed), everything(unbroken))
     assert resumed["counters"].values["third"] == unbroken["counters"].values["third"] == 2.0
 
 
-def test_two_processes_and_one_exchange_checkpoints(world, tmp_path):
-    alone = training(world)
-    train(alone, world, range(2))
-    Checkpoints(tmp_path / "one", world).save("ode", 2, alone)
+def test_two_processes_and_one_exchange_checkpoints(processes, tmp_path):
+    alone = training(processes)
+    train(alone, processes, range(2))
+    Checkpoints(tmp_path / "one", processes).save("ode", 2, alone)
     run_processes(__file__, "exchange", str(tmp_path))
     assert_same(torch.load(tmp_path / "loaded.pt"), everything(alone))
-    resumed = training(world, seed=1)
-    assert Checkpoints(tmp_path / "two", world).load(resumed).step == 2
+    resumed = training(processes, seed=1)
+    assert Checkpoints(tmp_path / "two", processes).load(resumed).step == 2
     assert_same(everything(resumed), torch.load(tmp_path / "saved.pt"))
     for name, tensor in everything(alone).items():  # and two processes trained as one did
         torch.testing.assert_close(tensor, everything(resumed)[name], rtol=2e-5, atol=2e-6)
@@ -188,8 +188,8 @@ def in_child(work) -> int:
 def saving(folder: Path, saves: int, die_at: int | None = None) -> None:
     """Goes on from the latest checkpoint and saves again and again; with die_at, ends without warning at that call
     into the file system's durable operations."""
-    with start("cpu") as world:
-        checkpoints = Checkpoints(folder, world, keep=2)
+    with start("cpu") as processes:
+        checkpoints = Checkpoints(folder, processes, keep=2)
         latest = checkpoints.latest()
         begin = 0 if latest is None else latest.step + 1
         calls = 0
@@ -213,8 +213,8 @@ def saving(folder: Path, saves: int, die_at: int | None = None) -> None:
 
 def checking(folder: Path, at_least: int) -> None:
     """Fails unless the folder loads a whole checkpoint that is no older than at_least."""
-    with start("cpu") as world:
-        checkpoints, marked = Checkpoints(folder, world), Marked()
+    with start("cpu") as processes:
+        checkpoints, marked = Checkpoints(folder, processes), Marked()
         assert not list(folder.glob("*/*.tmp")), "unfinished saves are still there"
         if checkpoints.latest() is None:
             assert at_least < 0
@@ -262,53 +262,53 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, rounds):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def linear(world: World, value: float, size: int = 2) -> dict[str, nn.Module]:
+def linear(processes: Processes, value: float, size: int = 2) -> dict[str, nn.Module]:
     net = nn.Linear(size, size)
     nn.init.constant_(net.weight, value)
-    return {"net": shard(net, world)}
+    return {"net": shard(net, processes)}
 
 
 def first_weight(parts: dict[str, nn.Module]) -> float:
     return whole(parts["net"].weight)[0, 0].item()
 
 
-def test_keeps_the_newest_and_the_end_of_earlier_stages(world, tmp_path):
-    checkpoints = Checkpoints(tmp_path, world, keep=2)
+def test_keeps_the_newest_and_the_end_of_earlier_stages(processes, tmp_path):
+    checkpoints = Checkpoints(tmp_path, processes, keep=2)
     for stage, step in [("ode", 9), ("ode", 10), ("ode", 11), ("dmd", 5), ("dmd", 10), ("dmd", 100)]:
-        checkpoints.save(stage, step, linear(world, step))
+        checkpoints.save(stage, step, linear(processes, step))
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/*")) == [
         "dmd/step-10",
         "dmd/step-100",
         "ode/step-11",
     ]
-    found = linear(world, 0.0)
+    found = linear(processes, 0.0)
     assert checkpoints.load(found).step == 100 and first_weight(found) == 100
     with pytest.raises(ValueError, match="saved already"):
-        checkpoints.save("dmd", 100, linear(world, 1))
+        checkpoints.save("dmd", 100, linear(processes, 1))
     assert checkpoints.latest().step == 100
 
 
-def test_nothing_but_latest_is_believed(world, tmp_path):
-    checkpoints = Checkpoints(tmp_path, world)
+def test_nothing_but_latest_is_believed(processes, tmp_path):
+    checkpoints = Checkpoints(tmp_path, processes)
     assert checkpoints.latest() is None
     with pytest.raises(CheckpointError, match="no checkpoint in"):
-        checkpoints.load(linear(world, 0.0))
-    checkpoints.save("ode", 1, linear(world, 1.0))
+        checkpoints.load(linear(processes, 0.0))
+    checkpoints.save("ode", 1, linear(processes, 1.0))
     shutil.copytree(tmp_path / "ode" / "step-1", tmp_path / "ode" / "step-2")  # whole, but `latest` never moved to it
     (tmp_path / "ode" / "step-3.tmp").mkdir()
-    again = Checkpoints(tmp_path, world)
+    again = Checkpoints(tmp_path, processes)
     assert again.latest().step == 1 and not (tmp_path / "ode" / "step-3.tmp").exists()
-    again.save("ode", 2, linear(world, 2.0))
-    found = linear(world, 0.0)
+    again.save("ode", 2, linear(processes, 2.0))
+    found = linear(processes, 0.0)
     assert again.load(found).step == 2 and first_weight(found) == 2
 
 
-def test_other_settings_are_named(world, tmp_path):
-    checkpoints = Checkpoints(tmp_path, world)
-    checkpoints.save("ode", 1, linear(world, 1.0), Settings())
-    assert checkpoints.load(linear(world, 0.0), Settings()).config["steps"] == 10
+def test_other_settings_are_named(processes, tmp_path):
+    checkpoints = Checkpoints(tmp_path, processes)
+    checkpoints.save("ode", 1, linear(processes, 1.0), Settings())
+    assert checkpoints.load(linear(processes, 0.0), Settings()).config["steps"] == 10
     other = Settings(steps=20, inner=Inner(lr=2e-3))
-    found = linear(world, 0.0)
+    found = linear(processes, 0.0)
     with pytest.raises(CheckpointError, match=r"other settings: steps \(10 then, 20 now\), inner.lr \(0.001 then, 0.002"):
         checkpoints.load(found, other)
     with pytest.raises(CheckpointError, match=r"other settings: inner.lr"):
@@ -319,14 +319,14 @@ def test_other_settings_are_named(world, tmp_path):
     assert first_weight(found) == 1
 
 
-def test_other_parts_and_shapes_are_refused_before_anything_changes(world, tmp_path):
-    checkpoints = Checkpoints(tmp_path, world)
-    checkpoints.save("ode", 1, {**linear(world, 1.0), "counters": Counters()})
-    found = linear(world, 0.0)
+def test_other_parts_and_shapes_are_refused_before_anything_changes(processes, tmp_path):
+    checkpoints = Checkpoints(tmp_path, processes)
+    checkpoints.save("ode", 1, {**linear(processes, 1.0), "counters": Counters()})
+    found = linear(processes, 0.0)
     with pytest.raises(CheckpointError, match=r"tensors differ from this run's: counters/table"):
         checkpoints.load(found)
     with pytest.raises(CheckpointError, match=r"net/weight has shape \(2, 2\), expected \(3, 3\)|net/bias has shape"):
-        checkpoints.load({**linear(world, 0.0, size=3), "counters": Counters()})
+        checkpoints.load({**linear(processes, 0.0, size=3), "counters": Counters()})
     odd = Counters()
     odd.values["more"] = 1
     with pytest.raises(CheckpointError, match=r"values differ from this run's: counters/values/more"):
@@ -334,30 +334,30 @@ def test_other_parts_and_shapes_are_refused_before_anything_changes(world, tmp_p
     assert first_weight(found) == 0
 
 
-def test_untrusted_folders_are_refused(world, tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path / "run", world)
-    checkpoints.save("ode", 1, linear(world, 1.0))
+def test_untrusted_folders_are_refused(processes, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "run", processes)
+    checkpoints.save("ode", 1, linear(processes, 1.0))
     shutil.copytree(tmp_path / "run" / "ode", tmp_path / "foreign")
     pointer = tmp_path / "run" / "latest"
     for line in ("../foreign/step-1", "/etc/step-1", "ode/../../foreign/step-1", "ode/step-x", "", "ode"):
         pointer.write_text(line)
         with pytest.raises(CheckpointError, match=r"latest says .*; expected <stage>/step-<number>"):
-            checkpoints.load(linear(world, 0.0))
+            checkpoints.load(linear(processes, 0.0))
     (tmp_path / "run" / "away").symlink_to(tmp_path / "foreign")
     pointer.write_text("away/step-1\n")
     with pytest.raises(CheckpointError, match="outside of the run folder"):
-        checkpoints.load(linear(world, 0.0))
+        checkpoints.load(linear(processes, 0.0))
     pointer.write_text("ode/step-7\n")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         checkpoints.latest()
     pointer.write_text("ode/step-1\n")
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(CheckpointError, match="belongs to user"):
-        checkpoints.load(linear(world, 0.0))
-    assert checkpoints.load(linear(world, 0.0), trust=True).step == 1
+        checkpoints.load(linear(processes, 0.0))
+    assert checkpoints.load(linear(processes, 0.0), trust=True).step == 1
 
 
-def test_states_that_cannot_be_saved_exactly_are_refused(world, tmp_path):
+def test_states_that_cannot_be_saved_exactly_are_refused(processes, tmp_path):
     class Holds:
         def __init__(self, value: object) -> None:
             self.value = value
@@ -368,7 +368,7 @@ def test_states_that_cannot_be_saved_exactly_are_refused(world, tmp_path):
         def load_state_dict(self, state: dict[str, object]) -> None:
             pass
 
-    checkpoints = Checkpoints(tmp_path, world)
+    checkpoints = Checkpoints(tmp_path, processes)
     for value, message in [(Path("x"), "got PosixPath"), ({1: 2}, "keys of a state must be strings, got 1")]:
         with pytest.raises(TypeError, match=f"odd/value: .*{message}"):
             checkpoints.save("ode", 1, {"odd": Holds(value)})
@@ -379,17 +379,17 @@ def test_states_that_cannot_be_saved_exactly_are_refused(world, tmp_path):
         adam.step()
         checkpoints.save("ode", 1, {"adam": adam})
     with pytest.raises(ValueError, match="stage must be a plain name"):
-        checkpoints.save("../ode", 1, linear(world, 0.0))
+        checkpoints.save("../ode", 1, linear(processes, 0.0))
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
-        Checkpoints(tmp_path, world, keep=0)
+        Checkpoints(tmp_path, processes, keep=0)
     assert checkpoints.latest() is None
 
 
-def test_exported_weights_carry_their_origin(world, tmp_path):
-    parts = training(world)
-    train(parts, world, range(3))
+def test_exported_weights_carry_their_origin(processes, tmp_path):
+    parts = training(processes)
+    train(parts, processes, range(3))
     path = tmp_path / "weights" / "ode.safetensors"
-    export_weights(path, parts["net"], world, config=Settings(), stage="ode", step=3)
+    export_weights(path, parts["net"], processes, config=Settings(), stage="ode", step=3)
     weights, metadata = load_weights(path)
     assert metadata == {"config": Settings().model_dump(mode="json"), "stage": "ode", "step": 3}
     assert_same(
@@ -398,7 +398,7 @@ def test_exported_weights_carry_their_origin(world, tmp_path):
     )
     plain = Net()
     plain.load_state_dict(weights)
-    export_weights(path, parts["net"], world, ema=parts["ema"])
+    export_weights(path, parts["net"], processes, ema=parts["ema"])
     averaged = load_weights(path)[0]
     assert set(averaged) == set(weights) and torch.equal(averaged["seen"], weights["seen"])
     assert all(torch.equal(averaged[name], whole(shadow)) for name, shadow in parts["ema"].shadows.items())
@@ -418,10 +418,10 @@ def test_files_that_are_no_weights(tmp_path):
     assert load_weights(tmp_path / "foreign.safetensors")[1] == {}
 
 
-def test_state_json_is_readable_and_exact(world, tmp_path):
+def test_state_json_is_readable_and_exact(processes, tmp_path):
     counters = Counters()
     counters.values["third"] = 0.1 + 0.2
-    path = Checkpoints(tmp_path, world).save("ode", 1, {"counters": counters}, Settings())
+    path = Checkpoints(tmp_path, processes).save("ode", 1, {"counters": counters}, Settings())
     header = json.loads((path / "state.json").read_text())
     assert header["values"]["counters/values/third"] == 0.1 + 0.2 and header["stage"] == "ode"
     assert isinstance(build(nn.Linear(2, 2).named_parameters()), Optimiser)

@@ -12,10 +12,10 @@ import torch
 
 pytest.importorskip("av")
 
-from aadkern_train.metrics_generic import frechet_distance, measure_generic
-from aadkern_train.video import write_video
+from aadkern_train.engine.video import write_video
 from aadkern_train.worlds import video_folder
 from aadkern_train.worlds.clips import ClipsWorld, make_example_videos
+from aadkern_train.worlds.generic_metrics import frechet_distance, measure_generic
 from aadkern_train.worlds.patch_latents import LEAST_STD, PatchLatents
 
 SIZE = (24, 32)

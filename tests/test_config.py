@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pydantic
 import pytest
 
-from aadkern_train.config import Config, ConfigError, apply_overrides, config_hash, differences, from_yaml, to_yaml
+from aadkern_train.engine.config import Config, ConfigError, apply_overrides, config_hash, differences, from_yaml, to_yaml
 
 
 class Ode(Config):

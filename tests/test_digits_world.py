@@ -10,8 +10,8 @@ import pickle
 import pytest
 import torch
 
-from aadkern_train.metrics import measure
 from aadkern_train.worlds.digits import VELOCITIES, DigitsWorld
+from aadkern_train.worlds.digits_metrics import measure
 from aadkern_train.worlds.digits_teacher import ExactTeacher
 
 WORLD = DigitsWorld()

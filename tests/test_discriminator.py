@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aadkern_train.discriminator import Discriminator, QueryTokenHead, QueryTokenHeads
+from aadkern_train.networks.discriminator import Discriminator, QueryTokenHead, QueryTokenHeads
 from aadkern_train.run import Run
 from tests.tiny_runs import small_recipe
 

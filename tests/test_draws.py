@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aadkern_train.draws import Draws
+from aadkern_train.diffusion.draws import Draws
 
 
 def test_a_sample_is_the_same_in_any_batch_order_and_process():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from aadkern_train.distributed import local, reshard, shard, start
-from aadkern_train.ema import Ema
+from aadkern_train.engine.processes import local, reshard, shard, start
+from aadkern_train.learning.ema import Ema
 from tests.processes import Net
 
 

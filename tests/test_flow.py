@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from aadkern_train import flow
+from aadkern_train.diffusion import flow
 from aadkern_train.worlds.linear_gaussian import LinearGaussianWorld
 
 

@@ -24,10 +24,10 @@ from aadkern.wan import CausalWan
 from aadkern.wan.vae import encode_image
 from aadkern_train import generate_wan as module
 from aadkern_train.cli import main
-from aadkern_train.draws import Draws
-from aadkern_train.generate_wan import WanSettings, noise_levels, read_image
-from aadkern_train.video import GrowingVideo, read_video
-from aadkern_train.wan_parts import find_parts
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.video import GrowingVideo, read_video
+from aadkern_train.generate.from_wan import WanSettings, noise_levels, read_image
+from aadkern_train.generate.wan_parts import find_parts
 from tests.tiny_wan import CHANNELS, TRANSFORMER, save_tiny_wan
 
 PROMPT = "a cat runs on the beach"

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from aadkern_train import losses
-from aadkern_train.flow import add_noise, clip_sigma, per_frame, shift
+from aadkern_train.diffusion import losses
+from aadkern_train.diffusion.flow import add_noise, clip_sigma, per_frame, shift
 from aadkern_train.worlds.linear_gaussian import LinearGaussianWorld, gaussian_w2
 
 

@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from aadkern_train.metrics import (
+from aadkern_train.worlds.digits import DigitsWorld
+from aadkern_train.worlds.digits_metrics import (
     ILLEGAL_SHARE,
     decode,
     displacements,
@@ -18,7 +19,6 @@ from aadkern_train.metrics import (
     measure,
     velocity_law,
 )
-from aadkern_train.worlds.digits import DigitsWorld
 
 WORLD = DigitsWorld()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from aadkern_train.distributed import local, shard, start
-from aadkern_train.optim import OptimConfig, Optimiser, build, orthogonalise, schedule
+from aadkern_train.engine.processes import local, shard, start
+from aadkern_train.learning.optim import OptimConfig, Optimiser, build, orthogonalise, schedule
 from tests.processes import Net
 
 

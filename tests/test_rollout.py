@@ -9,9 +9,9 @@ import torch
 
 from aadkern import VideoLayout, Window
 from aadkern.streaming.context import CausalContext
-from aadkern_train.rollout import rollout, stream, uniform
+from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.networks.rollout import rollout, stream, uniform
 from aadkern_train.run import Run
-from aadkern_train.steps import StepPlan
 from tests.tiny_runs import small_recipe
 
 CHUNKS, WINDOW = (1, 2, 2, 2, 2), Window(5, sink=1)

@@ -70,7 +70,7 @@ def test_the_environment_turns_them_on():
 
 
 def test_training_phases_are_marked(seen, tmp_path):
-    from aadkern_train.distributed import start
+    from aadkern_train.engine.processes import start
     from aadkern_train.trainer import train
     from tests.tiny_runs import new_run
 

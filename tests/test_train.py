@@ -1,4 +1,4 @@
-"""Whole runs on a tiny world: every stage, resumption after SIGKILL bit for bit, two processes, early stop."""
+"""Whole runs on a tiny processes: every stage, resumption after SIGKILL bit for bit, two processes, early stop."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aadkern_train import distributed, trainer
-from aadkern_train.runs import RunFolder
+from aadkern_train import trainer
+from aadkern_train.engine.processes import start
+from aadkern_train.engine.run_folder import RunFolder
 from tests.tiny_runs import SMALL, new_run, small_recipe
 
 STAGES = ["pretrain", "ode", "dmd", "dmd_continued", "adversarial"]
@@ -27,8 +28,8 @@ ROOT = Path(__file__).parent.parent
 def finished(tmp_path_factory):
     """An unbroken run."""
     path = tmp_path_factory.mktemp("runs") / "whole"
-    with distributed.start("cpu") as world:
-        trainer.train(new_run(path, world))
+    with start("cpu") as processes:
+        trainer.train(new_run(path, processes))
     return path
 
 
@@ -67,9 +68,9 @@ def test_every_stage_leaves_its_weights_metrics_and_log(finished):
 
 def test_each_stage_moves_its_own_networks_and_no_other(finished):
     all_weights = weights(finished)
-    for stage, start in (("ode", "pretrain"), ("dmd", "ode"), ("dmd_continued", "dmd"), ("adversarial", "dmd")):
+    for stage, before in (("ode", "pretrain"), ("dmd", "ode"), ("dmd_continued", "dmd"), ("adversarial", "dmd")):
         name = "blocks.0.attn1.to_q.weight"
-        assert not torch.equal(all_weights[f"{stage}/{name}"], all_weights[f"{start}/{name}"]), stage
+        assert not torch.equal(all_weights[f"{stage}/{name}"], all_weights[f"{before}/{name}"]), stage
     assert torch.equal(all_weights["ode/blocks.0.attn2.to_q.weight"], all_weights["pretrain/blocks.0.attn2.to_q.weight"])
 
 
@@ -121,8 +122,8 @@ def test_two_processes_train_like_one_and_one_resumes_them(tmp_path):
     path, gentle = tmp_path / "two", "{kind: adamw, lr: 1.0e-4, warmup_steps: 0}"
     shorter = ["adversarial.steps=0", "dmd_continued=0", f"pretrain.optimiser={gentle}", f"ode.optimiser={gentle}"]
     shorter += ["dmd.generator.lr=1e-4", "dmd.fake.lr=1e-4"]
-    with distributed.start("cpu") as world:
-        trainer.train(new_run(tmp_path / "one", world, *shorter))
+    with start("cpu") as processes:
+        trainer.train(new_run(tmp_path / "one", processes, *shorter))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
     launch += ["--rdzv-endpoint=localhost:0", "-m", "aadkern_train.cli", "train", "digits", f"out={path}", *SMALL, *shorter]
     done = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=400)
@@ -135,19 +136,19 @@ def test_two_processes_train_like_one_and_one_resumes_them(tmp_path):
             if name not in ("stage", "step"):
                 assert line[name] == pytest.approx(one[key][name], rel=1e-3, abs=1e-5), (key, name)
     (path / "weights" / "dmd.safetensors").unlink()  # as if killed before stage II's end; its checkpoint is of two processes
-    with distributed.start("cpu") as world:
+    with start("cpu") as processes:
         from aadkern_train.run import Run
 
-        trainer.train(Run(small_recipe(*shorter), world, RunFolder.open(path)))
+        trainer.train(Run(small_recipe(*shorter), processes, RunFolder.open(path)))
     single = weights(tmp_path / "one")
     for name, tensor in weights(path).items():
         torch.testing.assert_close(tensor, single[name], rtol=0, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_accumulated_parts_give_the_whole_batchs_losses(finished, tmp_path):
-    with distributed.start("cpu") as world:
+    with start("cpu") as processes:
         run = new_run(
-            tmp_path / "parts", world, "pretrain={steps: 2, accumulate: 2}", "ode.accumulate=4", "adversarial.accumulate=2"
+            tmp_path / "parts", processes, "pretrain={steps: 2, accumulate: 2}", "ode.accumulate=4", "adversarial.accumulate=2"
         )
         shutil.copytree(finished / "weights", tmp_path / "parts" / "weights", dirs_exist_ok=True)
         shutil.copy(finished / "ode_pairs.safetensors", tmp_path / "parts")
@@ -161,8 +162,8 @@ def test_accumulated_parts_give_the_whole_batchs_losses(finished, tmp_path):
 @pytest.mark.parametrize("stage", ["dmd", "adversarial"])
 def test_replayed_steps_are_recorded_steps(finished, tmp_path, stage):
     """A training step that takes its gradient chunk by chunk logs what the unbroken run logged."""
-    with distributed.start("cpu") as world:
-        run = new_run(tmp_path / "replay", world, f"{stage}.replay=true")
+    with start("cpu") as processes:
+        run = new_run(tmp_path / "replay", processes, f"{stage}.replay=true")
         shutil.copytree(finished / "weights", tmp_path / "replay" / "weights", dirs_exist_ok=True)
         shutil.copy(finished / "ode_pairs.safetensors", tmp_path / "replay")
         values = trainer.MAKERS[stage](run).train_step(0)
@@ -175,28 +176,28 @@ def test_the_other_settings_run_too(tmp_path):
     """The exact teacher, two passes per chunk (three for the first), and the paper's ablation of the discriminator."""
     options = ["teacher=exact", "levels=[1.0, 0.8333]", "first_levels=[1.0, 0.9, 0.8]", "adversarial.relativistic=true"]
     options += ["adversarial={backbone: causal, logits: frame, generator_per_discriminator: 2, image_clean: false}"]
-    with distributed.start("cpu") as world:
-        run = new_run(tmp_path / "others", world, *options, "pretrain.steps=1", "evaluate={every: 0, final_clips: 4}")
+    with start("cpu") as processes:
+        run = new_run(tmp_path / "others", processes, *options, "pretrain.steps=1", "evaluate={every: 0, final_clips: 4}")
         report = trainer.train(run)
     assert report["reference"]["teacher"]["legal"] > 90, "three solver steps of the exact teacher"
     assert list(report["stages"]) == STAGES[1:]
 
 
 def test_stage_two_stops_when_motion_collapses(finished, tmp_path, monkeypatch):
-    with distributed.start("cpu") as world:
-        run = new_run(tmp_path / "stop", world, "dmd={steps: 6}", "evaluate.every=1")
+    with start("cpu") as processes:
+        run = new_run(tmp_path / "stop", processes, "dmd={steps: 6}", "evaluate.every=1")
         shutil.copytree(finished / "weights", tmp_path / "stop" / "weights", dirs_exist_ok=True)
         dynamics = iter([90.0, 95.0, 80.0, 99.0, 99.0, 99.0])
         monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: ({"dynamic": next(dynamics)}, {}))
         stage = trainer.MAKERS["dmd"](run)
-        trainer.train_stage(run, stage, trainer.Checkpoints(run.folder.checkpoints, world))
+        trainer.train_stage(run, stage, trainer.Checkpoints(run.folder.checkpoints, processes))
         assert trainer.read_metrics(run)["steps"]["dmd"] == 3, "80 is below 0.9 of the best, 95"
         assert any(line.get("kind") == "note" for line in run.folder.read_log())
 
 
 def test_losses_that_leave_the_numbers_stop_the_run(tmp_path, monkeypatch):
-    with distributed.start("cpu") as world:
-        run = new_run(tmp_path / "nan", world)
+    with start("cpu") as processes:
+        run = new_run(tmp_path / "nan", processes)
         monkeypatch.setattr(trainer.Pretrain, "train_step", lambda self, step: {"loss": float("nan")})
         with pytest.raises(FloatingPointError, match="pretrain, step 0: loss"):
             trainer.train(run)
@@ -236,7 +237,7 @@ def test_an_existing_run_is_not_overwritten(finished, capsys):
 @pytest.mark.parametrize("name", ["clip.gif", "clip.mp4"])
 def test_generate_streams_from_a_checkpoint(finished, tmp_path, name):
     from aadkern_train.cli import main
-    from aadkern_train.video import read_video
+    from aadkern_train.engine.video import read_video
 
     assert main(["generate", "--checkpoint", str(finished), "--chunks", "9", "--out", str(tmp_path / name)]) == 0
     frames, _ = read_video(tmp_path / name)

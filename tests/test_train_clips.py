@@ -7,7 +7,7 @@ import json
 import pytest
 
 from aadkern_train.cli import main
-from aadkern_train.video import read_video
+from aadkern_train.engine.video import read_video
 from aadkern_train.worlds.clips import make_example_videos
 
 SMALL = [

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from aadkern_train import video
-from aadkern_train.video import read_video, write_video
+from aadkern_train.engine import video
+from aadkern_train.engine.video import read_video, write_video
 
 av = pytest.importorskip("av")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from aadkern_train.config import apply_overrides
-from aadkern_train.distributed import World
+from aadkern_train.engine.config import apply_overrides
+from aadkern_train.engine.processes import Processes
+from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.recipes import Recipe, digits
 from aadkern_train.run import Run
-from aadkern_train.runs import RunFolder
 
 SMALL = [
     "network={heads: 2, head_dim: 8, layers: 2, ffn: 24}",
@@ -30,7 +30,7 @@ def small_recipe(*overrides: str) -> Recipe:
     return apply_overrides(digits(), [*SMALL, *overrides])
 
 
-def new_run(path: Path, world: World, *overrides: str) -> Run:
+def new_run(path: Path, processes: Processes, *overrides: str) -> Run:
     warnings.filterwarnings("ignore", message=".*Newton-Schulz.*")
     recipe = small_recipe(*overrides)
-    return Run(recipe, world, RunFolder.create(path, recipe, active=world.is_main))
+    return Run(recipe, processes, RunFolder.create(path, recipe, active=processes.is_main))

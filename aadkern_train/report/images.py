@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aadkern_train.files import replace_file
+from aadkern_train.engine.files import replace_file
 
 JPEG_GAP = 128  # grey between the frames of a JPEG, which knows no transparency
 PHOTO_BYTES = 40_000  # a PNG above this is a photograph: JPEG is about ten times smaller

@@ -6,7 +6,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from aadkern_train.files import replace_file
+from aadkern_train.engine.files import replace_file
 from aadkern_train.report.curves import loss_charts, metric_charts, segment_charts
 from aadkern_train.report.metric_names import in_order, metric
 from aadkern_train.report.pictures import contact_sheets, plans, players

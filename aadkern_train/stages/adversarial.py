@@ -11,16 +11,16 @@ from torch import Tensor
 
 from aadkern import noised_views
 from aadkern.spans import spanned
-from aadkern_train.discriminator import Discriminator
-from aadkern_train.distributed import accumulating
-from aadkern_train.draws import Draws
-from aadkern_train.flow import add_noise, clip_sigma, unshift
-from aadkern_train.learner import Learner, gradient_of
-from aadkern_train.losses import DiscriminatorObjective, discriminator_objective, generator_loss
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.diffusion.flow import add_noise, clip_sigma, unshift
+from aadkern_train.diffusion.losses import DiscriminatorObjective, discriminator_objective, generator_loss
+from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.engine.processes import accumulating
+from aadkern_train.learning.learner import Learner, gradient_of
+from aadkern_train.networks.discriminator import Discriminator
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches
 from aadkern_train.stages.dmd import self_rollout, send_back
-from aadkern_train.steps import StepPlan
 
 
 class AdversarialRefinement(Stage):

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from aadkern_train.denoiser import Denoiser
-from aadkern_train.draws import Draws
-from aadkern_train.flow import add_noise, clip_sigma, shift
-from aadkern_train.learner import Learner
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.diffusion.flow import add_noise, clip_sigma, shift
+from aadkern_train.learning.learner import Learner
+from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.run import Run
 
 

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from aadkern.plans import bidirectional
 from aadkern.spans import spanned
-from aadkern_train.distributed import accumulating
-from aadkern_train.draws import Draws
-from aadkern_train.learner import Learner, gradient_of
-from aadkern_train.losses import dmd_direction, surrogate
-from aadkern_train.rollout import Rollout, rollout
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.diffusion.losses import dmd_direction, surrogate
+from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.engine.processes import accumulating
+from aadkern_train.learning.learner import Learner, gradient_of
+from aadkern_train.networks.rollout import Rollout, rollout
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, noised
 from aadkern_train.stages.ode import teacher
 from aadkern_train.stages.pretrain import denoising_loss
-from aadkern_train.steps import StepPlan
 
 
 @spanned("rollout")

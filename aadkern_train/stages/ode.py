@@ -14,14 +14,14 @@ from torch import Tensor
 
 from aadkern.plans import bidirectional
 from aadkern.streaming.context import CausalContext
-from aadkern_train.distributed import accumulating
-from aadkern_train.draws import Draws
-from aadkern_train.files import atomic_path
-from aadkern_train.flow import integrate_ode, sigma_schedule
-from aadkern_train.learner import Learner
-from aadkern_train.losses import regression
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.diffusion.flow import integrate_ode, sigma_schedule
+from aadkern_train.diffusion.losses import regression
+from aadkern_train.engine.files import atomic_path
+from aadkern_train.engine.processes import accumulating
+from aadkern_train.engine.run_folder import Progress
+from aadkern_train.learning.learner import Learner
 from aadkern_train.run import Run
-from aadkern_train.runs import Progress
 from aadkern_train.stages.base import Stage, micro_batches
 
 SOLVER_SHIFT = 5.0  # the student's levels are shifted by 5 too; Self-Forcing's pairs by 8, which Self-Forcing#68 calls a mistake

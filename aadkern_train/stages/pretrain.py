@@ -9,11 +9,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from aadkern.plans import bidirectional
-from aadkern_train.denoiser import Denoiser
-from aadkern_train.distributed import accumulating
-from aadkern_train.flow import flow_from_x0
-from aadkern_train.learner import Learner
-from aadkern_train.losses import regression
+from aadkern_train.diffusion.flow import flow_from_x0
+from aadkern_train.diffusion.losses import regression
+from aadkern_train.engine.processes import accumulating
+from aadkern_train.learning.learner import Learner
+from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, noised
 

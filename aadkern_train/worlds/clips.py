@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aadkern_train.draws import Draws
-from aadkern_train.metrics_generic import measure_generic
-from aadkern_train.video import write_video
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.video import write_video
+from aadkern_train.worlds.generic_metrics import measure_generic
 from aadkern_train.worlds.patch_latents import PatchLatents
 from aadkern_train.worlds.video_folder import VideoFolder
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aadkern_train.draws import Draws
+from aadkern_train.diffusion.draws import Draws
 
 if TYPE_CHECKING:
     from aadkern_train.worlds.digits_teacher import ExactTeacher

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aadkern_train.draws import Draws
+from aadkern_train.diffusion.draws import Draws
 
 
 @dataclass(frozen=True)

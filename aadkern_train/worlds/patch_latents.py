@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from aadkern_train.files import atomic_path
+from aadkern_train.engine.files import atomic_path
 
 LEAST_STD = 1 / 255  # half a grey level: a flat channel is not blown up to unit variance
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from aadkern_train.files import atomic_path
+from aadkern_train.engine.files import atomic_path
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 

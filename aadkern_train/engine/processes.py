@@ -1,7 +1,7 @@
 """One process or many, by the same path: the process group, FSDP2 sharding, and what ranks agree on.
 
-A process without torchrun is a world of one with its own process group (an in-process store, no port), so sharding,
-checkpoints and clipping have one code path. The gradient of a world is the mean over ranks of each rank's mean.
+A process without torchrun is alone with its own process group (an in-process store, no port), so sharding,
+checkpoints and clipping have one code path. The gradient is the mean over ranks of each rank's mean.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class World:
+class Processes:
     """The processes of this run: rank of size, this rank's device, and the 1-D mesh "data" over all ranks."""
 
     rank: int
@@ -103,15 +103,15 @@ class World:
                 time.sleep(0.1)
             dist.destroy_process_group()
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def start(device: str | None = None, timeout_minutes: float = 30.0) -> World:
-    """Joins the processes that torchrun started, or makes a world of one: `with start() as world:`.
+def start(device: str | None = None, timeout_minutes: float = 30.0) -> Processes:
+    """Joins the processes that torchrun started, or is alone: `with start() as processes:`.
 
     A process group that exists already is used, and left open.
     device: "cpu" or "cuda", by default cuda where there is one. gloo serves the CPU, NCCL (with gloo) CUDA.
@@ -133,32 +133,32 @@ def start(device: str | None = None, timeout_minutes: float = 30.0) -> World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     size = dist.get_world_size()
     here = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    return World(dist.get_rank(), size, here, init_device_mesh(kind, (size,), mesh_dim_names=("data",)), owns_group)
+    return Processes(dist.get_rank(), size, here, init_device_mesh(kind, (size,), mesh_dim_names=("data",)), owns_group)
 
 
 def shard(
     module: nn.Module,
-    world: World,
+    processes: Processes,
     blocks: Iterable[nn.Module] = (),
     *,
     bf16: bool | None = None,
     shard_blocks_above: int = SHARD_BLOCKS_ABOVE,
     reshard_after_forward: bool | None = None,
 ) -> nn.Module:
-    """Applies FSDP2 to the module in place, and returns it: parameters become DTensors sharded over the world's ranks.
+    """Applies FSDP2 to the module in place, and returns it: parameters become DTensors sharded over the ranks.
 
     The blocks are sharded one by one only when the module has more than shard_blocks_above parameters. bf16 (default:
     on CUDA) computes in bf16 from fp32 parameters and reduces gradients in fp32. reshard_after_forward=False keeps
     blocks gathered between forwards: less traffic in a rollout, more memory. Inputs are not cast (a sigma in bf16 would
     be off by half a percent), so in bf16 the module casts what it multiplies. Build optimisers and Ema afterwards.
     """
-    module.to(world.device)
-    use_bf16 = world.device.type == "cuda" if bf16 is None else bf16
+    module.to(processes.device)
+    use_bf16 = processes.device.type == "cuda" if bf16 is None else bf16
     policy = MixedPrecisionPolicy(torch.bfloat16 if use_bf16 else None, torch.float32, cast_forward_inputs=False)
     if sum(p.numel() for p in module.parameters()) > shard_blocks_above:
         for block in blocks:
-            fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    return fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+            fully_shard(block, mesh=processes.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    return fully_shard(module, mesh=processes.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
 
 
 def is_sharded(module: nn.Module) -> bool:

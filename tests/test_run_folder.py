@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from aadkern_train.config import Config
-from aadkern_train.runs import Progress, RunFolder
+from aadkern_train.engine.config import Config
+from aadkern_train.engine.run_folder import Progress, RunFolder
 
 
 class Settings(Config):
@@ -81,7 +81,7 @@ def test_log_lines_are_on_disk_at_once_and_only_from_the_main_process(tmp_path):
 
 def test_plain_progress_lines(monkeypatch):
     clock = iter([0.0, 1.0, 5.0, 6.0, 11.0])
-    monkeypatch.setattr("aadkern_train.runs.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("aadkern_train.engine.run_folder.time.monotonic", lambda: next(clock))
     out = io.StringIO()
     with Progress("ode", total=100, start=90, out=out, every=4.0) as progress:
         progress.update(91, loss=0.5)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from aadkern_train.files import atomic_path
+from aadkern_train.engine.files import atomic_path
 
 if TYPE_CHECKING:
     import av

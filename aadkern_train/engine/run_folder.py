@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from .config import Config, from_yaml, to_yaml
-from .files import replace_file
+from aadkern_train.engine.config import Config, from_yaml, to_yaml
+from aadkern_train.engine.files import replace_file
 
 PARTS = (
     "config.yaml",

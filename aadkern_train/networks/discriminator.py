@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from aadkern import attention_pool
 from aadkern.plans import AttentionPlan, VideoLayout, Window, bidirectional, block_causal, frame_isolated
-from aadkern_train.denoiser import Denoiser
+from aadkern_train.networks.denoiser import Denoiser
 
 BACKBONES = ("bidirectional", "causal", "isolated")
 

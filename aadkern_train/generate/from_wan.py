@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from aadkern import StreamingCache, StreamingGenerator, Window
-from aadkern_train.draws import Draws
-from aadkern_train.video import GrowingVideo
-from aadkern_train.wan_parts import WanParts, find_parts
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.video import GrowingVideo
+from aadkern_train.generate.wan_parts import WanParts, find_parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_STEPS = 100

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadkern_train.checkpoint import load_weights
-from aadkern_train.draws import Draws
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.engine.checkpoint import load_weights
+from aadkern_train.engine.run_folder import RunFolder
+from aadkern_train.engine.video import SUFFIXES, read_video, write_video
+from aadkern_train.networks.rollout import stream
 from aadkern_train.recipes import ClipsData, Recipe
-from aadkern_train.rollout import stream
 from aadkern_train.run import Run
-from aadkern_train.runs import RunFolder
-from aadkern_train.steps import StepPlan
-from aadkern_train.video import SUFFIXES, read_video, write_video
 from aadkern_train.worlds.patch_latents import PatchLatents
 
 STREAMERS = ("adversarial", "dmd_continued", "dmd", "ode")  # best first

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aadkern_train.distributed import clip_gradients
-from aadkern_train.ema import Ema
-from aadkern_train.optim import OptimConfig, Optimiser, schedule
+from aadkern_train.engine.processes import clip_gradients
+from aadkern_train.learning.ema import Ema
+from aadkern_train.learning.optim import OptimConfig, Optimiser, schedule
 
 
 class Learner:

@@ -26,10 +26,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from .config import Config, config_hash, differences
-from .distributed import World, whole
-from .ema import Ema
-from .files import atomic_path, replace_file, sync
+from aadkern_train.engine.config import Config, config_hash, differences
+from aadkern_train.engine.files import atomic_path, replace_file, sync
+from aadkern_train.engine.processes import Processes, whole
+from aadkern_train.learning.ema import Ema
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -62,15 +62,15 @@ class Saved:
 class Checkpoints:
     """The checkpoints of one run folder: RUN/checkpoints/<stage>/step-N and RUN/checkpoints/latest."""
 
-    def __init__(self, folder: Path, world: World, keep: int = 2) -> None:
+    def __init__(self, folder: Path, processes: Processes, keep: int = 2) -> None:
         """folder: RUN/checkpoints, made if absent, unfinished saves in it removed.
 
         keep >= 1: how many of the current stage stay; of earlier stages the last one stays.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        self.folder, self.world, self.keep = Path(folder), world, keep
-        world.on_main(self._clean)
+        self.folder, self.processes, self.keep = Path(folder), processes, keep
+        processes.on_main(self._clean)
 
     def save(self, stage: str, step: int, state: State, config: Config | None = None) -> Path:
         """Saves every part of state under (stage, step), makes it the latest, and removes what `keep` does not keep.
@@ -82,8 +82,8 @@ class Checkpoints:
         tensors, values = _split(state)
         target = self.folder / stage / f"step-{step}"
         waiting = target.with_name(target.name + ".tmp")
-        self.world.on_main(lambda: self._make_room(target, waiting))
-        _dcp_save(tensors, waiting, self.world)
+        self.processes.on_main(lambda: self._make_room(target, waiting))
+        _dcp_save(tensors, waiting, self.processes)
         header = {"stage": stage, "step": step, "config": None if config is None else config.model_dump(mode="json")}
 
         def commit() -> None:
@@ -93,12 +93,12 @@ class Checkpoints:
             replace_file(self.folder / "latest", f"{stage}/{target.name}\n")
             self._prune(target)
 
-        self.world.on_main(commit)
+        self.processes.on_main(commit)
         return target
 
     def latest(self) -> Saved | None:
         """The newest whole checkpoint, None if there is none; CheckpointError if `latest` does not name one here."""
-        return self.world.on_main(self._latest)
+        return self.processes.on_main(self._latest)
 
     def load(
         self,
@@ -127,7 +127,7 @@ class Checkpoints:
         _check_tensors(saved.path, tensors)
         if set(values) != set(own_values):
             raise CheckpointError(f"{saved.path}: values differ from this run's: {_some(set(values) ^ set(own_values))}")
-        _dcp_load(tensors, saved.path, self.world)
+        _dcp_load(tensors, saved.path, self.processes)
         for name, part in state.items():
             _restore(name, part, tensors, values)
         return saved
@@ -187,7 +187,7 @@ def gathered(module: nn.Module, ema: Ema | None = None) -> dict[str, Tensor]:
     return {name: whole(averaged.get(name, t).detach()).cpu().clone().contiguous() for name, t in state.items()}
 
 
-def export_weights(path: Path, module: nn.Module, world: World, *, ema: Ema | None = None, **metadata: object) -> None:
+def export_weights(path: Path, module: nn.Module, processes: Processes, *, ema: Ema | None = None, **metadata: object) -> None:
     """Writes the gathered weights (with ema, the averaged ones) as safetensors, atomically.
 
     metadata (JSON values such as config=..., stage=..., step=...) is kept in the file; a Config as its values.
@@ -200,7 +200,7 @@ def export_weights(path: Path, module: nn.Module, world: World, *, ema: Ema | No
         with atomic_path(path) as waiting:
             safetensors.torch.save_file(weights, waiting, metadata=texts)
 
-    world.on_main(write)
+    processes.on_main(write)
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -266,13 +266,13 @@ def _restore(name: str, part: nn.Module | Stateful, tensors: Mapping[str, Tensor
         part.load_state_dict(loaded)
 
 
-def _dcp_save(tensors: dict[str, Tensor], path: Path, world: World) -> None:
+def _dcp_save(tensors: dict[str, Tensor], path: Path, processes: Processes) -> None:
     writer = dcp.FileSystemWriter(path, single_file_per_rank=True, sync_files=True)
-    _quietly(lambda: dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1))
+    _quietly(lambda: dcp.save(tensors, storage_writer=writer, no_dist=processes.size == 1))
 
 
-def _dcp_load(tensors: dict[str, Tensor], path: Path, world: World) -> None:
-    _quietly(lambda: dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=world.size == 1))
+def _dcp_load(tensors: dict[str, Tensor], path: Path, processes: Processes) -> None:
+    _quietly(lambda: dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=processes.size == 1))
 
 
 def _quietly(work: Callable[[], object]) -> None:

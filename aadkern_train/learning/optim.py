@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from .config import Config
-from .distributed import local, local_part
+from aadkern_train.engine.config import Config
+from aadkern_train.engine.processes import local, local_part
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 

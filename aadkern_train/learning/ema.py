@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import local, reshard
+from aadkern_train.engine.processes import local, reshard
 
 
 class Ema:

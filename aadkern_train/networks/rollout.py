@@ -18,10 +18,10 @@ from torch import Tensor
 from aadkern.plans import VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
 from aadkern.streaming.generator import StreamingGenerator
-from aadkern_train.denoiser import Denoiser, new_cache
-from aadkern_train.distributed import accumulating, is_sharded
-from aadkern_train.flow import add_noise
-from aadkern_train.steps import StepPlan
+from aadkern_train.diffusion.flow import add_noise
+from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.engine.processes import accumulating, is_sharded
+from aadkern_train.networks.denoiser import Denoiser, new_cache
 
 Noise = Callable[[int, int], Tensor]  # (chunk, step) -> standard normal noise of that chunk [B, f, C, H, W]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from aadkern.plans import AttentionPlan, VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
 from aadkern.wan import CausalWan
-from aadkern_train.flow import x0_from_flow
+from aadkern_train.diffusion.flow import x0_from_flow
 
 PREDICTS = ("flow", "x0")
 

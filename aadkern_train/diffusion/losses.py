@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aadkern_train.flow import per_frame
+from aadkern_train.diffusion.flow import per_frame
 
 
 def masked_mean(x: Tensor, frames: Tensor) -> Tensor:

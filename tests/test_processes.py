@@ -1,6 +1,6 @@
-"""Sharded training equals unsharded training, in a world of one and with two gloo processes.
+"""Sharded training equals unsharded training, alone and with two gloo processes.
 
-This file is also the program that the two processes run: `python test_distributed.py FOLDER`.
+This file is also the program that the two processes run: `python test_processes.py FOLDER`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from aadkern_train.distributed import World, accumulating, clip_gradients, local, reshard, shard, start, whole
-from aadkern_train.ema import Ema
-from aadkern_train.optim import build
+from aadkern_train.engine.processes import Processes, accumulating, clip_gradients, local, reshard, shard, start, whole
+from aadkern_train.learning.ema import Ema
+from aadkern_train.learning.optim import build
 from tests.processes import BATCH, CHUNKS, Net, inputs, run_processes
 
 STEPS = 3
@@ -63,14 +63,14 @@ def plain_training(kind: str) -> dict[str, torch.Tensor]:
     return {**results(generator, judging, ema), "norms": torch.tensor(norms)}
 
 
-def sharded_training(world: World, kind: str, per_block: bool) -> dict[str, torch.Tensor]:
+def sharded_training(processes: Processes, kind: str, per_block: bool) -> dict[str, torch.Tensor]:
     """By chunk replay, with each rank's own share of the batch in two parts."""
     limit = 0 if per_block else 10**9
-    generator, judging = (shard(net, world, net.blocks, shard_blocks_above=limit) for net in networks())
+    generator, judging = (shard(net, processes, net.blocks, shard_blocks_above=limit) for net in networks())
     optimisers = [build(net.named_parameters(), kind=kind, lr=1e-2, muon_lr=0.02) for net in (generator, judging)]
     norms, ema = [], Ema(generator, 0.5)
     for step in range(STEPS):
-        mine = inputs(step)[world.local_slice(range(BATCH))]
+        mine = inputs(step)[processes.local_slice(range(BATCH))]
         parts = mine.chunk(2)
         for p, noise in enumerate(parts):
             with torch.no_grad():
@@ -91,12 +91,12 @@ def sharded_training(world: World, kind: str, per_block: bool) -> dict[str, torc
     return {**results(generator, judging, ema), "norms": torch.tensor(norms)}
 
 
-def whole_graph_training(world: World, kind: str, per_block: bool) -> dict[str, torch.Tensor]:
+def whole_graph_training(processes: Processes, kind: str, per_block: bool) -> dict[str, torch.Tensor]:
     """Several recorded forwards, with forwards without gradients between them, then one backward."""
     generator, judging = networks()
-    shard(generator, world, generator.blocks, shard_blocks_above=0 if per_block else 10**9)
+    shard(generator, processes, generator.blocks, shard_blocks_above=0 if per_block else 10**9)
     optimiser, ema = build(generator.named_parameters(), kind=kind, lr=1e-2, muon_lr=0.02), Ema(generator, 0.5)
-    x = torch.stack(rollout(generator, inputs(0)[world.local_slice(range(BATCH))])[0], 1)
+    x = torch.stack(rollout(generator, inputs(0)[processes.local_slice(range(BATCH))])[0], 1)
     judge(judging, x).mean().backward()
     norms = [clip_gradients(optimiser.parameters, 0.3)]
     optimiser.step(0.5)
@@ -115,29 +115,29 @@ def results(generator: nn.Module, judging: nn.Module, ema: Ema) -> dict[str, tor
 VARIANTS = [(kind, per_block) for kind in ("adamw", "muon") for per_block in (False, True)]
 
 
-def all_variants(world: World) -> dict[str, dict[str, torch.Tensor]]:
-    out = {f"{kind} {blocks}": sharded_training(world, kind, blocks) for kind, blocks in VARIANTS}
-    return {**out, **{f"graph {blocks}": whole_graph_training(world, "adamw", blocks) for blocks in (False, True)}}
+def all_variants(processes: Processes) -> dict[str, dict[str, torch.Tensor]]:
+    out = {f"{kind} {blocks}": sharded_training(processes, kind, blocks) for kind, blocks in VARIANTS}
+    return {**out, **{f"graph {blocks}": whole_graph_training(processes, "adamw", blocks) for blocks in (False, True)}}
 
 
-def conversation(world: World) -> dict[str, object]:
+def conversation(processes: Processes) -> dict[str, object]:
     """What ranks say to one another, as each rank heard it."""
 
     def fail() -> None:
         raise FileNotFoundError("no such clip")
 
     try:
-        world.on_main(fail)
+        processes.on_main(fail)
         error = ""
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
     return {
-        "mean": world.mean({"a": 1.0 + world.rank, "b": 0.1}),
-        "main": world.on_main(lambda: f"said by {world.rank}"),
+        "mean": processes.mean({"a": 1.0 + processes.rank, "b": 0.1}),
+        "main": processes.on_main(lambda: f"said by {processes.rank}"),
         "error": error,
-        "rows": world.gather_rows(torch.full((2, 3), float(world.rank))),
-        "slice": list(world.local_slice(range(8))),
-        "is_main": world.is_main,
+        "rows": processes.gather_rows(torch.full((2, 3), float(processes.rank))),
+        "slice": list(processes.local_slice(range(8))),
+        "is_main": processes.is_main,
     }
 
 
@@ -149,8 +149,8 @@ def assert_trained_alike(got: dict[str, torch.Tensor], expected: dict[str, torch
 
 @pytest.fixture(scope="module")
 def one():
-    with start("cpu") as world:
-        yield world
+    with start("cpu") as processes:
+        yield processes
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +205,10 @@ def test_ranks_agree(two, one):
 
 def test_a_world_of_one_needs_no_port_and_ends_cleanly():
     code = (
-        "import torch.distributed as dist\nfrom aadkern_train.distributed import start\n"
-        "for _ in range(2):\n    with start('cpu') as world:\n"
-        "        assert (world.rank, world.size, world.is_main) == (0, 1, True)\n"
-        "    assert not dist.is_initialized()\n    world.close()\n"
+        "import torch.distributed as dist\nfrom aadkern_train.engine.processes import start\n"
+        "for _ in range(2):\n    with start('cpu') as processes:\n"
+        "        assert (processes.rank, processes.size, processes.is_main) == (0, 1, True)\n"
+        "    assert not dist.is_initialized()\n    processes.close()\n"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parents[1])
@@ -271,7 +271,7 @@ def test_clipping_reports_the_norm_and_bounds_it():
 def test_bad_arguments(one):
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'tpu'"):
         start("tpu")
-    three = World(0, 3, one.device, one.mesh, False)
+    three = Processes(0, 3, one.device, one.mesh, False)
     with pytest.raises(ValueError, match="a batch of 16 samples cannot be shared equally by 3 processes"):
         three.local_slice(range(16))
     with pytest.raises(ValueError, match="a batch of 0 samples"):

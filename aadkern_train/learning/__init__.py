@@ -1,0 +1,1 @@
+"""How a network learns: optimisers and schedules, averaged weights, and both around one module."""

@@ -1,0 +1,51 @@
+"""What a world is: the law that clips come from, with the conditions they are made under and the measures that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from aadkern_train.networks.conditions import Condition
+
+SPLITS = ("train", "curated", "test")
+"""Sorts of clips: "train" is what networks are pretrained on and rollouts start from, "curated" the chosen clips that a
+discriminator holds up as real (a world that has no other gives those of "train"), "test" what no stage has seen."""
+
+
+class World(Protocol):
+    """A law of clips x [B, F, C, H, W] on the CPU, fp32. Every method is a pure function of its indices."""
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent frame."""
+        ...
+
+    @property
+    def null(self) -> Tensor | None:
+        """The text that says nothing, [1, T, text_dim]; None in a world without words."""
+        ...
+
+    def condition(self, samples: Sequence[int], split: str = "train") -> Condition:
+        """What clips are made under, without making them: ``clips(samples, F, split)[:, 0]`` is its ``first``."""
+        ...
+
+    def clips(self, samples: Sequence[int], frames: int, split: str = "train") -> Tensor:
+        """Clips [B, F, C, H, W]; a shorter clip is the beginning of a longer one."""
+        ...
+
+    def longest(self, split: str = "train") -> int | None:
+        """The most frames that clips of a split can have; None: any number."""
+        ...
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        """uint8 [B, T, H, W, 3] of latents x."""
+        ...
+
+    def measure(self, x: Tensor, condition: Condition, real: Tensor) -> dict[str, Any]:
+        """How good clips x [N, F, C, H, W] are that were made under ``condition``, beside ``real`` held-out clips [N, F', C, H, W].
+
+        A measure is a number, or under "segments" lists of numbers along the clip.
+        """
+        ...
