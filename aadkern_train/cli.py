@@ -149,19 +149,26 @@ def split_settings(settings: Sequence[str], names: Sequence[str]) -> tuple[dict[
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from aadkern_train.demo import demo
+    """Moving digits through all stages; a demo that was interrupted goes on, a finished or other one is replaced."""
+    from aadkern_train.recipes import PROFILES, make_recipe, read_recipe
+    from aadkern_train.trainer import run_recipe
 
     own, rest = split_settings(args.settings, ("profile", "out"))
-    report = demo(own.get("profile", "quick"), Path(own.get("out", "runs/demo")), rest)
+    profile, path = own.get("profile", "quick"), Path(own.get("out", "runs/demo"))
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+    recipe = make_recipe("digits", [*PROFILES[profile], *rest])
+    unfinished = (path / "config.yaml").is_file() and not (path / "report.html").exists()
+    same = unfinished and read_recipe(path / "config.yaml") == recipe
+    report = run_recipe(recipe, path, resume=same, overwrite=not same)
     if report is not None:
         print(f"\nThe report: {report}")
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from aadkern_train.demo import run_recipe
     from aadkern_train.engine.config import apply_overrides, to_yaml
-    from aadkern_train.engine.run_folder import RunFolder
-    from aadkern_train.recipes import RECIPES, Recipe
+    from aadkern_train.recipes import make_recipe, read_recipe
+    from aadkern_train.trainer import run_recipe
 
     settings, recipe_name = list(args.settings), args.recipe
     if recipe_name is not None and "=" in recipe_name:
@@ -169,25 +176,28 @@ def run_train(args: argparse.Namespace) -> None:
     own, rest = split_settings(settings, ("out", "resume", "overwrite"))
     resume = own.get("resume")
     if resume is not None:
-        recipe = RunFolder.open(resume).config(Recipe)
+        recipe = read_recipe(Path(resume) / "config.yaml")
         if recipe_name not in (None, recipe.recipe):
             raise ValueError(f"{resume} is a run of {recipe.recipe!r}, not of {recipe_name!r}")
-        changed = apply_overrides(recipe, rest)
-        if changed != recipe:
+        if apply_overrides(recipe, rest) != recipe:
             raise ValueError(f"a resumed run keeps its settings; leave out {' '.join(rest)}, or start a new run")
-    elif recipe_name in RECIPES:
-        recipe = apply_overrides(RECIPES[recipe_name](), rest)
     else:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe_name!r}")
+        recipe = make_recipe(recipe_name, rest)
     if args.show:
         print(to_yaml(recipe))
         return
     folder = Path(resume or own.get("out", f"runs/{recipe.recipe}"))
-    report = run_recipe(
-        recipe, folder, resume=resume is not None, overwrite=own.get("overwrite", "false").lower() in ("true", "1", "yes")
-    )
+    report = run_recipe(recipe, folder, resume=resume is not None, overwrite=switch("overwrite", own.get("overwrite", "false")))
     if report is not None:
         print(f"The report: {report}")
+
+
+def switch(name: str, text: str) -> bool:
+    """A word that says yes or no."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError(f"{name} must be true or false, got {text!r}")
+    return words[text.lower()]
 
 
 WAN_PLAIN = ("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs")  # as in WanSettings

@@ -1,4 +1,4 @@
-"""Measuring a stage as it would be used: streaming from first frames held out of training, at the trained length and beyond."""
+"""Measuring a stage as it would be used: streaming under conditions held out of training, at the trained length and beyond."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.flow import integrate_ode, sigma_schedule
-from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.rollout import stream
 from aadkern_train.run import Run
-from aadkern_train.stages.ode import SOLVER_SHIFT, teacher
 
-HEADLINE = ("quality", "legal", "keep", "velocity_tv", "dynamic", "drift", "nll_excess")
+SOLVER_SHIFT = 5.0  # of the teacher's own samples
+Measured = tuple[dict[str, Any], dict[str, Tensor]]
+"""Metrics, under "long" those of longer clips; and the clips [N, F, C, H, W] by name."""
 
 
-def lengthened(chunks: Sequence[int], times: int) -> tuple[int, ...]:
-    """The layout of a clip ``times`` as long after its first frame: its generated chunks, repeated."""
-    return (chunks[0], *(tuple(chunks[1:]) * times))
+def lengthened(run: Run) -> tuple[int, ...]:
+    """The layout of a clip ``evaluate.long`` as long after what is given: its generated chunks, repeated."""
+    chunks, given = run.recipe.chunks, run.recipe.given_frames
+    return (*chunks[:given], *(chunks[given:] * run.recipe.evaluate.long))
 
 
 @torch.no_grad()
-def streamed(run: Run, network: Any, samples: range, chunks: tuple[int, ...]) -> Tensor:
-    """Clips [B, F, C, H, W] streamed through the ring cache from held-out first frames; sample i's noise is its own, for every
+def streamed(run: Run, network: Any, samples: range, chunks: Sequence[int]) -> Tensor:
+    """Clips [B, F, C, H, W] streamed through the ring cache under held-out conditions; sample i's noise is its own, for every
     stage."""
     draws, device = run.draws("evaluate", 0), run.processes.device
+    sizes, shape = chunks[run.recipe.given_frames :], run.world.frame_shape
 
-    def noise(chunk: int, step: int) -> Tensor:
-        return draws.normal(f"noise {chunk} {step}", samples, (chunks[chunk], *run.videos.frame_shape), device=device)
+    def noise(number: int, step: int) -> Tensor:
+        return draws.normal(f"noise {number} {step}", samples, (sizes[number - 1], *shape), device=device)
 
-    recipe = run.recipe
-    steps = StepPlan(recipe.first_levels or recipe.levels, recipe.levels)
-    first = run.first_frames(samples, "test")
-    return torch.cat([first[:, None], *stream(network, first, run.window, chunks[1:], noise, steps)], dim=1)
+    condition = run.condition(samples, "test")
+    given = [] if condition.first is None else [condition.first[:, None]]
+    return torch.cat([*given, *stream(network, condition, shape, run.window, sizes, noise, run.recipe.steps)], dim=1)
 
 
 def in_batches(run: Run, count: int, make: Callable[[range], Tensor]) -> Tensor:
@@ -45,30 +47,28 @@ def in_batches(run: Run, count: int, make: Callable[[range], Tensor]) -> Tensor:
     return run.processes.gather_rows(torch.cat(parts)).cpu()
 
 
-def real_clips(run: Run, count: int, frames: int) -> Tensor:
-    """Held-out real clips, the ones whose first frames the stages stream from; shorter ones where no held-out video is that
-    long."""
-    longest = run.videos.longest("test") if hasattr(run.videos, "longest") else frames
-    return run.videos.clips(range(count), min(frames, longest), "test")
+def real_clips(run: Run, count: int, frames: int, split: str = "test") -> Tensor:
+    """Real clips; by default the held-out ones whose conditions the stages stream under. Shorter ones where no video of the split
+    is that long."""
+    longest = run.world.longest(split)
+    return run.world.clips(range(count), frames if longest is None else min(frames, longest), split)
 
 
-def measured(run: Run, x: Tensor) -> dict[str, Any]:
-    """The metrics of clips [N, F, C, H, W]: the decoder's where the world has one, the generic ones against real clips
-    otherwise."""
-    if run.recipe.recipe == "digits":
-        from aadkern_train.worlds.digits_metrics import measure
-
-        return measure(run.videos, x)
-    return run.videos.measure(x, real_clips(run, x.shape[0], x.shape[1]))
+def measured(run: Run, x: Tensor, split: str = "test") -> dict[str, Any]:
+    """The world's metrics of clips [N, F, C, H, W] made under the first N conditions of a split."""
+    condition = run.world.condition(range(len(x)), split)
+    if not run.recipe.given_frames:
+        condition = Condition(None, condition.text)
+    return run.world.measure(x, condition, real_clips(run, x.shape[0], x.shape[1]))
 
 
-def evaluate(run: Run, network: Any, count: int, *, long: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The metrics of ``count`` streamed clips, under "long" those of longer ones, and the clips themselves by name."""
+def evaluate(run: Run, network: Any, count: int, *, long: bool) -> Measured:
+    """The metrics of ``count`` streamed clips, with ``long`` those of longer ones too, and the clips themselves."""
     network.eval()
     clips = {"": in_batches(run, count, lambda s: streamed(run, network, s, run.recipe.chunks))}
     metrics = measured(run, clips[""])
     if long:
-        chunks = lengthened(run.recipe.chunks, run.recipe.evaluate.long)
+        chunks = lengthened(run)
         clips["long"] = in_batches(run, count, lambda s: streamed(run, network, s, chunks))
         metrics["long"] = measured(run, clips["long"])
     network.train()
@@ -76,22 +76,29 @@ def evaluate(run: Run, network: Any, count: int, *, long: bool) -> tuple[dict[st
 
 
 @torch.no_grad()
-def references(run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metrics and clips of real video, of a frozen one, and of the teacher's many-step samples from the same first frames."""
+def references(run: Run) -> Measured:
+    """Metrics and clips of real video, of a frozen one, and of the teacher's many-step samples under the same conditions; and of
+    the clips that networks are pretrained on, where those are of another sort."""
     count, frames = run.recipe.evaluate.final_clips, run.recipe.frames
-    longer = sum(lengthened(run.recipe.chunks, run.recipe.evaluate.long))
+    longer = sum(lengthened(run))
     clips, metrics = {}, {}
-    for name, freeze in (("real", False), ("static", True)):
-        long = real_clips(run, count, longer)
-        long = long[:, :1].expand_as(long) if freeze else long
+
+    def keep(name: str, long: Tensor, split: str = "test") -> None:
         clips[name] = long[:, :frames]
-        metrics[name] = {**measured(run, clips[name]), "long": measured(run, long)}
-    denoise, sigmas = teacher(run), sigma_schedule(run.recipe.ode.solver_steps, SOLVER_SHIFT)
+        metrics[name] = {**measured(run, clips[name], split), "long": measured(run, long, split)}
+
+    real = real_clips(run, count, longer)
+    keep("real", real)
+    keep("static", real[:, :1].expand_as(real))
+    if not torch.equal(run.world.clips(range(2), frames, "train"), run.world.clips(range(2), frames, "curated")):
+        keep("web", real_clips(run, count, longer, "train"), "train")
+    teacher, sigmas = run.teacher(), sigma_schedule(run.recipe.evaluate.teacher_steps, SOLVER_SHIFT)
 
     def sampled(samples: range) -> Tensor:
-        first = run.first_frames(samples, "test")
-        noise = run.draws("evaluate", 0).normal("teacher", samples, (frames, *run.videos.frame_shape), device=first.device)
-        return integrate_ode(denoise, noise, sigmas, first)
+        condition = run.condition(samples, "test")
+        shape, device = (frames, *run.world.frame_shape), run.processes.device
+        noise = run.draws("evaluate", 0).normal("teacher", samples, shape, device=device)
+        return integrate_ode(teacher.of(condition), noise, sigmas, condition.first if run.clean_frames else None)
 
     clips["teacher"] = in_batches(run, count, sampled)
     metrics["teacher"] = measured(run, clips["teacher"])

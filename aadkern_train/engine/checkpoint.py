@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and weights as safetensors.
+"""Checkpoints that are whole or absent.
 
     write <stage>/step-N.tmp (shards, state.json), fsync -> rename to <stage>/step-N -> replace `latest` -> prune
 
@@ -20,16 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors
-import safetensors.torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from aadkern_train.engine.config import Config, config_hash, differences
-from aadkern_train.engine.files import atomic_path, replace_file, sync
-from aadkern_train.engine.processes import Processes, whole
-from aadkern_train.learning.ema import Ema
+from aadkern_train.engine.files import replace_file, sync
+from aadkern_train.engine.processes import Processes
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -178,39 +175,6 @@ class Checkpoints:
         doomed = path.with_name(path.name + ".old.tmp")
         os.rename(path, doomed)  # so that a kill while removing leaves nothing that looks whole
         shutil.rmtree(doomed)
-
-
-def gathered(module: nn.Module, ema: Ema | None = None) -> dict[str, Tensor]:
-    """Whole copies on the CPU, on every rank, of a module's parameters and buffers; with ema, of the averaged ones."""
-    averaged = ema.shadows if ema is not None else {}
-    state = get_model_state_dict(module)
-    return {name: whole(averaged.get(name, t).detach()).cpu().clone().contiguous() for name, t in state.items()}
-
-
-def export_weights(path: Path, module: nn.Module, processes: Processes, *, ema: Ema | None = None, **metadata: object) -> None:
-    """Writes the gathered weights (with ema, the averaged ones) as safetensors, atomically.
-
-    metadata (JSON values such as config=..., stage=..., step=...) is kept in the file; a Config as its values.
-    """
-    weights = gathered(module, ema)
-    texts = {key: json.dumps(v.model_dump(mode="json") if isinstance(v, Config) else v) for key, v in metadata.items()}
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as waiting:
-            safetensors.torch.save_file(weights, waiting, metadata=texts)
-
-    processes.on_main(write)
-
-
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the metadata of a file that `export_weights` wrote. Raises CheckpointError for any other file."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
-    except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not a readable weights file: {error}") from None
 
 
 def _step_of(path: Path) -> int:

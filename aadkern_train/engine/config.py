@@ -1,5 +1,8 @@
 """Typed settings: frozen pydantic models, read from YAML, changed by `key.sub=value`, hashed for checkpoints.
 
+A section may be one of several classes, told apart by its ``kind`` (`Choice`), and a field may hold any number of such
+sections by name; who writes a new class registers it, and nothing here or elsewhere is changed.
+
 Values are validated as strict JSON: a whole number is a float, a list is a tuple, but `yes` is not a number and `4.0`
 not an integer. Every error is a ConfigError that names the dotted key, what came and what is accepted.
 """
@@ -13,8 +16,10 @@ import re
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 import yaml
@@ -28,6 +33,53 @@ class Config(pydantic.BaseModel):
     """Base of all settings: unknown keys are errors, values cannot be changed in place."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    opened: ClassVar[str | None] = None
+    """A field of sections by name whose names may also be written alone: `dmd.steps` for `stages.dmd.steps`."""
+
+
+class Choice(Config):
+    """Base of sections that are one of several classes. A direct subclass is the base of one such family; its members are
+    registered under their ``kind``."""
+
+    kind: str
+    members: ClassVar[dict[str, type[Choice]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if Choice in cls.__bases__:
+            cls.members = {}
+
+    @classmethod
+    def member(cls, kind: str) -> Any:
+        """Registers the class beneath it: ``@Family.member("name") class Section(Family)``. ValueError where another class has the
+        name."""
+
+        def add(section: type[Choice]) -> type[Choice]:
+            there = cls.members.get(kind, section)
+            if (there.__module__, there.__qualname__) != (section.__module__, section.__qualname__):
+                raise ValueError(f"kind {kind!r} is {there.__module__}.{there.__qualname__}'s; name another")
+            cls.members[kind] = section
+            return section
+
+        return add
+
+    @classmethod
+    def chosen(cls, kind: Any, key: str = "") -> type[Choice]:
+        """The class registered under a kind; ``key`` names the section in the ConfigError for an unknown one."""
+        if kind not in cls.members:
+            place = f"{key}.kind" if key else "kind"
+            raise ConfigError(f"{place}={kind!r}: must be one of {', '.join(cls.members)}")
+        return cls.members[kind]
+
+
+def one_of(base: type[Choice]) -> Any:
+    """The annotation of a field that holds a member of a family."""
+    return Annotated[pydantic.SerializeAsAny[base], pydantic.BeforeValidator(partial(_pick, base))]  # type: ignore[valid-type]
+
+
+def _pick(base: type[Choice], value: Any) -> Any:
+    return _strict(base.chosen(value.get("kind")), value) if isinstance(value, dict) else value
 
 
 C = TypeVar("C", bound=Config)
@@ -46,8 +98,7 @@ def apply_overrides(config: C, overrides: Iterable[str]) -> C:
         key = key.strip()
         if not equals or not key:
             raise ConfigError(f"cannot read {override!r}: expected key=value")
-        _put(config, values, key, _parse(key, text))
-        texts[key] = text.strip()
+        texts[_put(config, values, key, _parse(key, text))] = text.strip()
     return _validated(type(config), config, values, texts)
 
 
@@ -105,24 +156,65 @@ def _parse(key: str, text: str) -> Any:
         raise ConfigError(f"{key}: cannot read {text!r} as YAML: {problem}") from None
 
 
-def _sections(kind: type[Config], name: str) -> list[type[Config]]:
+@dataclass(frozen=True)
+class _Many:
+    """Stands for a class where a field holds sections of a family by name."""
+
+    base: type[Choice]
+
+
+def _section_kinds(kind: type[Config], name: str) -> list[type[Config]]:
     """The Config classes that a field takes: of `Section`, `Section | None`, `Section | Other`."""
     annotation = kind.model_fields[name].annotation
     options = (annotation, *typing.get_args(annotation))
     return [option for option in options if isinstance(option, type) and issubclass(option, Config)]
 
 
-def _known_keys(kind: type[Config], config: Config | None, prefix: str = "") -> Iterator[str]:
-    """All dotted keys; where a section is one of several classes, those of the class that config has."""
-    for name in kind.model_fields:
-        yield prefix + name
-        current = getattr(config, name, None)
-        for section in [type(current)] if isinstance(current, Config) else _sections(kind, name):
-            yield from _known_keys(section, current, f"{prefix}{name}.")
+def _family(kind: type[Config], name: str) -> type[Choice] | _Many | None:
+    """The family that a field's section, or each of its sections, is chosen from."""
+    annotation = kind.model_fields[name].annotation
+    if isinstance(annotation, type) and issubclass(annotation, Choice):
+        return annotation
+    if typing.get_origin(annotation) is dict:
+        base = typing.get_args(typing.get_args(annotation)[1] if typing.get_args(annotation) else None)
+        if base and isinstance(base[0], type) and issubclass(base[0], Choice):
+            return _Many(base[0])
+    return None
 
 
-def _unknown(root: type[Config], config: Config | None, key: str) -> ConfigError:
-    known = [name for name in dict.fromkeys(_known_keys(root, config)) if name != key]
+Kind = type[Config] | _Many | None
+
+
+def _within(kind: type[Config] | _Many, current: Any, values: Any, name: str) -> tuple[Kind, Any]:
+    """What the part ``name`` of a section is: its class (None for a plain value), and its present value."""
+    if isinstance(kind, _Many):
+        own = values.get(name) if isinstance(values, dict) else None
+        chosen = kind.base.members.get(own.get("kind", name)) if isinstance(own, dict) else None
+        return chosen or kind.base.members.get(name, kind.base), (current or {}).get(name)
+    child = getattr(current, name, None)
+    family = _family(kind, name)
+    if isinstance(family, _Many):
+        return family, child
+    sections = _section_kinds(kind, name)
+    return (type(child) if isinstance(child, Config) else sections[0] if sections else None), child
+
+
+def _known_keys(kind: type[Config] | _Many, current: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted keys; where a section is one of several classes, those of the class that it has now."""
+    for name in (current or {}) if isinstance(kind, _Many) else kind.model_fields:
+        inside, child = _within(kind, current, current, name)
+        if not (isinstance(kind, type) and name == kind.opened):
+            yield prefix + name
+            opened = f"{prefix}{name}."
+        else:
+            opened = prefix
+        several = [] if isinstance(kind, _Many) or child is not None else _section_kinds(kind, name)
+        for section in several or ([] if inside is None else [inside]):
+            yield from _known_keys(section, child, opened)
+
+
+def _unknown(root: type[Config], config: Config | None, key: str, prefix: str = "") -> ConfigError:
+    known = [name for name in dict.fromkeys(_known_keys(root, config, prefix)) if name != key]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:
         last = key.rpartition(".")[2]
@@ -133,45 +225,78 @@ def _unknown(root: type[Config], config: Config | None, key: str) -> ConfigError
     return ConfigError(f"unknown key {key!r}; known keys: {', '.join(known)}")
 
 
-def _put(config: Config, values: dict[str, Any], key: str, value: Any) -> None:
-    """Writes value at the dotted key of the dumped config; a mapping for a section sets only the keys it names."""
-    kind: type[Config] | None = type(config)
+def _put(config: Config, values: dict[str, Any], key: str, value: Any) -> str:
+    """Writes value at the dotted key of the dumped config; a mapping for a section sets only the keys it names.
+
+    Returns the key in full.
+    """
+    kind: Kind = type(config)
+    written, first = key, key.partition(".")[0]
+    if config.opened and first not in type(config).model_fields and first in values[config.opened]:
+        key = f"{config.opened}.{key}"
     place: Any = values
     current: Any = config
     *names, last = key.split(".")
     for name in names:
-        if kind is not None and name not in kind.model_fields:
-            raise _unknown(type(config), config, key)
-        current = getattr(current, name, None)
-        sections = _sections(kind, name) if kind is not None else []
-        kind = type(current) if isinstance(current, Config) else sections[0] if sections else None
+        if isinstance(kind, type) and name not in kind.model_fields:
+            raise _unknown(type(config), config, written)
+        if kind is not None:
+            kind, current = _within(kind, current, place, name)
         if kind is None and not isinstance(place.get(name), dict):
-            raise _unknown(type(config), config, key)
+            raise _unknown(type(config), config, written)
         if place.get(name) is None:
             place[name] = {}
         place = place[name]
-    if kind is not None and last not in kind.model_fields:
-        raise _unknown(type(config), config, key)
-    if kind is not None and isinstance(value, dict) and _sections(kind, last) and isinstance(place.get(last), dict):
+    if isinstance(kind, type) and last not in kind.model_fields:
+        raise _unknown(type(config), config, written)
+    merges = kind is not None and _within(kind, current, place, last)[0] is not None
+    if isinstance(value, dict) and merges and isinstance(place.get(last), dict):
         for name, part in value.items():
             _put(config, values, f"{key}.{name}", part)
     else:
         place[last] = value
+    return key
 
 
-def _validated(kind: type[C], config: C | None, values: dict[str, Any], texts: Mapping[str, str]) -> C:
+def _validated(kind: type[C], config: C | None, values: dict[str, Any], texts: Mapping[str, str], prefix: str = "") -> C:
+    values = {name: _chosen_section(kind, config, values, name, texts, prefix) for name in values}
     try:
         return _strict(kind, values)
     except pydantic.ValidationError as error:
         wrong = [entry for entry in error.errors() if entry["type"] != "extra_forbidden"]
-        failed = [_place(kind, entry["loc"])[0] + "." for entry in wrong]
+        failed = [prefix + _place(kind, entry["loc"])[0] + "." for entry in wrong]
         as_text = {key: texts[key] for key in texts if any(place.startswith(f"{key}.") for place in failed)}
         if as_text:
             try:
-                return _strict(kind, _with_texts(values, as_text))
+                return _strict(kind, _with_texts(values, {key.removeprefix(prefix): text for key, text in as_text.items()}))
             except pydantic.ValidationError:
                 pass
-        raise ConfigError("; ".join(dict.fromkeys(_explain(kind, config, error)))) from None
+        raise ConfigError("; ".join(dict.fromkeys(_explain(kind, config, error, prefix)))) from None
+
+
+def _chosen_section(
+    kind: type[Config], config: Config | None, values: Mapping[str, Any], name: str, texts: Mapping[str, str], prefix: str
+) -> Any:
+    """The value of a field, its sections that are chosen by ``kind`` validated by their own classes and dumped again."""
+    value = values[name]
+    family = _family(kind, name) if name in kind.model_fields else None
+    if family is None or not isinstance(value, dict):
+        return value
+    current = getattr(config, name, None)
+    if isinstance(family, _Many):
+        return {
+            part: _member(family.base, (current or {}).get(part), {"kind": part, **own}, texts, f"{prefix}{name}.{part}")
+            if isinstance(own, dict)
+            else own
+            for part, own in value.items()
+        }
+    return _member(family, current, value, texts, prefix + name)
+
+
+def _member(base: type[Choice], current: Any, values: dict[str, Any], texts: Mapping[str, str], key: str) -> dict[str, Any]:
+    chosen = base.chosen(values.get("kind"), key)
+    present = current if isinstance(current, chosen) else None
+    return _validated(chosen, present, values, texts, f"{key}.").model_dump(mode="json")
 
 
 def _strict(kind: type[C], values: Mapping[str, Any]) -> C:
@@ -192,7 +317,7 @@ def _with_texts(values: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str
     return copy
 
 
-def _explain(kind: type[Config], config: Config | None, error: pydantic.ValidationError) -> Iterator[str]:
+def _explain(kind: type[Config], config: Config | None, error: pydantic.ValidationError, prefix: str) -> Iterator[str]:
     entries = [(*_place(kind, entry["loc"]), entry) for entry in error.errors(include_url=False)]
     cost: dict[str, Counter[str]] = {}
     for _, choice, entry in entries:
@@ -201,8 +326,9 @@ def _explain(kind: type[Config], config: Config | None, error: pydantic.Validati
     for key, choice, entry in entries:
         if choice and choice[1] != min(cost[choice[0]], key=cost[choice[0]].__getitem__):
             continue  # of a section's possible classes, only the one that fits best is explained
+        key = prefix + key if key else prefix.removesuffix(".")
         if entry["type"] == "extra_forbidden":
-            yield str(_unknown(kind, config, key))
+            yield str(_unknown(kind, config, key, prefix))
         elif entry["type"] == "missing":
             yield f"{key} is missing"
         else:
@@ -220,7 +346,7 @@ def _place(root: type[Config], location: Sequence[str | int]) -> tuple[str, tupl
     for part in location:
         if kind is not None:
             keys.append(str(part))
-            sections = _sections(kind, str(part)) if part in kind.model_fields else []
+            sections = _section_kinds(kind, str(part)) if part in kind.model_fields else []
             classes = {section.__name__: section for section in sections}
             kind = sections[0] if len(sections) == 1 else None
         elif part in classes:

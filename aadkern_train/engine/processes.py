@@ -179,7 +179,7 @@ def accumulating(*modules: nn.Module, last: bool) -> Iterator[None]:
 
     for c in chunks: with accumulating(generator, last=c == chunks[-1]): torch.autograd.backward(forward(c), grad[c])
     """
-    sharded = [module for module in modules if isinstance(module, FSDPModule)]
+    sharded = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
     try:
         for module in sharded:
             module.set_requires_gradient_sync(last)

@@ -1,7 +1,7 @@
 """A run's folder, its log, and its progress bar.
 
 RUN/config.yaml  log.jsonl  metrics.json  report.html  checkpoints/<stage>/step-N  checkpoints/latest
-RUN/weights/<stage>.safetensors  samples/<name>.gif, .mp4
+RUN/weights/<stage>/  pairs/<stage>.safetensors  samples/<name>.gif
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PARTS = (
     "log.jsonl",
     "metrics.json",
     "report.html",
-    "ode_pairs.safetensors",
     "checkpoints",
+    "pairs",
     "weights",
     "samples",
     "world",
@@ -86,8 +86,12 @@ class RunFolder:
         return from_yaml(kind, self.config_file)
 
     def weights(self, stage: str) -> Path:
-        """Where the weights at the end of a stage are."""
-        return self.path / "weights" / f"{stage}.safetensors"
+        """The folder of the weights at the end of a stage; ``<stage>.<learner>`` for another of its networks."""
+        return self.path / "weights" / stage
+
+    def pairs(self, stage: str) -> Path:
+        """The file of the teacher's trajectories that a stage made."""
+        return self.path / "pairs" / f"{stage}.safetensors"
 
     def log(self, stage: str, step: int, **values: float | int | str) -> None:
         """Appends one line {"stage", "step", ...values} to log.jsonl, at once on disk's way (flushed)."""

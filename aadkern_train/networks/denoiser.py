@@ -56,6 +56,7 @@ class Denoiser(nn.Module):
         self,
         x: Tensor,
         sigma: Tensor,
+        text: Tensor | None = None,
         *,
         plan: AttentionPlan | Any = None,
         cache: StreamingCache | None = None,
@@ -64,9 +65,10 @@ class Denoiser(nn.Module):
         condition_of: Sequence[int] | None = None,
         clean_frames: int = 0,
     ) -> Any:
-        """``condition_of``: x's row i is at row condition_of[i] of sigma; the others are CausalWan's."""
+        """``text`` [B, T, text_dim], or None to leave the cross-attention out. ``condition_of``: x's row i takes row
+        condition_of[i] of sigma and text; the others are CausalWan's."""
         options = {"plan": plan, "cache": cache, "cache_only": cache_only, "taps": taps, "condition_of": condition_of}
-        out = self.net(x.transpose(1, 2), 1000 * sigma, clean_frames=clean_frames, **options)
+        out = self.net(x.transpose(1, 2), 1000 * sigma, text, clean_frames=clean_frames, **options)
         if taps is not None or cache_only:
             return out
         flow_or_x0 = out.transpose(1, 2)
@@ -79,14 +81,15 @@ class Denoiser(nn.Module):
 
 def new_cache(
     denoiser: Denoiser,
-    frame: Tensor,
+    batch: int,
+    frame_shape: Sequence[int],
     window: Window,
     max_chunk_frames: int,
     capacity_frames: int | None = None,
     merged: bool = False,
 ) -> StreamingCache:
-    """An empty cache for clips whose frames are shaped like ``frame`` [B, C, H, W]."""
-    batch, _, height, width = frame.shape
+    """An empty cache for ``batch`` clips whose frames have the shape (C, H, W)."""
+    _, height, width = frame_shape
     return StreamingCache.for_model(
         denoiser.net,
         batch,

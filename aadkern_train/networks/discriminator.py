@@ -70,7 +70,7 @@ class QueryTokenHeads(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """(x_sigma [B, F, C, H, W], sigma [B, F]) -> logits: [B] for "video", [B, F] for "frame".
+    """(x_sigma [B, F, C, H, W], sigma [B, F], text [B, T, text_dim] or None) -> logits: [B] for "video", [B, F] for "frame".
 
     ``backbone`` chooses what a token sees: "bidirectional" (AAD-1), "causal" (the ablation: the generator's block-causal plan), or
     "isolated" (each frame alone: provably blind to a frozen video). ``layers`` are the tapped blocks, 0-indexed.
@@ -107,11 +107,13 @@ class Discriminator(nn.Module):
         self,
         x: Tensor,
         sigma: Tensor,
+        text: Tensor | None,
         layout: VideoLayout,
         window: Window | None = None,
         condition_of: Sequence[int] | None = None,
     ) -> Tensor:
-        """``condition_of``: x's row i is at row condition_of[i] of sigma; views of one sample share what is computed of it."""
-        taps = self.backbone(x, sigma, plan=self.plan(layout, window), taps=self.layers, condition_of=condition_of)
+        """``condition_of``: x's row i takes row condition_of[i] of sigma and text; views of one sample share what is computed of
+        these."""
+        taps = self.backbone(x, sigma, text, plan=self.plan(layout, window), taps=self.layers, condition_of=condition_of)
         logits = self.heads(taps, 1 if self.per == "video" else x.shape[1])
         return (logits[:, 0] if self.per == "video" else logits).clone()  # a copy, as FSDP2 must not be handed a view

@@ -7,7 +7,7 @@ uses that: it sends dL/dx into one chunk at a time, with the peak memory of one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +21,15 @@ from aadkern.streaming.generator import StreamingGenerator
 from aadkern_train.diffusion.flow import add_noise
 from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.engine.processes import accumulating, is_sharded
+from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.denoiser import Denoiser, new_cache
 
-Noise = Callable[[int, int], Tensor]  # (chunk, step) -> standard normal noise of that chunk [B, f, C, H, W]
+Noise = Callable[[int, int], Tensor]  # (n, step) -> standard normal noise [B, f, C, H, W] of the n-th generated chunk, n from 1
 
 
 @dataclass
 class Made:
-    """One generated chunk, and what its exit pass started from."""
+    """One generated chunk, by its index in the layout, and what its exit pass started from."""
 
     chunk: int
     x: Tensor  # [B, f, C, H, W]
@@ -40,10 +41,11 @@ class Made:
 class Rollout:
     """A finished rollout: the clip, and what is needed to run any chunk again."""
 
-    x: Tensor  # [B, F, C, H, W], first frame included
+    x: Tensor  # [B, F, C, H, W], a given first frame included
     made: list[Made]
     layout: VideoLayout
     cache: StreamingCache
+    text: Tensor | None
 
     def replay(self, gradient: Tensor, generator: Denoiser, last: bool = True) -> None:
         """Add dL/d(parameters) given dL/dx ``gradient`` [B, F, C, H, W], running one chunk again at a time.
@@ -54,7 +56,7 @@ class Rollout:
             start, end = self.layout.chunk_frames(made.chunk)
             self.cache.rewind(start)
             with accumulating(generator, last=last and made is self.made[-1]), torch.enable_grad():
-                again = generator(made.exit_input, uniform(made.x, made.exit_level), cache=self.cache)
+                again = generator(made.exit_input, uniform(made.x, made.exit_level), self.text, cache=self.cache)
                 again.backward(gradient[:, start:end])
 
 
@@ -63,61 +65,9 @@ def uniform(x: Tensor, level: float) -> Tensor:
     return torch.full(x.shape[:2], level, dtype=torch.float32, device=x.device)
 
 
-def generated(
-    generator: Denoiser,
-    cache: StreamingCache,
-    first_frame: Tensor,
-    sizes: Iterable[int],
-    noise: Noise,
-    steps: StepPlan,
-    *,
-    with_grad: bool = False,
-) -> Iterator[Made]:
-    """Chunks 1, 2, ... of these sizes after ``first_frame`` [B, C, H, W], through ``cache``; each is committed when the next is
-    asked for."""
-    clean, x = first_frame[:, None], None
-    for chunk, _ in enumerate(sizes, start=1):
-        with torch.no_grad():
-            generator(clean, uniform(clean, 0.0), cache=cache, cache_only=True)
-        cache.commit()
-        x = noise(chunk, 0)
-        levels = steps.levels(chunk == 1)
-        for k, level in enumerate(levels[:-1]):
-            with torch.no_grad():
-                x0 = generator(x, uniform(x, level), cache=cache)
-                x = add_noise(x0, noise(chunk, k + 1), uniform(x, levels[k + 1]))
-        with nullcontext() if with_grad else torch.no_grad():
-            made = generator(x, uniform(x, levels[-1]), cache=cache)
-        clean = made.detach()
-        yield Made(chunk, made, x, levels[-1])
-
-
-def stream(
-    generator: Denoiser, first_frame: Tensor, window: Window, sizes: Iterable[int], noise: Noise, steps: StepPlan | None = None
-) -> Iterator[Tensor]:
-    """Endless generation in constant memory: yields each chunk [B, f, C, H, W] as it is made, through a ring cache.
-
-    ``sizes`` are the chunks' sizes in latent frames, each at most window.frames - window.sink; it may be infinite.
-    """
-    room = (window.frames or 0) - window.sink
-    steps, cache = steps or StepPlan(), new_cache(generator, first_frame, window, room, merged=True)
-
-    def model(x: Tensor, timestep: Tensor, text: None, **options: Any) -> Tensor | None:
-        # Through the denoiser, not its net: sharded parameters are gathered by its hooks.
-        x0 = generator(x.transpose(1, 2), timestep / 1000, **options)
-        return None if x0 is None else x0.transpose(1, 2)
-
-    # What FSDP gathers under inference mode could not be trained with afterwards.
-    options = {"levels": steps.levels(False), "first_levels": steps.levels(True), "inference_mode": not is_sharded(generator)}
-    streaming = StreamingGenerator(model, cache, predicts="x0", **options)
-    chunks = streaming.chunks(lambda chunk, step: noise(chunk, step).transpose(1, 2), first_frame=first_frame[:, :, None])
-    for _, chunk in zip(sizes, chunks, strict=False):
-        yield chunk.transpose(1, 2)
-
-
 def rollout(
     generator: Denoiser,
-    first_frame: Tensor,
+    condition: Condition,
     layout: VideoLayout,
     window: Window,
     noise: Noise,
@@ -125,10 +75,91 @@ def rollout(
     *,
     with_grad: bool = False,
 ) -> Rollout:
-    """A clip from its first frame [B, C, H, W], for training. With ``with_grad`` the exit passes are recorded, so ``x`` can be
-    differentiated at once (the memory of the whole clip); otherwise nothing is, and ``Rollout.replay`` takes the gradient."""
-    if layout.chunks[0] != 1:
+    """A clip under its condition, for training: after its first frame, or in text to video from nothing.
+
+    With ``with_grad`` the exit passes are recorded, so ``x`` can be differentiated at once (the memory of the whole clip);
+    otherwise nothing is, and ``Rollout.replay`` takes the gradient. Raises ValueError for a first frame without its own chunk.
+    """
+    first, text = condition.first, condition.text
+    if first is not None and layout.chunks[0] != 1:
         raise ValueError(f"layout.chunks must start with the first frame's own chunk of 1, got {layout.chunks}")
-    cache = new_cache(generator, first_frame, window, max(layout.chunks), capacity_frames=layout.frames)
-    made = list(generated(generator, cache, first_frame, layout.chunks[1:], noise, steps, with_grad=with_grad))
-    return Rollout(torch.cat([first_frame[:, None], *(chunk.x for chunk in made)], dim=1), made, layout, cache)
+    start = noise(1, 0)
+    cache = new_cache(generator, start.shape[0], start.shape[2:], window, max(layout.chunks), capacity_frames=layout.frames)
+    given = 0 if first is None else 1
+    clean = None if first is None else first[:, None]
+    made: list[Made] = []
+    for chunk in range(given, len(layout.chunks)):
+        number = chunk - given + 1
+        if clean is not None:
+            with torch.no_grad():
+                generator(clean, uniform(clean, 0.0), text, cache=cache, cache_only=True)
+            cache.commit()
+        x = start if number == 1 else noise(number, 0)
+        levels = steps.levels(number == 1)
+        for k, level in enumerate(levels[:-1]):
+            with torch.no_grad():
+                x0 = generator(x, uniform(x, level), text, cache=cache)
+                x = add_noise(x0, noise(number, k + 1), uniform(x, levels[k + 1]))
+        with nullcontext() if with_grad else torch.no_grad():
+            out = generator(x, uniform(x, levels[-1]), text, cache=cache)
+        made.append(Made(chunk, out, x, levels[-1]))
+        clean = out.detach()
+    frames = [] if first is None else [first[:, None]]
+    return Rollout(torch.cat([*frames, *(chunk.x for chunk in made)], dim=1), made, layout, cache, text)
+
+
+class _Sharded:
+    """A sharded network as ``StreamingGenerator`` takes it. Nothing is computed outside its forward, where FSDP gathers it: a text
+    is handed on as it is."""
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.net(*arguments, **options)
+
+    def text_cache(self, text: Tensor) -> Tensor:
+        return text
+
+
+def streaming(
+    generator: Denoiser, batch: int, frame_shape: Sequence[int], window: Window, steps: StepPlan, text: Tensor | None = None
+) -> StreamingGenerator:
+    """The generator's stream of ``batch`` clips in constant memory, through a ring cache; chunks are [B, C, f, H, W].
+
+    A chunk has at most window.frames - window.sink latent frames.
+    """
+    sharded = is_sharded(generator)
+    cache = new_cache(generator, batch, frame_shape, window, (window.frames or 0) - window.sink, merged=True)
+    return StreamingGenerator(
+        _Sharded(generator.net) if sharded else generator.net,
+        cache,
+        levels=steps.levels(False),
+        first_levels=steps.levels(True),
+        predicts=generator.predicts,
+        text=text,
+        inference_mode=not sharded,  # what FSDP gathers under inference mode could not be trained with afterwards
+    )
+
+
+def stream(
+    generator: Denoiser,
+    condition: Condition,
+    frame_shape: Sequence[int],
+    window: Window,
+    sizes: Iterable[int],
+    noise: Noise,
+    steps: StepPlan | None = None,
+) -> Iterator[Tensor]:
+    """Endless generation under one condition: yields each chunk [B, f, C, H, W] as it is made.
+
+    ``sizes`` are the chunks' sizes in latent frames; it may be infinite.
+    """
+    first = None if condition.first is None else condition.first[:, :, None]
+    held = condition.first if condition.first is not None else condition.text
+    if held is None:
+        raise ValueError("condition must have a first frame or a text, it has neither")
+    made = streaming(generator, held.shape[0], frame_shape, window, steps or StepPlan(), condition.text)
+    chunks = made.chunks(lambda number, step: noise(number, step).transpose(1, 2), first_frame=first)
+    for _, chunk in zip(sizes, chunks, strict=False):
+        yield chunk.transpose(1, 2)

@@ -6,7 +6,10 @@ L_G = softplus(-l_fake), through (1 - tau). Real and fake share tau, the first f
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from aadkern import noised_views
@@ -14,40 +17,74 @@ from aadkern.spans import spanned
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.flow import add_noise, clip_sigma, unshift
 from aadkern_train.diffusion.losses import DiscriminatorObjective, discriminator_objective, generator_loss
-from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.engine.processes import accumulating
+from aadkern_train.engine.recipe import Count, Rate, Recipe, StageSettings, Whole
 from aadkern_train.learning.learner import Learner, gradient_of
+from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.discriminator import Discriminator
 from aadkern_train.run import Run
-from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches
-from aadkern_train.stages.dmd import self_rollout, send_back
+from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, register
+from aadkern_train.stages.common import self_rollout, send_back
 
 
+@register("adversarial")
 class AdversarialRefinement(Stage):
-    name = "adversarial"
+    """The generator against a discriminator that sees chosen real clips."""
 
-    def __init__(self, run: Run) -> None:
-        settings = run.recipe.adversarial
-        super().__init__(run, settings.steps)
-        self.settings = settings
-        start = run.weights("dmd" if settings.warm_up else "ode")
+    title, shown = "III: adversarial", ("generator_loss", "discriminator_loss", "accuracy")
+
+    class Settings(StageSettings):
+        """Paper: 200 steps, rates 4e-7, 1e-6, heads 2e-6. ``start`` an ODE stage is the ablation without warm-up."""
+
+        kind: str = "adversarial"
+        start: str | None = "dmd"
+        steps: int = 180
+        real: str = "curated"  # the sort of clips that it holds up as real, and whose first frames and captions rollouts have
+        discriminator_first: Whole = 20  # steps in which only the discriminator learns
+        generator_per_discriminator: Count = 1  # generator updates for each of the discriminator's (paper: unstated)
+        backbone: Literal["bidirectional", "causal", "isolated"] = "bidirectional"
+        logits: Literal["video", "frame"] = "video"
+        layers: tuple[int, ...] = (1, 2, 3)  # tapped blocks (paper: 19, 29, 39 of 40)
+        queries: Count = 1
+        relativistic: bool = False
+        penalty: Annotated[float, Field(ge=0)] = 16.0  # lambda (paper: 20); lambda * delta^2 is what counts: 1 (paper: 0.05)
+        # Standard deviation of the perturbation (paper: 0.05). At 0.25 the discriminator learns to overlook the blur of one step,
+        # by which it would else tell real from fake, and judges motion.
+        delta: Rate = 0.25
+        penalty_every: Count = 2  # the penalty is taken on every second clip
+        shift: Rate = 3.0  # noise levels the discriminator sees: 1 is the paper's U[0, 1], 5 the lineage's
+        image_clean: bool = True  # the discriminator sees a given first frame without noise
+        generator: OptimConfig = OptimConfig(lr=3e-4, betas=(0.0, 0.99))
+        discriminator: OptimConfig = OptimConfig(lr=3e-4, betas=(0.0, 0.99))
+        heads_lr: Rate = 6e-4
+
+        def check(self, name: str, recipe: Recipe) -> None:
+            super().check(name, recipe)
+            if any(not 0 <= layer < recipe.network.layers for layer in self.layers):
+                raise ValueError(f"{name}.layers must be blocks below {recipe.network.layers}, got {list(self.layers)}")
+
+    def __init__(self, run: Run, name: str, settings: Settings) -> None:
+        super().__init__(run, name, settings)
         # The paper's causal ablation starts the discriminator from stage II's generator, its bidirectional one from the teacher.
-        backbone = run.weights("dmd") if settings.backbone == "causal" else run.weights("pretrain")
-        discriminator = self._discriminator(backbone)
+        discriminator = self._discriminator(settings.start if settings.backbone == "causal" else run.networks.backbone())
         self.learners["generator"] = Learner(
-            run.network(start), settings.generator, self.steps, clip=settings.clip, ema=settings.ema
+            run.networks.make(settings.start), settings.generator, self.steps, clip=settings.clip, ema=settings.ema
         )
         self.learners["discriminator"] = Learner(
-            run.sharded(discriminator),
+            run.networks.sharded(discriminator),
             settings.discriminator,
             settings.discriminator_first + -(-self.steps // settings.generator_per_discriminator),
             clip=settings.clip,
             lr_factors={"heads.": settings.heads_lr / settings.discriminator.lr},
         )
 
-    def _discriminator(self, backbone: dict[str, Tensor]) -> Discriminator:
-        settings, denoiser = self.settings, self.run.plain_network()
-        denoiser.net.load_state_dict(backbone)
+    @property
+    def clean_frames(self) -> int:
+        """Frames that the discriminator sees without noise."""
+        return self.run.recipe.given_frames if self.settings.image_clean else 0
+
+    def _discriminator(self, source: str | None) -> Discriminator:
+        settings, denoiser = self.settings, self.run.networks.plain(source)
         deepest = max(settings.layers)
         for unused in (*denoiser.net.blocks[deepest + 1 :], denoiser.net.proj_out):
             unused.requires_grad_(False)
@@ -62,7 +99,7 @@ class AdversarialRefinement(Stage):
         """The first ``discriminator_first`` discriminator steps all belong to step 0."""
         if step == 0:
             for i in range(self.settings.discriminator_first):
-                self.one_update(self.run.draws("adversarial first", i), self.run.batch(i, self.settings.batch), i, None)
+                self.one_update(self.run.draws(f"{self.name} first", i), self.run.batch(i, self.settings.batch), i, None)
         first, each = self.settings.discriminator_first, self.settings.generator_per_discriminator
         samples = self.run.batch(first + step, self.settings.batch)
         count = first + step // each if step % each == 0 else None
@@ -77,11 +114,13 @@ class AdversarialRefinement(Stage):
         logged: dict[str, float] = {}
         rolled = []
         for some, last in micro_batches(samples, settings.accumulate):
-            made, exit = self_rollout(self.run, generator.module, draws, some, with_grad=learns and not settings.replay)
+            made, exit = self_rollout(
+                self.run, generator.module, draws, some, with_grad=learns and not settings.replay, split=settings.real
+            )
             rolled.append((some, last, made, exit))
             if discriminator_step is None:
                 continue
-            logits, objective = self.discriminator_part(draws, some, self.run.clips(some), made.x.detach(), exit)
+            logits, objective = self.discriminator_part(draws, some, made.x.detach(), made.text, exit)
             with accumulating(discriminator.module, last=last):
                 logits.backward(objective.gradient / settings.accumulate)
             for name, value in told(logits.detach(), len(some), objective).items():
@@ -91,7 +130,7 @@ class AdversarialRefinement(Stage):
         if not learns:
             return logged
         for some, last, made, exit in rolled:
-            loss_value, gradient = self.generator_gradient(draws, some, made.x.detach(), exit)
+            loss_value, gradient = self.generator_gradient(draws, some, made.x.detach(), made.text, exit)
             send_back(made, gradient / settings.accumulate, generator.module, last, settings.replay)
             logged["generator_loss"] = logged.get("generator_loss", 0.0) + loss_value / settings.accumulate
         logged["grad_norm"] = generator.update(generator_step)
@@ -99,29 +138,31 @@ class AdversarialRefinement(Stage):
 
     def levels(self, draws: Draws, name: str, samples: range, like: Tensor, exit: int) -> Tensor:
         """sigma [B, F] at which the discriminator looks: the interval that the exit pass answers for (methods 1.4)."""
-        low, high = StepPlan(self.run.recipe.levels, self.run.recipe.levels).interval(exit)
+        low, high = self.run.recipe.steps.interval(exit)
         factor = self.settings.shift
         level = draw_levels(draws, name, samples, factor, like, between=(unshift(low, factor), unshift(high, factor)))
-        return clip_sigma(level, like.shape[1], 1 if self.settings.image_clean else 0)
+        return clip_sigma(level, like.shape[1], self.clean_frames)
 
-    def logits(self, x: Tensor, sigma: Tensor, condition_of: list[int] | None = None) -> Tensor:
-        """[B], or [B, F - 1] for frame logits: the given first frame is not judged."""
-        out = self.learners["discriminator"].module(x, sigma, self.run.layout, self.run.window, condition_of)
-        return out if out.dim() == 1 else out[:, 1:]
+    def logits(self, x: Tensor, sigma: Tensor, text: Tensor | None, condition_of: list[int] | None = None) -> Tensor:
+        """[B], or one for each generated frame [B, F - given]: a given first frame is not judged."""
+        out = self.learners["discriminator"].module(x, sigma, text, self.run.layout, self.run.window, condition_of)
+        return out if out.dim() == 1 else out[:, self.run.recipe.given_frames :]
 
     @spanned("discriminator")
     def discriminator_part(
-        self, draws: Draws, samples: range, real: Tensor, fake: Tensor, exit: int
+        self, draws: Draws, samples: range, fake: Tensor, text: Tensor | None, exit: int
     ) -> tuple[Tensor, DiscriminatorObjective]:
         """One batch of views (real, fake, and the perturbed twins of a share of each) through the discriminator: logits, L_D."""
-        settings, count, frames = self.settings, len(samples), real.shape[1]
+        settings, count, frames = self.settings, len(samples), fake.shape[1]
+        real = self.run.clips(samples, settings.real)
         sigma = self.levels(draws, "level", samples, real, exit)
         seeds = [draws.integers(f"views of {name}", samples, 2**63 - 1, device=real.device) for name in ("real", "fake")]
-        moves = clip_sigma(torch.full((2 * count,), settings.delta, device=real.device), frames, 1 if settings.image_clean else 0)
+        moves = clip_sigma(torch.full((2 * count,), settings.delta, device=real.device), frames, self.clean_frames)
         views, moved = noised_views(torch.cat([real, fake]), sigma.repeat(2, 1), delta_std=moves, seed=torch.cat(seeds))
         chosen = [i for i, sample in enumerate(samples) if settings.penalty and sample % settings.penalty_every == 0]
         twins = [*chosen, *(count + i for i in chosen)]
-        logits = self.logits(torch.cat([views, moved[twins]]), sigma, [row % count for row in (*range(2 * count), *twins)])
+        views_of = [row % count for row in (*range(2 * count), *twins)]
+        logits = self.logits(torch.cat([views, moved[twins]]), sigma, text, views_of)
         share = len(chosen) * settings.penalty_every / count  # so that equal parts of a batch add up to its mean
         objective = discriminator_objective(
             logits,
@@ -134,19 +175,22 @@ class AdversarialRefinement(Stage):
         return logits, objective
 
     @spanned("adversarial gradient")
-    def generator_gradient(self, draws: Draws, samples: range, fake: Tensor, exit: int) -> tuple[float, Tensor]:
+    def generator_gradient(
+        self, draws: Draws, samples: range, fake: Tensor, text: Tensor | None, exit: int
+    ) -> tuple[float, Tensor]:
         """L_G and its gradient in the clip, under noise and levels of its own; the discriminator gets none."""
         leaf = fake.requires_grad_()
         sigma = self.levels(draws, "generator level", samples, leaf, exit)
-        l_fake = self.logits(add_noise(leaf, draw_noise(draws, "generator eps", samples, leaf), sigma), sigma)
+        l_fake = self.logits(add_noise(leaf, draw_noise(draws, "generator eps", samples, leaf), sigma), sigma, text)
         l_real = None
         if self.settings.relativistic:
             with torch.no_grad():
-                real = self.run.clips(samples)
-                l_real = self.logits(add_noise(real, draw_noise(draws, "generator eps real", samples, real), sigma), sigma)
+                real = self.run.clips(samples, self.settings.real)
+                eps = draw_noise(draws, "generator eps real", samples, real)
+                l_real = self.logits(add_noise(real, eps, sigma), sigma, text)
         loss = generator_loss(l_fake, l_real)
         gradient = gradient_of(loss, leaf)
-        gradient[:, 0] = 0
+        gradient[:, : self.run.recipe.given_frames] = 0
         return loss.item(), gradient
 
 

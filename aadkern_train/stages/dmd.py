@@ -7,75 +7,76 @@ stage.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from aadkern.plans import bidirectional
 from aadkern.spans import spanned
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.losses import dmd_direction, surrogate
-from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.engine.processes import accumulating
+from aadkern_train.engine.recipe import Count, Decay, Guidance, Rate, Share, StageSettings
 from aadkern_train.learning.learner import Learner, gradient_of
-from aadkern_train.networks.rollout import Rollout, rollout
+from aadkern_train.learning.optim import OptimConfig
+from aadkern_train.networks.conditions import Condition
 from aadkern_train.run import Run
-from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, noised
-from aadkern_train.stages.ode import teacher
+from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, noised, register
+from aadkern_train.stages.common import self_rollout, send_back
 from aadkern_train.stages.pretrain import denoising_loss
 
 
-@spanned("rollout")
-def self_rollout(run: Run, generator: Any, draws: Draws, samples: range, with_grad: bool) -> tuple[Rollout, int]:
-    """A rollout from training first frames, and the exit pass drawn for it (one for all chunks, samples and processes)."""
-    recipe = run.recipe
-    exit = int(draws.integers("exit", [0], len(recipe.levels)))
-    steps = StepPlan(recipe.first_levels or recipe.levels, recipe.levels, exit)
-    shape = run.videos.frame_shape
-
-    def noise(chunk: int, k: int) -> Tensor:
-        return draws.normal(f"noise {chunk} {k}", samples, (recipe.chunks[chunk], *shape), device=run.processes.device)
-
-    first = run.first_frames(samples)
-    return rollout(generator, first, run.layout, run.window, noise, steps, with_grad=with_grad), exit
+def _rising(levels: tuple[float, float]) -> tuple[float, float]:
+    if levels[0] >= levels[1]:
+        raise ValueError(f"must rise, got {list(levels)}")
+    return levels
 
 
-@spanned("generator backward")
-def send_back(made: Rollout, gradient: Tensor, generator: Any, last: bool, replay: bool) -> None:
-    """dL/dx into the generator's parameters: by chunk replay, or through the graph that the rollout recorded."""
-    if replay:
-        made.replay(gradient, generator, last)
-    else:
-        with accumulating(generator, last=last):
-            made.x.backward(gradient)
-
-
+@register("dmd")
 class DmdWarmUp(Stage):
-    """``continues`` makes it the control for stage III: the same stage taken up again where stage II ended, for its own count of
-    steps."""
+    """The generator follows the teacher's score less its own. Started from another stage of this kind, it goes on with that
+    stage's fake score: the control for stage III."""
 
-    def __init__(self, run: Run, *, continues: bool = False) -> None:
-        settings = run.recipe.dmd
-        super().__init__(run, run.recipe.dmd_continued if continues else settings.steps)
-        self.name = "dmd_continued" if continues else "dmd"
-        self.settings = settings
-        start = run.weights("dmd" if continues else "ode")
-        fake = run.weights("dmd.fake") if continues else run.weights("pretrain") if run.recipe.teacher == "neural" else start
-        clip = settings.clip
-        self.learners["generator"] = Learner(run.network(start), settings.generator, self.steps, clip=clip, ema=settings.ema)
-        self.learners["fake"] = Learner(run.network(fake), settings.fake, self.steps * settings.fake_per_generator, clip=clip)
-        self.teacher = teacher(run)
+    title, exports, shown = "II: DMD", ("fake",), ("generator_loss", "fake_loss")
+
+    class Settings(StageSettings):
+        """Paper: 100 steps, rates 2e-6 and 4e-7, five updates of the fake score for one of the generator."""
+
+        kind: str = "dmd"
+        start: str | None = "ode"
+        steps: int = 200
+        fake_per_generator: Count = 3
+        guidance: Guidance = 1.0  # the teacher's, x0_null + guidance (x0_text - x0_null)
+        shift: Rate = 5.0
+        level_range: Annotated[tuple[Share, Share], AfterValidator(_rising)] = (0.02, 0.98)
+        generator: OptimConfig = OptimConfig(lr=6e-4, betas=(0.0, 0.99), decay="cosine")
+        fake: OptimConfig = OptimConfig(lr=2e-3, betas=(0.0, 0.99))
+        ema: Decay = 0.96
+        stop_below_dynamic: Share = 0.9  # stop when dynamic degree falls below this share of the best seen (motion collapse)
+
+    def __init__(self, run: Run, name: str, settings: Settings) -> None:
+        super().__init__(run, name, settings)
+        clip, networks = settings.clip, run.networks
+        generator = networks.make(settings.start)
+        before = run.recipe.trained(settings.start) if settings.start else None
+        goes_on = before in run.recipe.stages and run.recipe.stages[before].kind == settings.kind
+        fake = networks.make(f"{before}.fake" if goes_on else networks.fake(settings.start))
+        self.learners["generator"] = Learner(generator, settings.generator, self.steps, clip=clip, ema=settings.ema)
+        self.learners["fake"] = Learner(fake, settings.fake, self.steps * settings.fake_per_generator, clip=clip)
+        self.teacher = run.teacher(settings.guidance)
 
     def train_step(self, step: int) -> dict[str, float]:
         generator, draws = self.learners["generator"], self.run.draws(self.name, step)
         samples = self.run.batch(step, self.settings.batch)
         logged = {"generator_loss": 0.0, "direction": 0.0}
-        made: list[tuple[range, Tensor]] = []
+        made: list[tuple[range, Tensor, Condition]] = []
         for some, last in micro_batches(samples, self.settings.accumulate):
             rolled, _ = self_rollout(self.run, generator.module, draws, some, with_grad=not self.settings.replay)
-            made.append((some, rolled.x.detach()))
-            loss, gradient, size = self.generator_gradient(draws, some, rolled.x.detach())
+            condition = self.run.condition(some)
+            made.append((some, rolled.x.detach(), condition))
+            loss, gradient, size = self.generator_gradient(draws, some, rolled.x.detach(), condition)
             send_back(rolled, gradient / self.settings.accumulate, generator.module, last, self.settings.replay)
             logged["generator_loss"] += loss / self.settings.accumulate
             logged["direction"] += size / self.settings.accumulate
@@ -85,32 +86,40 @@ class DmdWarmUp(Stage):
         return logged
 
     @spanned("DMD gradient")
-    def generator_gradient(self, draws: Draws, samples: range, x_hat: Tensor) -> tuple[float, Tensor, float]:
+    def generator_gradient(self, draws: Draws, samples: range, x_hat: Tensor, condition: Condition) -> tuple[float, Tensor, float]:
         """The loss, its gradient in x_hat, and the size of the direction."""
         frames, plan = self.run.frames_that_count.expand(len(samples), -1), bidirectional(self.run.layout)
         with torch.no_grad():
             level = draw_levels(draws, "level", samples, self.settings.shift, x_hat, clamp=self.settings.level_range)
-            x_tau, sigma = noised(x_hat, level, draw_noise(draws, "eps", samples, x_hat))
-            x0_fake = self.learners["fake"].module(x_tau, sigma, plan=plan)
-            direction = dmd_direction(x_hat, x0_fake, self.teacher(x_tau, sigma), frames)
+            x_tau, sigma = noised(x_hat, level, draw_noise(draws, "eps", samples, x_hat), self.run.clean_frames)
+            x0_fake = self.learners["fake"].module(x_tau, sigma, condition.text, plan=plan)
+            direction = dmd_direction(x_hat, x0_fake, self.teacher(x_tau, sigma, condition), frames)
         leaf = x_hat.requires_grad_()
         loss = surrogate(leaf, direction, frames)
         return loss.item(), gradient_of(loss, leaf), direction.square().mean((1, 2, 3, 4)).sqrt().mean().item()
 
     @spanned("fake score")
-    def fake_step(self, draws: Draws, step: int, k: int, made: list[tuple[range, Tensor]]) -> float:
+    def fake_step(self, draws: Draws, step: int, k: int, made: list[tuple[range, Tensor, Condition]]) -> float:
         """One update of the fake score on the clips of this step's rollout, with noise and levels of its own."""
         fake, total, plan = self.learners["fake"], 0.0, bidirectional(self.run.layout)
-        for i, (samples, x_hat) in enumerate(made):
+        clean = self.run.clean_frames
+        for i, (samples, x_hat, condition) in enumerate(made):
             level = draw_levels(draws, f"fake level {k}", samples, self.settings.shift, x_hat, clamp=self.settings.level_range)
-            x_tau, sigma = noised(x_hat.detach(), level, draw_noise(draws, f"fake eps {k}", samples, x_hat))
+            x_tau, sigma = noised(x_hat.detach(), level, draw_noise(draws, f"fake eps {k}", samples, x_hat), clean)
             frames = self.run.frames_that_count.expand(len(samples), -1)
-            loss = denoising_loss(fake.module, x_tau, sigma, x_hat.detach(), frames, plan) / len(made)
+            loss = denoising_loss(fake.module, x_tau, sigma, condition.text, x_hat.detach(), frames, plan) / len(made)
             with accumulating(fake.module, last=i == len(made) - 1):
                 loss.backward()
             total += loss.item()
         fake.update(step * self.settings.fake_per_generator + k)
         return total
 
-    def collapsed(self, measured: dict[str, float], best_dynamic: float) -> bool:
-        return measured["dynamic"] < self.settings.stop_below_dynamic * best_dynamic
+    def stop(self, measured: dict[str, Any]) -> str | None:
+        """Prolonged training loses motion: a fall of the dynamic degree is the sign."""
+        if "dynamic" not in measured:
+            return None
+        dynamic, best = measured["dynamic"], self.memory.get("best_dynamic", 0.0)
+        self.memory["best_dynamic"] = max(best, dynamic)
+        if dynamic < self.settings.stop_below_dynamic * best:
+            return f"dynamic {dynamic:.1f} of {best:.1f}"
+        return None

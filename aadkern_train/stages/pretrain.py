@@ -1,7 +1,8 @@
-"""Pretraining: a bidirectional flow-matching model on real clips, the first frame given clean.
+"""Pretraining: a bidirectional flow-matching model on real clips, a given first frame clean.
 
-L = E || x0_hat(x_sigma, sigma) - x0 ||^2, or the same on the flow where the network predicts the flow. It becomes the teacher that
-stages I and II distil (``teacher=neural``), the generator's first weights, and the discriminator's backbone.
+L = E || x0_hat(x_sigma, sigma, text) - x0 ||^2, or the same on the flow where the network predicts the flow; a share of the texts
+is replaced by the null text, so that the model can be guided. It becomes the teacher that stages I and II distil, the generator's
+first weights, and the discriminator's backbone.
 """
 
 from __future__ import annotations
@@ -12,40 +13,54 @@ from aadkern.plans import bidirectional
 from aadkern_train.diffusion.flow import flow_from_x0
 from aadkern_train.diffusion.losses import regression
 from aadkern_train.engine.processes import accumulating
+from aadkern_train.engine.recipe import Decay, Rate, Share, StageSettings
 from aadkern_train.learning.learner import Learner
+from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.run import Run
-from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, noised
+from aadkern_train.stages.base import Stage, draw_levels, draw_noise, dropped_text, micro_batches, noised, register
 
 
-def denoising_loss(network: Denoiser, x_sigma: Tensor, sigma: Tensor, x0: Tensor, frames: Tensor, plan: object) -> Tensor:
+def denoising_loss(
+    network: Denoiser, x_sigma: Tensor, sigma: Tensor, text: Tensor | None, x0: Tensor, frames: Tensor, plan: object
+) -> Tensor:
     """The regression of a denoiser in the quantity that its network predicts."""
-    estimate = network(x_sigma, sigma, plan=plan)
+    estimate = network(x_sigma, sigma, text, plan=plan)
     if network.predicts == "flow":
         return regression(flow_from_x0(x_sigma, estimate, sigma), flow_from_x0(x_sigma, x0, sigma), frames)
     return regression(estimate, x0, frames)
 
 
+@register("pretrain")
 class Pretrain(Stage):
-    name = "pretrain"
+    """A bidirectional model of the world's clips."""
 
-    def __init__(self, run: Run) -> None:
-        settings = run.recipe.pretrain
-        super().__init__(run, settings.steps)
-        self.settings = settings
-        self.learners["generator"] = Learner(
-            run.network(), settings.optimiser, settings.steps, clip=settings.clip, ema=settings.ema
-        )
+    title, streams = "Teacher pretraining", False
+
+    class Settings(StageSettings):
+        kind: str = "pretrain"
+        steps: int = 1600
+        batch: int = 12
+        ema: Decay = 0.99
+        shift: Rate = 4.0  # noise levels drawn for training; digits move legally or not at sigma 0.85 to 0.95
+        drop_text: Share = 0.12  # share of the samples that see the null text
+        optimiser: OptimConfig = OptimConfig(kind="muon", lr=3e-3, muon_lr=0.03, decay="cosine", warmup_steps=20)
+
+    def __init__(self, run: Run, name: str, settings: Settings) -> None:
+        super().__init__(run, name, settings)
+        network = run.networks.make(settings.start)
+        self.learners["generator"] = Learner(network, settings.optimiser, self.steps, clip=settings.clip, ema=settings.ema)
 
     def train_step(self, step: int) -> dict[str, float]:
         run, learner, total = self.run, self.learners["generator"], 0.0
         draws, accumulate = run.draws(self.name, step), self.settings.accumulate
         for some, last in micro_batches(run.batch(step, self.settings.batch), accumulate):
             x0 = run.clips(some)
+            text = dropped_text(draws, some, self.settings.drop_text, run.condition(some).text, run.world.null)
             level = draw_levels(draws, "level", some, self.settings.shift, x0)
-            x_sigma, sigma = noised(x0, level, draw_noise(draws, "eps", some, x0))
+            x_sigma, sigma = noised(x0, level, draw_noise(draws, "eps", some, x0), run.clean_frames)
             frames = run.frames_that_count.expand(len(some), -1)
-            loss = denoising_loss(learner.module, x_sigma, sigma, x0, frames, bidirectional(run.layout)) / accumulate
+            loss = denoising_loss(learner.module, x_sigma, sigma, text, x0, frames, bidirectional(run.layout)) / accumulate
             with accumulating(learner.module, last=last):
                 loss.backward()
             total += loss.item()

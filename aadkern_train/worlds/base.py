@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from aadkern_train.engine.config import Choice
 from aadkern_train.networks.conditions import Condition
 
 SPLITS = ("train", "curated", "test")
 """Sorts of clips: "train" is what networks are pretrained on and rollouts start from, "curated" the chosen clips that a
 discriminator holds up as real (a world that has no other gives those of "train"), "test" what no stage has seen."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a measure is called, which way is better ("higher", "lower" or "near real"), the digits shown after the point, and how
+    it is defined."""
+
+    name: str
+    better: str
+    digits: int
+    meaning: str
 
 
 class World(Protocol):
@@ -25,6 +39,11 @@ class World(Protocol):
     @property
     def null(self) -> Tensor | None:
         """The text that says nothing, [1, T, text_dim]; None in a world without words."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What ``measure`` gives, in the order of a table."""
         ...
 
     def condition(self, samples: Sequence[int], split: str = "train") -> Condition:
@@ -49,3 +68,27 @@ class World(Protocol):
         A measure is a number, or under "segments" lists of numbers along the clip.
         """
         ...
+
+    def picture(self, path: Path) -> Tensor:
+        """An image, or a video's first frame, from a file as a latent frame [1, C, H, W]."""
+        ...
+
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        """The text [B, T, text_dim] of captions. Raises ValueError in a world without words, or for a word it does not have."""
+        ...
+
+    def describe(self, condition: Condition) -> list[str] | None:
+        """A condition's text in words, where the world can say it."""
+        ...
+
+
+class WorldSettings(Choice):
+    """Base of the settings of a kind of world; each stands beside its world, with how that is opened."""
+
+    def check(self, recipe: Any) -> None:
+        """Raises ValueError, naming the setting, where the recipe asks for what the world does not have."""
+
+    def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> World:
+        """The world of these settings, for training clips of ``frames``; what it must keep lies in ``folder``. Without ``clips``
+        it need not be able to give any: for streaming into a world whose data are elsewhere."""
+        raise NotImplementedError

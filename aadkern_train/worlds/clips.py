@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.video import write_video
-from aadkern_train.worlds.generic_metrics import measure_generic
+from aadkern_train.networks.conditions import Condition
+from aadkern_train.worlds.base import SPLITS, Metric, WorldSettings
+from aadkern_train.worlds.generic_metrics import METRICS, measure_generic
 from aadkern_train.worlds.patch_latents import PatchLatents
-from aadkern_train.worlds.video_folder import VideoFolder
+from aadkern_train.worlds.video_folder import VideoFolder, decode
 
-SPLITS = ("train", "test")
 WHOLE_VIDEOS = 8  # from so many videos on, whole videos are held out; with fewer, the ends of the videos are
 TEST_SHARE = 0.1
 LONG = 3  # test videos are preferably as many times as long as a clip: rollouts are measured at that length too
@@ -25,7 +28,67 @@ FIT_FRAMES = 2048  # frames that the latents are fitted on, spread evenly over t
 Span = tuple[str, int, int]  # a video's name, and its frames [start, end)
 
 
-class ClipsWorld:
+Count = Annotated[int, Field(ge=1)]
+
+
+@WorldSettings.member("clips")
+class ClipsData(WorldSettings):
+    """A folder of video files."""
+
+    kind: str = "clips"
+    path: str = ""
+    height: Count = 32  # pixels, after resize and centre crop
+    width: Count = 32
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0  # frames per second that the model sees
+    patch: Count = 4  # pixels per side of a latent's patch
+    channels: Count = 16  # principal components kept of the 3 patch^2 numbers in a patch
+
+    def check(self, recipe: Any) -> None:
+        if recipe.models.teacher == "exact":
+            raise ValueError("models.teacher can be exact only for digits; a folder of videos has no known law")
+        if recipe.task == "t2v":
+            raise ValueError("task must be i2v for a folder of videos: without captions nothing else says what to generate")
+
+    def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> ClipsWorld | PictureWorld:
+        if not clips:
+            return PictureWorld(PatchLatents.load(folder / "latents.safetensors"), (self.height, self.width))
+        if not self.path:
+            raise ValueError("data.path must name a folder of videos")
+        size, latents = (self.height, self.width), {"patch": self.patch, "channels": self.channels}
+        return ClipsWorld(self.path, size, frames, self.fps, **latents, seed=seed, cache_dir=folder)
+
+
+class PictureWorld:
+    """What streaming needs of a folder of videos, from a run's latents alone: the shape of a frame, and pixels both ways."""
+
+    null = None
+
+    def __init__(self, latents: PatchLatents, size: tuple[int, int]) -> None:
+        self.latents, self.size = latents, size
+        self.frame_shape = (latents.channels, size[0] // latents.patch, size[1] // latents.patch)
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What ``measure`` gives."""
+        return METRICS
+
+    def picture(self, path: Path) -> torch.Tensor:
+        """The first frame of an image or video file as a latent frame [1, C, H/p, W/p], scaled and cropped to the world's size."""
+        return self.latents.encode(decode(path, self.size, None)[None, :1])[:, 0]
+
+    def to_rgb(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents x [B, F, C, H/p, W/p] as uint8 [B, F, H, W, 3]."""
+        return self.latents.decode(x)
+
+    def embed(self, captions: Sequence[str]) -> torch.Tensor:
+        """Nothing has words here: raises ValueError."""
+        raise ValueError(f"prompt must be left out: a folder of videos has no captions, got {list(captions)}")
+
+    def describe(self, condition: Condition) -> None:
+        """None: no captions."""
+
+
+class ClipsWorld(PictureWorld):
     """Clips of ``frames`` latent frames from the videos under ``path``, at ``size`` (height, width) and ``fps``.
 
     ``fps`` None takes all frames. A latent frame is one video frame in ``PatchLatents`` (``patch``, ``channels``),
@@ -56,8 +119,8 @@ class ClipsWorld:
         self.skipped = self.folder.skipped
         self._spans = _split(self.folder, frames, Draws(seed, "clips", "held out"))
         self._draws = Draws(seed, "clips")
-        self.latents = self._latents(patch, channels, None if cache_dir is None else Path(cache_dir) / "latents.safetensors")
-        self.frame_shape = (self.latents.channels, self.size[0] // patch, self.size[1] // patch)
+        saved = None if cache_dir is None else Path(cache_dir) / "latents.safetensors"
+        super().__init__(self._latents(patch, channels, saved), self.size)
 
     def _latents(self, patch: int, channels: int, saved: Path | None) -> PatchLatents:
         if saved is not None and saved.exists():
@@ -74,9 +137,9 @@ class ClipsWorld:
             latents.save(saved)
         return latents
 
-    def longest(self, split: str = "train") -> int:
+    def longest(self, split: str = "train") -> int | None:
         """Frames in the longest stretch of a split: the most that ``clips`` can give."""
-        return max(end - start for _, start, end in self._spans[split])
+        return max(end - start for _, start, end in self._spans["train" if split == "curated" else split])
 
     def _room(self, split: str) -> int:
         """Frames that every start leaves room for."""
@@ -92,6 +155,7 @@ class ClipsWorld:
         frames = self.frames if frames is None else frames
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        split = "train" if split == "curated" else split
         if frames < 1 or frames > self.longest(split):
             raise ValueError(f"frames must lie in [1, {self.longest(split)}], the longest {split} video, got {frames}")
         room = max(frames, self._room(split))
@@ -109,11 +173,11 @@ class ClipsWorld:
         """Latent clips x [B, F, C, H/p, W/p], fp32: a pure function of the indices."""
         return self.latents.encode(self.rgb_clips(indices, frames, split))
 
-    def to_rgb(self, x: torch.Tensor) -> torch.Tensor:
-        """Latents x [B, F, C, H/p, W/p] as uint8 [B, F, H, W, 3]."""
-        return self.latents.decode(x)
+    def condition(self, indices: Sequence[int], split: str = "train") -> Condition:
+        """The clips' first frames."""
+        return Condition(self.clips(indices, 1, split)[:, 0])
 
-    def measure(self, x: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+    def measure(self, x: torch.Tensor, condition: Condition, real: torch.Tensor) -> dict[str, float]:
         """``measure_generic`` of latents x against real latents, both [B, F, C, H/p, W/p]."""
         return measure_generic(self.to_rgb(real), self.to_rgb(x))
 

@@ -8,6 +8,16 @@ from __future__ import annotations
 
 import torch
 
+from aadkern_train.worlds.base import Metric
+
+METRICS = {
+    "motion": Metric("Motion", "near real", 1, "100 times the mean absolute frame difference over that of real video."),
+    "dynamic": Metric("Dynamic", "higher", 1, "Percentage of videos that move at least a quarter as much as the median real one."),
+    "sharpness": Metric("Sharpness", "near real", 1, "100 times the mean spatial gradient over that of real video."),
+    "drift": Metric("Drift", "lower", 1, "100 times the standard deviation of the sharpness over the parts of a video."),
+    "frechet": Metric("Frechet", "lower", 2, "Frechet distance of 8 plain features of a clip: colour, contrast, movement."),
+}
+
 SEGMENT = 5  # frames: the segments of drift
 BATCH = 32  # videos described at once, to bound memory
 STILL = 0.25  # VBench's rule of thumb: a video moves if it has this share of the expected movement

@@ -1,0 +1,165 @@
+"""The settings of a whole run: ``Recipe``, and what every stage has. Those of one kind of stage or world stand in its own file.
+
+The recipes themselves, with their figures and reasons, are in ``recipes.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from aadkern.plans import Window
+from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.engine.config import Choice, Config, one_of
+from aadkern_train.worlds.base import WorldSettings
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Guidance = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class NetworkSettings(Config):
+    """The shape of the networks that a run makes for itself."""
+
+    heads: Count = 4
+    head_dim: Count = 16
+    layers: Count = 4
+    ffn: Count = 192
+    patch: Count = 4
+    predicts: Literal["x0", "flow"] = "x0"  # Wan predicts flow; a small net learns x0 faster at sigma 1
+    rope: Literal["relative", "absolute"] = "relative"
+    torus_rope: bool = True  # spatial frequencies that close on the torus
+    # Whole multiples of 2 pi / 16 in time tell neighbouring frames apart far better than Wan's 1, 0.1, 0.01, ... for head_dim 16:
+    # after 400 steps the teacher's legal moves were 60 % against 51 (chance is 50). Positions differ by less than 16 within a
+    # window or clip.
+    rope_frames: Count | None = 16
+    qk_gain: Rate = 1.7  # initial weight of the norms of q and k: sharper attention from the start
+
+
+class ModelsSettings(Config):
+    """Where a role's network comes from: the name of an earlier stage, or a folder in diffusers' format."""
+
+    teacher: str = "pretrain"  # whom stages I and II distil; "exact" is the world's own denoiser
+    given: Literal["clean", "noised"] = "clean"  # how the teacher was trained to see a given first frame (Wan's T2V: noised)
+    fake: str | None = None  # what the fake score starts from; None: the teacher, or the generator where that is exact
+    discriminator: str | None = None  # the discriminator's backbone; None: the teacher, or "pretrain" where that is exact
+
+
+class StageSettings(Choice):
+    """What every stage has. ``kind`` says which stage it is, ``start`` the earlier stage whose weights its network takes."""
+
+    start: str | None = None  # None: a network of its own
+    title: str | None = None  # how reports call it; None: as its kind does
+    versus: str | None = None  # a stage beside which reports set it: its control
+    steps: Whole = 100  # optimiser steps of the stage's main network; 0 leaves the stage out
+    batch: Count = 16  # clips per step over all processes
+    accumulate: Count = 1  # parts that a batch is computed in, one after another
+    ema: Decay = 0.98
+    clip: Rate = 1.0  # total norm of a gradient
+    replay: bool = False  # take a rollout's gradient chunk by chunk: the memory of one chunk for one more forward
+
+    def check(self, name: str, recipe: Recipe) -> None:
+        """Raises ValueError, naming the setting, where stage ``name`` does not fit the recipe."""
+        if self.batch % self.accumulate:
+            raise ValueError(f"{name}.accumulate must divide {name}.batch {self.batch}, got {self.accumulate}")
+
+
+class EvaluationSettings(Config):
+    """How stages are measured: streams under conditions held out of training."""
+
+    every: Whole = 50  # steps between measurements of a stage; 0 is only at its end
+    clips: Count = 128  # clips in such a measurement
+    final_clips: Count = 512  # clips in a stage's last one
+    batch: Count = 128
+    long: Count = 3  # the long measurement is this many times the trained length
+    show: Count = 8  # clips kept for the report
+    teacher_steps: Count = 16  # network passes of the teacher's own samples, beside which the stages are shown
+
+
+class Recipe(Config):
+    """A whole run."""
+
+    opened: ClassVar[str] = "stages"
+
+    recipe: str = "digits"  # the recipe that this one was made from
+    plugins: tuple[str, ...] = ()  # Python files that register stages or worlds of one's own
+    seed: Whole = 0
+    task: Literal["i2v", "t2v"] = "i2v"  # image to video: a first frame is given; text to video: none is
+    data: one_of(WorldSettings)  # type: ignore[valid-type]
+    chunks: tuple[Count, ...] = (1, 4, 4, 4)
+    window: Count = 9  # frames in view, the sink and the chunk itself counted
+    sink: Whole = 1
+    levels: tuple[Share, ...] = (1.0,)  # noise levels of the student's passes per chunk: (1,) is one step, (1, 0.8333) two
+    first_levels: tuple[Share, ...] | None = None  # those of the first generated chunk, if others
+    network: NetworkSettings = NetworkSettings()
+    models: ModelsSettings = ModelsSettings()
+    stages: dict[str, one_of(StageSettings)] = {}  # type: ignore[valid-type]  # noqa: RUF012
+    evaluate: EvaluationSettings = EvaluationSettings()
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if self.task == "i2v" and (self.chunks[:1] != (1,) or len(self.chunks) < 2):
+            raise ValueError(f"chunks must start with the first frame's own chunk of 1 and have another, got {list(self.chunks)}")
+        if not self.chunks:
+            raise ValueError("chunks must have at least one chunk, got none")
+        Window(self.window, self.sink)
+        StepPlan(self.first_levels or self.levels, self.levels)
+        if self.window < self.sink + max(self.chunks):
+            raise ValueError(f"window must hold the sink and a chunk, {self.sink + max(self.chunks)} frames, got {self.window}")
+        self.data.check(self)
+        earlier: list[str] = []
+        for name, stage in self.stages.items():
+            if not name.isidentifier():
+                raise ValueError(f"stages must have plain names (letters, digits, _), got {name!r}")
+            if stage.start == name or (stage.start in self.stages and stage.start not in earlier):
+                where = "itself" if stage.start == name else "a later stage"
+                raise ValueError(f"{name}.start must be an earlier stage ({_listed(earlier)}), got {stage.start!r}, {where}")
+            if stage.start is not None and stage.start not in self.stages and "/" not in stage.start:
+                raise ValueError(f"{name}.start must be an earlier stage ({_listed(earlier)}) or a folder, got {stage.start!r}")
+            if stage.versus is not None and stage.versus not in self.stages:
+                raise ValueError(f"{name}.versus must be a stage ({_listed(list(self.stages))}), got {stage.versus!r}")
+            stage.check(name, self)
+            earlier.append(name)
+        return self
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a training clip."""
+        return sum(self.chunks)
+
+    @property
+    def given_frames(self) -> int:
+        """Frames that are given and not generated: 1 for image to video, 0 for text to video."""
+        return 1 if self.task == "i2v" else 0
+
+    @property
+    def generated_chunks(self) -> tuple[int, ...]:
+        """Sizes of the chunks that are generated."""
+        return self.chunks[1:] if self.task == "i2v" else self.chunks
+
+    @property
+    def steps(self) -> StepPlan:
+        """The student's noise levels."""
+        return StepPlan(self.first_levels or self.levels, self.levels)
+
+    def stage(self, name: str) -> Any:
+        """The settings of a stage."""
+        return self.stages[name]
+
+    def trained(self, source: str) -> str | None:
+        """The stage that really gives a start's weights: a stage of 0 steps is left out, so what starts from it starts where it
+        would have. None: a network of its own."""
+        stage: Any = self.stages.get(source)
+        if stage is None or stage.steps > 0:
+            return source
+        return None if stage.start is None else self.trained(stage.start)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "there is none"

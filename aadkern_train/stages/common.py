@@ -1,0 +1,41 @@
+"""What stages II and III share: a rollout from training conditions, and its gradient sent back into the generator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from aadkern.spans import spanned
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.engine.processes import accumulating
+from aadkern_train.networks.rollout import Rollout, rollout
+from aadkern_train.run import Run
+
+
+@spanned("rollout")
+def self_rollout(
+    run: Run, generator: Any, draws: Draws, samples: range, with_grad: bool, split: str = "train"
+) -> tuple[Rollout, int]:
+    """A rollout under the conditions of these samples, and the exit pass drawn for it (one for all chunks, samples and
+    processes)."""
+    recipe, shape, device = run.recipe, run.world.frame_shape, run.processes.device
+    exit = int(draws.integers("exit", [0], len(recipe.levels)))
+    steps = StepPlan(recipe.first_levels or recipe.levels, recipe.levels, exit)
+    sizes = recipe.generated_chunks
+
+    def noise(number: int, k: int) -> Tensor:
+        return draws.normal(f"noise {number} {k}", samples, (sizes[number - 1], *shape), device=device)
+
+    return rollout(generator, run.condition(samples, split), run.layout, run.window, noise, steps, with_grad=with_grad), exit
+
+
+@spanned("generator backward")
+def send_back(made: Rollout, gradient: Tensor, generator: Any, last: bool, replay: bool) -> None:
+    """dL/dx into the generator's parameters: by chunk replay, or through the graph that the rollout recorded."""
+    if replay:
+        made.replay(gradient, generator, last)
+    else:
+        with accumulating(generator, last=last):
+            made.x.backward(gradient)
