@@ -84,16 +84,29 @@ def parser() -> argparse.ArgumentParser:
 def add_generate_options(generate: argparse.ArgumentParser) -> None:
     """Options left out stay None: the defaults are the settings' own, and an option of the other kind of model is refused."""
     add = generate.add_argument
-    add("--checkpoint", required=True, type=Path, help="a Wan folder of diffusers, Self-Forcing's or CausVid's .pt, or RUN")
+    add(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a Wan folder of diffusers, Self-Forcing's or CausVid's .pt, a RUN or its\
+ RUN/weights/STAGE",
+    )
     add("--image", type=Path, help="first frame: an image file (RUN: a video too; default: one held out of training)")
     add("--out", type=Path, default=Path("video.mp4"), help="an mp4 file (RUN: a gif too)")
     add("--chunks", type=int, help="chunks to generate (Wan 7, RUN 12)")
     add("--seed", type=int, default=0, help="seed of the noise")
     add("--fps", type=float, help="frames per second of the file (Wan 16, RUN 8)")
-    add("--index", type=int, help="RUN: which held-out first frame, without --image")
+    add("--index", type=int, help="RUN: which held-out first frame, without --image (0)")
+    add("--prompt", help="what the video shows (RUN: default the held-out frame's own caption)")
+    add("--then", action="append", metavar="CHUNK:PROMPT", help="another prompt from that chunk on; may be given again")
+    add(
+        "--turn",
+        choices=("kept", "recached", "restarted"),
+        help="at --then, what is in view stays, is made anew under the new\
+ prompt, or gives its last frame to a new video (kept)",
+    )
     wan = generate.add_argument_group("Wan models", "Frames here are latent frames, of four video frames each.")
     wan.add_argument("--parts", type=Path, help="a Wan folder to take vae, text_encoder and tokenizer from (default: --checkpoint)")
-    wan.add_argument("--prompt", help="what the video shows")
     wan.add_argument("--size", help="rows x columns of pixels (480x832)")
     wan.add_argument("--steps", help='denoising steps: a count, or timesteps like "1000,750,500,250" (1; Self-Forcing 4)')
     wan.add_argument("--first-steps", help="the same for the first chunk (as --steps)")
@@ -201,7 +214,7 @@ def switch(name: str, text: str) -> bool:
 
 
 WAN_PLAIN = ("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs")  # as in WanSettings
-WAN_ONLY = ("parts", "prompt", "size", "steps", "first_steps", "shift", *WAN_PLAIN)
+WAN_ONLY = ("parts", "size", "steps", "first_steps", "shift", *WAN_PLAIN)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -217,12 +230,12 @@ def run_generate(args: argparse.Namespace) -> None:
         kind = "a Wan model, not a run" if wan else "a run, not a Wan model"
         raise ValueError(f"--{foreign.replace('_', '-')} must be left out: {args.checkpoint} is {kind}")
     if not wan:
-        run_options = ("image", "index", "chunks", "seed", "fps")
+        run_options = ("prompt", "then", "turn", "image", "index", "chunks", "seed", "fps")
         generate(args.checkpoint, args.out, **{name: given[name] for name in run_options if name in given})
         return
     from aadkern_train.generate.from_wan import WanSettings, generate_wan, noise_levels
 
-    options = {name: given[name] for name in ("chunks", "fps", "seed", *WAN_PLAIN) if name in given}
+    options = {name: given[name] for name in ("chunks", "fps", "seed", "then", "turn", *WAN_PLAIN) if name in given}
     shift = given.get("shift", 5.0)
     noise_levels("1", shift)  # is told of even where nothing is shifted
     for name in ("steps", "first_steps"):

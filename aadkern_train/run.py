@@ -59,7 +59,8 @@ class Run:
 
     @property
     def window(self) -> Window:
-        return Window(self.recipe.window, self.recipe.sink)
+        """What a chunk sees."""
+        return self.recipe.view
 
     @cached_property
     def layout(self) -> VideoLayout:

@@ -75,16 +75,22 @@ class StreamingGenerator:
         self.reset()
         self.set_text(text)
 
-    def set_text(self, text: Tensor | None, *, recache: bool = False) -> None:
+    def set_text(self, text: Tensor | None, *, recache: bool = False, restart: bool = False) -> None:
         """From the next chunk on, generate from this text [B, T, text_dim]. What was made stays in view as it was made.
 
         With ``recache`` the keys and values of the chunks in view are made anew under this text, so that the video turns to it
         sooner: as LongLive's KV-recache, but chunk by chunk, each seeing the sink, made anew too, and the chunks in view before
         it. That costs a pass for each. A text that is given again, even the same one, costs the next chunk its merged pass.
 
-        Raises ValueError, having changed nothing, for a text of another batch, and with ``recache`` for chunks of unequal sizes of
-        which the ring has not kept all that are in view.
+        With ``restart`` the last frame made becomes the first frame of a video of its own, so that nothing in view speaks for the
+        old text: the next chunk obeys at once, under ``first_levels``, and what lay before that frame is forgotten. Chunks go on
+        being counted. Where a latent frame holds several video frames it is a frame in the middle of a video that now starts one.
+
+        Raises ValueError, having changed nothing, for a text of another batch, for ``recache`` with ``restart``, and with
+        ``recache`` for chunks of unequal sizes of which the ring has not kept all that are in view.
         """
+        if recache and restart:
+            raise ValueError("recache must be False with restart, which leaves nothing in view to make anew")
         if text is not None and not isinstance(text, Tensor):
             raise TypeError(f"text must be a tensor [B, T, text_dim] or None, got {type(text).__name__}")
         if text is not None and (text.dim() != 3 or text.shape[0] != self.cache.batch):
@@ -104,6 +110,11 @@ class StreamingGenerator:
                     self.cache.resume(here)
         if recache:
             self._clean_text = self._text
+        if restart and (self._clean is not None or self._kept):
+            last = self._kept[-1][1] if self._clean is None else self._clean
+            self.cache.reset()
+            self._kept, self._first = [], True
+            self._clean, self._clean_text = last[:, :, -1:].clone(), self._text
 
     def _in_view(self) -> tuple[int, list[tuple[int, Tensor]]]:
         """The written chunks that the next pass sees, and where beside the sink they begin.
@@ -128,6 +139,7 @@ class StreamingGenerator:
         """Forget the video; the next chunk is a first one. Graphs stay."""
         self.cache.reset()
         self._made = 0
+        self._first = True  # whether the next chunk is the first of its video
         self._kept: list[tuple[int, Tensor]] = []  # the chunks in view, clean, and where each starts
         self._times: dict[tuple[tuple[int, float], ...], Any] = {}
         self._clean: Tensor | None = None  # the last chunk, whose clean keys and values are still to be written
@@ -165,7 +177,7 @@ class StreamingGenerator:
 
     def _next(self, noise: Noise) -> Tensor:
         number = self._made + 1
-        levels = self._levels if self._made else self._first_levels
+        levels = self._first_levels if self._first else self._levels
         x = _drawn(noise, number, 0)
         before = None if self._clean is None else self._clean.shape
         if before is not None and (x.shape[:2], x.shape[3:]) != (before[:2], before[3:]):
@@ -175,7 +187,7 @@ class StreamingGenerator:
                 x = _mix(x, _drawn(noise, number, step), level)
             out = self._first_pass(x, level) if step == 0 else self._denoise(x, level)
             x = out.to(x.dtype) if self.predicts == "x0" else _x0(x, out, level)
-        self._made, self._clean, self._clean_text = number, x, self._text
+        self._made, self._first, self._clean, self._clean_text = number, False, x, self._text
         return x
 
     def _first_pass(self, x: Tensor, level: float) -> Tensor:

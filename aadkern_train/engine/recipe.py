@@ -66,6 +66,9 @@ class StageSettings(Choice):
         """Raises ValueError, naming the setting, where stage ``name`` does not fit the recipe."""
         if self.batch % self.accumulate:
             raise ValueError(f"{name}.accumulate must divide {name}.batch {self.batch}, got {self.accumulate}")
+        guidance = getattr(self, "guidance", 1.0)  # of the stages that have a teacher
+        if guidance != 1 and not recipe.data.words:
+            raise ValueError(f"{name}.guidance must be 1 in a world without captions, which has no null text, got {guidance}")
 
 
 class EvaluationSettings(Config):
@@ -108,8 +111,7 @@ class Recipe(Config):
             raise ValueError(f"chunks must start with the first frame's own chunk of 1 and have another, got {list(self.chunks)}")
         if not self.chunks:
             raise ValueError("chunks must have at least one chunk, got none")
-        Window(self.window, self.sink)
-        StepPlan(self.first_levels or self.levels, self.levels)
+        assert self.view and self.steps  # each says what it does not accept
         if self.window < self.sink + max(self.chunks):
             raise ValueError(f"window must hold the sink and a chunk, {self.sink + max(self.chunks)} frames, got {self.window}")
         self.data.check(self)
@@ -142,6 +144,11 @@ class Recipe(Config):
     def generated_chunks(self) -> tuple[int, ...]:
         """Sizes of the chunks that are generated."""
         return self.chunks[1:] if self.task == "i2v" else self.chunks
+
+    @property
+    def view(self) -> Window:
+        """What a chunk sees."""
+        return Window(self.window, self.sink)
 
     @property
     def steps(self) -> StepPlan:

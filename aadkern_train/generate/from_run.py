@@ -1,101 +1,153 @@
-"""Streaming a video from a run's generator and a first frame, chunk after chunk, written as mp4 or gif. Wan: ``generate_wan``."""
+"""Streaming a video from a run's generator, chunk after chunk, into a file that grows. Wan: ``from_wan``."""
 
 from __future__ import annotations
 
 import sys
 import time
-from itertools import repeat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
-from aadkern_train.diffusion.steps import StepPlan
-from aadkern_train.engine.checkpoint import load_weights
-from aadkern_train.engine.run_folder import RunFolder
-from aadkern_train.engine.video import SUFFIXES, read_video, write_video
-from aadkern_train.networks.rollout import stream
-from aadkern_train.recipes import ClipsData, Recipe
-from aadkern_train.run import Run
-from aadkern_train.worlds.patch_latents import PatchLatents
+from aadkern_train.engine.recipe import Recipe
+from aadkern_train.engine.video import SUFFIXES, GrowingVideo, frame_rate, write_video
+from aadkern_train.generate.prompts import TURNS, changes, turn_to
+from aadkern_train.networks.conditions import Condition
+from aadkern_train.networks.folders import facts, load
+from aadkern_train.networks.rollout import streaming
+from aadkern_train.recipes import read_recipe
+from aadkern_train.worlds.base import World
 
-STREAMERS = ("adversarial", "dmd_continued", "dmd", "ode")  # best first
+LONGEST_GIF = 4000  # frames: a gif is written at the end, from frames held in memory
 
 
 def find_weights(checkpoint: Path) -> Path:
-    """The weights file named, or the furthest stage's of a run folder. Raises ValueError where there is none that streams."""
-    if checkpoint.is_file():
-        return checkpoint
-    for stage in STREAMERS:
-        weights = RunFolder(checkpoint).weights(stage)
-        if weights.exists():
-            return weights
-    accepted = "a Wan folder, a .pt file, a run with a finished causal stage, or a .safetensors file of one"
+    """The folder of a causal generator: a stage's weights themselves, or those of a run's last stage that streams.
+
+    Raises ValueError where there is none.
+    """
+    if (checkpoint / "config.yaml").is_file():
+        for stage in reversed(read_recipe(checkpoint / "config.yaml").stages):
+            weights = checkpoint / "weights" / stage
+            if facts(weights).get("streams"):
+                return weights
+    elif "recipe" in facts(checkpoint):
+        if facts(checkpoint).get("streams"):
+            return checkpoint
+        raise ValueError(f"checkpoint must be a causal generator's weights; {checkpoint} is no network that streams")
+    accepted = "a Wan folder, a .pt file, a run with a finished causal stage, or the weights' folder of one (RUN/weights/STAGE)"
     raise ValueError(f"checkpoint must be {accepted}; {checkpoint} is none")
-
-
-def first_frame_from(run: Run, image: Path) -> Tensor:
-    """The first frame of an image or video file as a latent frame [1, C, H, W], resized and cropped to the run's size."""
-    _channels, height, width = run.videos.frame_shape
-    if isinstance(run.recipe.data, ClipsData):
-        from aadkern_train.worlds.video_folder import decode
-
-        return run.videos.encode(decode(image, (run.recipe.data.height, run.recipe.data.width), None)[None, :1])[:, 0]
-    frames, _ = read_video(image)
-    grey = torch.as_tensor(frames[0]).float().mean(-1)[None, None]
-    grey = torch.nn.functional.interpolate(grey, (height, width), mode="area")
-    deviation = grey.std(correction=0)
-    if deviation == 0:
-        raise ValueError(f"image must show something: {image} is of one colour")
-    return (grey - grey.mean()) / deviation
-
-
-class SavedLatents:
-    """What streaming needs of a folder of videos, from the run's own latents: the shape of a frame, and pixels both ways."""
-
-    def __init__(self, path: Path, data: ClipsData) -> None:
-        self.latents = PatchLatents.load(path)
-        self.frame_shape = (self.latents.channels, data.height // data.patch, data.width // data.patch)
-        self.encode, self.to_rgb = self.latents.encode, self.latents.decode
 
 
 @torch.no_grad()
 def generate(
-    checkpoint: Path, out: Path, *, image: Path | None = None, index: int = 0, chunks: int = 12, seed: int = 0, fps: float = 8.0
+    checkpoint: Path,
+    out: Path,
+    *,
+    prompt: str | None = None,
+    then: Sequence[str] = (),
+    turn: str = "kept",
+    image: Path | None = None,
+    index: int = 0,
+    chunks: int = 12,
+    seed: int = 0,
+    fps: float = 8.0,
 ) -> Path:
-    """Stream ``chunks`` chunks after a first frame and write ``out``; prints the rate. Returns ``out``.
+    """Stream ``chunks`` chunks into ``out``, an mp4 that plays while it grows, or a gif; tells the rate. Returns ``out``.
 
-    Raises ValueError for a checkpoint without a generator, an unknown suffix, or a count below 1.
+    ``image`` is the first frame's file; without one, image to video starts from the ``index``-th held-out first frame (of those
+    that show what ``prompt`` asks for). ``prompt`` None is that frame's own caption. ``then`` and ``turn``: prompts that take over
+    on the way (``prompts.changes``, ``TURNS``). On Ctrl-C, or an error, what is made so far stays as a whole file.
+
+    Raises ValueError, before anything is made, for a checkpoint without a generator, an unknown suffix, a count below 1, and for
+    prompts that the run's world cannot read.
     """
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}")
+    if index < 0:
+        raise ValueError(f"index must be at least 0, got {index}")
+    if turn not in TURNS:
+        raise ValueError(f"turn must be one of {', '.join(TURNS)}, got {turn!r}")
     if out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {out}")
     if image is not None and not image.is_file():
         raise ValueError(f"image must be a file, got {image}")
-    path = find_weights(checkpoint)
-    weights, facts = load_weights(path)
-    if "recipe" not in facts or facts.get("stage") == "pretrain":
-        raise ValueError(f"{checkpoint} holds no causal generator of a run")
-    run = Run.alone(Recipe.model_validate(facts["recipe"]), path.parent.parent)
-    if isinstance(run.recipe.data, ClipsData) and image is not None:  # the videos themselves are not needed
-        run.videos = SavedLatents(run.folder.path / "world" / "latents.safetensors", run.recipe.data)
-    network: Any = run.plain_network().eval()
-    network.net.load_state_dict(weights)
-    first = run.first_frames(range(index, index + 1), "test") if image is None else first_frame_from(run, image)
-    size, draws = max(run.recipe.chunks), Draws(seed, "generate")
+    frame_rate(fps)
+    weights = find_weights(checkpoint)
+    recipe = Recipe.model_validate(facts(weights)["recipe"])
+    size = max(recipe.chunks)
+    if out.suffix.lower() == ".gif" and chunks * size > LONGEST_GIF:
+        raise ValueError(f"out must be an mp4 for more than {LONGEST_GIF} frames, got {out.name} for {chunks * size}")
+    folder = weights.parent.parent / "world"
+    world = recipe.data.open(frames=recipe.frames, seed=recipe.seed, folder=folder, clips=image is None)
+    condition = condition_for(world, recipe, prompt, image, index)
+    later = {chunk: world.embed([words]) for chunk, words in changes(then, chunks).items()}
+    frames = made(recipe, world, weights, condition, later, turn, chunks, seed)
+    write(out, fps, world, frames)
+    return out
 
-    def noise(chunk: int, step: int) -> Tensor:
-        return draws.normal(f"noise {chunk} {step}", [0], (size, *run.videos.frame_shape))
 
-    steps = StepPlan(run.recipe.first_levels or run.recipe.levels, run.recipe.levels)
-    made, began = [first[:, None]], time.monotonic()
-    for count, chunk in enumerate(stream(network, first, run.window, repeat(size, chunks), noise, steps), start=1):
-        made.append(chunk)
+def condition_for(world: World, recipe: Recipe, prompt: str | None, image: Path | None, index: int) -> Condition:
+    """What the video is made under."""
+    if prompt is not None and world.null is None:
+        raise ValueError(f"prompt must be left out: this run's clips have no captions, got {prompt!r}")
+    if recipe.given_frames == 0 and image is not None:
+        raise ValueError(f"image must be left out: this run was trained on text to video, got {image}")
+    if image is None:
+        held_out = world.held_out(index, prompt)
+        return held_out if recipe.given_frames else Condition(None, held_out.text)
+    if prompt is None and world.null is not None:
+        raise ValueError("prompt must be given with an image: this run's generator was trained on captions")
+    return Condition(world.picture(image), None if prompt is None else world.embed([prompt]))
+
+
+def made(
+    recipe: Recipe, world: World, weights: Path, condition: Condition, later: dict[int, Tensor], turn: str, chunks: int, seed: int
+) -> Iterator[Tensor]:
+    """The given frame, if any, and then each chunk as it is made, [1, f, C, H, W]."""
+    network: Any = load(weights).eval().requires_grad_(False)
+    size, draws = max(recipe.chunks), Draws(seed, "generate")
+
+    def noise(number: int, step: int) -> Tensor:
+        return draws.normal(f"noise {number} {step}", [0], (size, *world.frame_shape)).transpose(1, 2)
+
+    stream = streaming(network, 1, world.frame_shape, recipe.view, recipe.steps, condition.text)
+    first = None if condition.first is None else condition.first[:, :, None]
+    if condition.first is not None:
+        yield condition.first[:, None]
+    began = time.monotonic()
+    for count in range(1, chunks + 1):
+        if count in later:
+            turn_to(stream, later[count], turn)
+        chunk = next(stream.chunks(noise, 1, first_frame=first))
+        first = None
         rate = count * size / (time.monotonic() - began)
         print(f"\rchunk {count}/{chunks}, {rate:.1f} latent frames a second", end="", file=sys.stderr, flush=True)
+        yield chunk.transpose(1, 2)
     print(file=sys.stderr)
-    rgb = run.videos.to_rgb(torch.cat(made, dim=1))[0]
-    return write_video(out, rgb, fps, scale=max(1, 256 // rgb.shape[-2]))
+
+
+def write(out: Path, fps: float, world: World, parts: Iterator[Tensor]) -> None:
+    """Decodes each part as it comes and appends it to the file, enlarged where frames are small."""
+
+    def pictures(x: Tensor) -> np.ndarray:
+        rgb = np.asarray(world.to_rgb(x)[0])
+        scale = max(1, 256 // rgb.shape[-2])
+        return rgb.repeat(scale, axis=1).repeat(scale, axis=2)
+
+    if out.suffix.lower() == ".mp4":
+        with GrowingVideo(out, fps) as video:
+            for part in parts:
+                video.write(pictures(part))
+        return
+    held: list[np.ndarray] = []
+    try:
+        for part in parts:
+            held.append(pictures(part))
+    finally:
+        if held:
+            write_video(out, np.concatenate(held), fps)

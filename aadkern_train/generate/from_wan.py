@@ -8,7 +8,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from aadkern import StreamingCache, StreamingGenerator, Window
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.video import GrowingVideo
+from aadkern_train.generate.prompts import TURNS, changes, turn_to
 from aadkern_train.generate.wan_parts import WanParts, find_parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,7 +34,8 @@ class WanSettings:
     ``size`` is (rows, columns) of pixels. ``steps`` and ``first_steps`` (None: the same) are noise levels as ``noise_levels``
     makes them. ``rope`` None: the checkpoint's. ``device`` None: the GPU if there is one. ``dtype`` None: bf16 on a GPU, fp32
     on a CPU. ``fp8`` quantises the large linear layers (docs/fp8.md), ``compile`` runs the blocks through torch.compile, and
-    ``cuda_graphs`` (None: on a GPU) replays passes (docs/streaming.md).
+    ``cuda_graphs`` (None: on a GPU) replays passes (docs/streaming.md). ``then`` and ``turn`` are prompts that take over on the
+    way (``prompts.changes``, ``TURNS``).
     """
 
     chunks: int = 7
@@ -51,8 +53,13 @@ class WanSettings:
     fp8: bool = False
     compile: bool = False
     cuda_graphs: bool | None = None
+    then: Sequence[str] = ()
+    turn: str = "kept"
 
     def __post_init__(self) -> None:
+        changes(self.then, self.chunks)
+        if self.turn not in TURNS:
+            raise ValueError(f"turn must be one of {', '.join(TURNS)}, got {self.turn!r}")
         for name in ("chunks", "chunk_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -125,21 +132,21 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def embed_prompt(parts: WanParts, prompt: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The prompt's embedding [1, 512, text_dim]. The text encoder, 11 GB for Wan in bf16, is loaded for it and freed again."""
+def embed_prompts(parts: WanParts, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Each prompt's embedding [1, 512, text_dim]. The text encoder, 11 GB for Wan in bf16, is loaded for them and freed again."""
     from aadkern.wan.text import TOKENS, embed, load_text_encoder, token_ids
 
-    ids = token_ids(parts.tokenizer, prompt)
+    ids = [token_ids(parts.tokenizer, prompt) for prompt in prompts]
     began = time.monotonic()
     encoder = load_text_encoder(parts.text_encoder, dtype, device)
-    text = embed(encoder, ids)
+    texts = [embed(encoder, tokens) for tokens in ids]
     del encoder
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    cut = ", the most there can be" if len(ids) == TOKENS else ""
-    _say(f"prompt: {len(ids)} tokens{cut}, embedded in {time.monotonic() - began:.1f} s; the text encoder is freed again")
-    return text
+    counts = [f"{len(tokens)} tokens" + (", the most there can be" if len(tokens) == TOKENS else "") for tokens in ids]
+    _say(f"prompt: {'; '.join(counts)}, embedded in {time.monotonic() - began:.1f} s; the text encoder is freed again")
+    return texts
 
 
 def prepare_model(parts: WanParts, settings: WanSettings) -> Any:
@@ -214,17 +221,21 @@ def generate_wan(
 
     from aadkern.wan.vae import StreamingDecoder, encode_image
 
-    text = embed_prompt(found, prompt, device, dtype)
+    later = changes(settings.then, settings.chunks)
+    text, *others = embed_prompts(found, [prompt, *later.values()], device, dtype)
     vae = load_part(AutoencoderKLWan, found.vae, dtype).eval().to(device)
     first = None if pixels is None else encode_image(vae, pixels)
     model = prepare_model(found, settings)
-    stream = _stream(model, text, first, settings, (found.channels, height // found.pixels, width // found.pixels))
+    frame = (found.channels, height // found.pixels, width // found.pixels)
+    stream = _stream(model, text, dict(zip(later, others, strict=True)), first, settings, frame)
     _write(stream, StreamingDecoder(vae), first, video, settings.chunks)
     return out
 
 
-def _stream(model: Any, text: Tensor, first: Tensor | None, settings: WanSettings, frame: tuple[int, int, int]) -> Iterator[Tensor]:
-    """The latents of each chunk [1, C, f, h, w]."""
+def _stream(
+    model: Any, text: Tensor, later: dict[int, Tensor], first: Tensor | None, settings: WanSettings, frame: tuple[int, int, int]
+) -> Iterator[Tensor]:
+    """The latents of each chunk [1, C, f, h, w], from the prompt ``text`` and those that take over ``later``, by chunk."""
     channels, height, width = frame
     draws = Draws(settings.seed, "generate")
 
@@ -236,7 +247,10 @@ def _stream(model: Any, text: Tensor, first: Tensor | None, settings: WanSetting
     graphs = text.is_cuda if settings.cuda_graphs is None else settings.cuda_graphs
     levels = {"levels": settings.steps, "first_levels": settings.first_steps}
     generator = StreamingGenerator(model, cache, text=text, cuda_graphs=graphs, **levels)
-    return generator.chunks(noise, settings.chunks, first_frame=first)
+    for count in range(1, settings.chunks + 1):
+        if count in later:
+            turn_to(generator, later[count], settings.turn)
+        yield from generator.chunks(noise, 1, first_frame=first if count == 1 else None)
 
 
 def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: GrowingVideo, chunks: int) -> None:

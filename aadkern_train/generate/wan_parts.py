@@ -11,6 +11,8 @@ from typing import Any
 import safetensors
 import torch
 
+from aadkern_train.networks.folders import facts
+
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 TRANSFORMERS = ("WanTransformer3DModel", "CausalWan")
 
@@ -32,7 +34,7 @@ class WanParts:
 
 
 def is_wan(checkpoint: Path) -> bool:
-    """Whether ``checkpoint`` is Wan's (a folder of diffusers or a .pt file), and not a run of this package.
+    """Whether ``checkpoint`` is Wan's (a folder of diffusers or a .pt file), and not a run of this package or its weights.
 
     Raises FileNotFoundError where there is nothing, ValueError for a weights file out of a folder of diffusers.
     """
@@ -41,9 +43,11 @@ def is_wan(checkpoint: Path) -> bool:
     if checkpoint.is_file():
         if checkpoint.suffix == ".safetensors" and (checkpoint.parent / "config.json").is_file():
             raise ValueError(f"checkpoint must be a folder with its configuration, say {checkpoint.parent}, got {checkpoint}")
-        if checkpoint.suffix.lower() not in (*PICKLES, ".safetensors"):
-            raise ValueError(f"checkpoint must be a Wan folder, a .pt file, a run or its .safetensors file, got {checkpoint}")
-        return checkpoint.suffix.lower() in PICKLES
+        if checkpoint.suffix.lower() not in PICKLES:
+            raise ValueError(f"checkpoint must be a Wan folder, a .pt file, a run or its RUN/weights/STAGE, got {checkpoint}")
+        return True
+    if "recipe" in facts(checkpoint):
+        return False
     return any((checkpoint / name).exists() for name in ("model_index.json", "config.json", "transformer"))
 
 

@@ -29,8 +29,8 @@ class Networks:
         self.recipe, self.processes, self.folder, self.world = recipe, processes, folder, world
 
     def source(self, name: str | None) -> Path:
-        """The folder of a network: an earlier stage's weights by its name (``<stage>.<learner>``: another of its networks), a folder
-        by its path, or for None the run's own random network, which is written when it is first asked for."""
+        """The folder of a network: an earlier stage's weights by its name (``<stage>.<learner>``: another of its networks), a
+        folder by its path, or for None the run's own random network, which is written when it is first asked for."""
         trained = None if name is None else self.recipe.trained(name)
         if trained is None:
             return self._random()

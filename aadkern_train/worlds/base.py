@@ -69,6 +69,11 @@ class World(Protocol):
         """
         ...
 
+    def held_out(self, index: int, caption: str | None = None) -> Condition:
+        """One held-out condition, the ``index``-th of those that fit a caption, under that caption. Raises ValueError for a caption
+        in a world without words, and for words it does not have."""
+        ...
+
     def picture(self, path: Path) -> Tensor:
         """An image, or a video's first frame, from a file as a latent frame [1, C, H, W]."""
         ...
@@ -87,6 +92,11 @@ class WorldSettings(Choice):
 
     def check(self, recipe: Any) -> None:
         """Raises ValueError, naming the setting, where the recipe asks for what the world does not have."""
+
+    @property
+    def words(self) -> bool:
+        """Whether its clips have captions."""
+        return False
 
     def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> World:
         """The world of these settings, for training clips of ``frames``; what it must keep lies in ``folder``. Without ``clips``

@@ -177,6 +177,12 @@ class ClipsWorld(PictureWorld):
         """The clips' first frames."""
         return Condition(self.clips(indices, 1, split)[:, 0])
 
+    def held_out(self, index: int, caption: str | None = None) -> Condition:
+        """A held-out first frame."""
+        if caption is not None:
+            self.embed([caption])
+        return self.condition([index], "test")
+
     def measure(self, x: torch.Tensor, condition: Condition, real: torch.Tensor) -> dict[str, float]:
         """``measure_generic`` of latents x against real latents, both [B, F, C, H/p, W/p]."""
         return measure_generic(self.to_rgb(real), self.to_rgb(x))

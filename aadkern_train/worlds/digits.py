@@ -35,6 +35,15 @@ class DigitsData(WorldSettings):
     blur: Share = 0.7  # of the clips that networks are pretrained on
     curated_keep: Share = 1.0  # keep, in the sharp clips that stage III shows its discriminator
 
+    def check(self, recipe: Any) -> None:
+        if recipe.task == "t2v" and not self.captions:
+            raise ValueError("task must be i2v where data.captions is false: nothing else says what to generate")
+
+    @property
+    def words(self) -> bool:
+        """Whether clips have captions."""
+        return self.captions
+
     def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> DigitsWorld:
         return DigitsWorld(**self.model_dump(exclude={"kind"}), seed=seed)
 
@@ -94,6 +103,17 @@ class DigitsWorld(DigitsLaw):
     def denoise(self, x_sigma: Tensor, sigma: Tensor, text: Tensor | None = None) -> Tensor:
         """E[x0 | x_sigma, text] by the exact teacher; x_sigma [B, F, 1, H, W], sigma [B, F], 0 where a frame is known."""
         return self.teacher(x_sigma, sigma, text)
+
+    def held_out(self, index: int, caption: str | None = None) -> Condition:
+        """A held-out first frame, of the digit that the caption asks for if it names one, under the caption (None: its own)."""
+        if caption is None:
+            return self.condition([index], "test")
+        sprite, _ = self.parse(caption)
+        pairs = self.first_pairs("test")
+        fitting = pairs if sprite < 0 else pairs[pairs[:, 0] == sprite]
+        if index >= len(fitting):
+            raise ValueError(f"index must be below {len(fitting)}, the held-out first frames for {caption!r}, got {index}")
+        return Condition(self.render(*fitting[index])[None], self.embed([caption]))
 
     def picture(self, path: Path) -> Tensor:
         """An image, or a video's first frame, as a frame [1, 1, H, W]: grey, scaled to the torus, of mean 0 and variance 1."""

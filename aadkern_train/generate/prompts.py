@@ -1,0 +1,36 @@
+"""A prompt and its changes on the way, as the command line gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+TURNS = ("kept", "recached", "restarted")
+"""What becomes of what is in view when the prompt changes: it stays, its keys and values are made anew under the new prompt, or its
+last frame starts a video of its own."""
+
+
+def changes(then: Sequence[str], chunks: int) -> dict[int, str]:
+    """``["6:a three moving up"]`` -> {6: "a three moving up"}: the prompts by the chunk, counted from 1, that is the first to obey.
+
+    Raises ValueError, naming ``then``, for what is not so written, and for chunks that are not generated or not in order.
+    """
+    found: dict[int, str] = {}
+    for word in then:
+        number, colon, prompt = word.partition(":")
+        if not colon or not number.strip().isdecimal():
+            raise ValueError(f'then must be CHUNK:PROMPT, say 6:"a three moving up", got {word!r}')
+        chunk = int(number)
+        if not 1 < chunk <= chunks:
+            raise ValueError(f"then must name a chunk from 2 to {chunks}, the last, got {chunk}")
+        if found and chunk <= max(found):
+            raise ValueError(f"then must name later and later chunks, got {chunk} after {max(found)}")
+        found[chunk] = prompt.strip()
+    return found
+
+
+def turn_to(generator: Any, text: Tensor, turn: str) -> None:
+    """Gives a ``StreamingGenerator`` its next text in one of the ``TURNS``."""
+    generator.set_text(text, recache=turn == "recached", restart=turn == "restarted")
