@@ -10,7 +10,8 @@ import pickle
 import pytest
 import torch
 
-from aadkern_train.worlds.digits import VELOCITIES, DigitsWorld
+from aadkern_train.worlds.digits import DigitsWorld
+from aadkern_train.worlds.digits_captions import VELOCITIES
 from aadkern_train.worlds.digits_metrics import measure
 from aadkern_train.worlds.digits_teacher import ExactTeacher
 

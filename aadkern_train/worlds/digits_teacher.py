@@ -1,107 +1,140 @@
-"""The exact teacher of the digits world: E[x0 | x_sigma] by forward-backward over (sprite, position, velocity).
+"""The exact teacher of moving digits: E[x0 | x_sigma, caption] by forward-backward over (sprite, position, velocity or direction).
 
-    x_sigma = (1 - sigma) render(sprite, p) + sigma eps
-    log p(x_sigma | sprite, p) = -|x_sigma - (1 - sigma) render(sprite, p)|^2 / (2 sigma^2) + const
-    P(sprite, p_t | x_sigma) ~ p(x_t | p_t) * sum_u A_t(p_t, u) sum_v K(u, v) B_t(p_t, v)
+    x_sigma = (1 - sigma) render_t(sprite, p) + sigma eps
+    log p(x_sigma | sprite, p) = -|x_sigma - (1 - sigma) render_t(sprite, p)|^2 / (2 sigma^2) + const
 
-A is what the frames before t say (u: the velocity that led here), B what the frames after t say (v: the velocity that
-leads on), K(u, v) = keep [u = v] + (1 - keep) / 8. Reversed in time the law is the same with opposite velocities, so
-A and B come from one recursion over a doubled batch. Everything is in logarithms: no sigma underflows.
+Without captions: P(sprite, p_t | x_sigma) ~ p(x_t | p_t) * sum_u A_t(p_t, u) sum_v K(u, v) B_t(p_t, v)
+With captions:    P(sprite, p_t | x_sigma) ~ p(x_t | p_t) * sum_d A_t(p_t, d) B_t(p_t, d)
+
+A is what the frames before t say, B what the frames after t say (u: the velocity that led here, v: the one that leads on,
+d: the clip's direction, which never changes), K the law's `transitions`. Reversed in time the law is the same with opposite
+velocities, so A and B come from one recursion over a doubled batch. Everything is in logarithms: no sigma underflows.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from aadkern_train.worlds.digits import VELOCITIES, DigitsWorld
+from aadkern_train.worlds.digits_captions import VELOCITIES
+from aadkern_train.worlds.digits_law import DigitsLaw
 
-IMPOSSIBLE = -1e30  # log-probability of a state that a clean frame rules out: finite, so that no difference is NaN
+IMPOSSIBLE = -1e30  # log-probability of a state that a clean frame or a caption rules out: finite, so that no difference is NaN
 CLEAN_TOLERANCE = 0.03  # root mean square distance of a clean frame to its render; rounding to bf16 is about 0.003
 SMALLEST_SIGMA = 1e-4  # noisy frames below it are read as of this level: the posterior is a single render long before
 
 
+@dataclass(frozen=True)
+class _States:
+    """What a batch's hidden states can be: S sprites (all, or 1 where every clip's is known) and D velocities or directions."""
+
+    sprite: Tensor | None  # [B] where S is 1
+    allowed: Tensor  # [B, S, D]: 0, or IMPOSSIBLE where the caption states another
+    directions: Tensor | None  # [B, D] with captions
+    count: Tensor  # [B]: how many (sprite, position, D) the caption leaves, fp64
+
+
 class ExactTeacher(nn.Module):
-    """Posterior mean, flow and likelihood of noisy clips of `world` at any sigma per frame; fp32, fp64 by `.double()`.
+    """Posterior mean, flow and likelihood of noisy "train" clips of `law` at any sigma per frame; fp32, fp64 by `.double()`.
 
-    A frame of sigma 0 is known: it must be one of the world's renders, and rules out all states but its own. Where
-    every clip has one, its sprite is known and only positions * 8 states remain. Before any frame is seen, all
-    sprites and positions are equally likely (the train split's missing first frames are not modelled).
+    A frame of sigma 0 is known: it must be one of the law's frames (sharp where it is the first, blurred after it in a law
+    with captions), and rules out all states but its own. Where every clip has one, or a caption with a digit, its sprite is
+    known and fewer states remain. What neither says is equally likely at first (the train split's missing first frames
+    are not modelled).
 
-    Raises ValueError where shapes do not fit, sigma is outside [0, 1], a clean frame is no render of the world (give
-    frames that a generator made a small sigma, such as 0.01, instead), or the clean frames cannot follow one another
-    under the law.
+    text [B, 3, 16] is the clips' captions; each may state a digit, a direction, both or neither, which is the same as no text.
+
+    Raises ValueError where shapes do not fit, sigma is outside [0, 1], a clean frame is none of the law's (give frames that
+    a generator made a small sigma, such as 0.01, instead), or the clean frames cannot follow one another under the law or
+    show another digit than the caption says.
     """
 
-    renders: Tensor  # [sprites * positions, H W]
+    renders: Tensor  # [sprites * positions, H W]: what the first frame can be
+    later_renders: Tensor | None  # the same for the frames after it, None where they are as sharp
     source: Tensor  # [positions * 8]: where (p, u) came from, as an index of (p - u, u)
+    comes_from: Tensor  # [8, positions]: p - v
 
-    def __init__(self, world: DigitsWorld) -> None:
+    def __init__(self, law: DigitsLaw) -> None:
         super().__init__()
-        self.world = world
-        back = world.moved.flip(1)  # the opposite velocity's target
-        self.register_buffer("renders", world.renders.flatten(0, 1).flatten(1), persistent=False)
+        self.law = law
+        back = law.moved.flip(1)  # the opposite velocity's target
+        blurred = law.blurred_renders.flatten(0, 1).flatten(1) if law.blur_of("train") else None
         source = back * len(VELOCITIES) + torch.arange(len(VELOCITIES))
+        self.register_buffer("renders", law.renders.flatten(0, 1).flatten(1), persistent=False)
+        self.register_buffer("later_renders", blurred, persistent=False)
         self.register_buffer("source", source.flatten(), persistent=False)
+        self.register_buffer("comes_from", back.T.contiguous(), persistent=False)
 
     @torch.no_grad()
-    def forward(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
-        """E[x0 | x_sigma] in the teacher's precision; x_sigma [B, F, 1, H, W], sigma [B, F] in [0, 1]."""
-        weights, sprite = self.posterior(x_sigma, sigma)
-        renders = self.renders if sprite is None else self.renders.unflatten(0, (self.world.sprites, -1))[sprite]
-        return (weights.flatten(2) @ renders).reshape(x_sigma.shape)
+    def forward(self, x_sigma: Tensor, sigma: Tensor, text: Tensor | None = None) -> Tensor:
+        """E[x0 | x_sigma, text] in the teacher's precision; x_sigma [B, F, 1, H, W], sigma [B, F] in [0, 1], text [B, 3, 16]."""
+        weights, sprite = self.posterior(x_sigma, sigma, text)
+        weights = weights.flatten(2)
+
+        def mean(weights: Tensor, renders: Tensor) -> Tensor:
+            return weights @ (renders if sprite is None else renders.unflatten(0, (self.law.sprites, -1))[sprite])
+
+        if self.later_renders is None:
+            return mean(weights, self.renders).reshape(x_sigma.shape)
+        parts = [mean(weights[:, :1], self.renders), mean(weights[:, 1:], self.later_renders)]
+        return torch.cat(parts, 1).reshape(x_sigma.shape)
 
     @torch.no_grad()
-    def flow(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
-        """E[eps - x0 | x_sigma] = (x_sigma - E[x0]) / sigma, like x_sigma; -x0 for clean frames."""
-        x0 = self(x_sigma, sigma)
+    def flow(self, x_sigma: Tensor, sigma: Tensor, text: Tensor | None = None) -> Tensor:
+        """E[eps - x0 | x_sigma, text] = (x_sigma - E[x0]) / sigma, like x_sigma; -x0 for clean frames."""
+        x0 = self(x_sigma, sigma, text)
         level = sigma.to(x0)[:, :, None, None, None]
         return torch.where(level > 0, (x_sigma.to(x0) - x0) / level.where(level > 0, 1.0), -x0)
 
-    def posterior(self, x_sigma: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        """P(sprite, position | x_sigma) per frame, [B, F, S, P], and the sprites that S stands for.
+    def posterior(self, x_sigma: Tensor, sigma: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """P(sprite, position | x_sigma, text) per frame, [B, F, S, P], and the sprites that S stands for.
 
-        S is all sprites (and the second value None), or 1 where every clip has a clean frame: then the clips'
-        sprites, [B].
+        S is all sprites (and the second value None), or 1 where every clip has a clean frame or a caption that states its
+        digit: then the clips' sprites, [B].
         """
-        emission, _, sprite = self._emission(x_sigma, sigma)
-        both, _ = self._predictions(torch.cat([emission, emission.flip(1)]))
+        emission, _, states = self._emission(x_sigma, sigma, text)
+        toward = states.directions
+        chances = None if toward is None else self._chances(torch.cat([toward, len(VELOCITIES) - 1 - toward]))
+        both, _ = self._predictions(torch.cat([emission, emission.flip(1)]), torch.cat([states.allowed] * 2), chances)
         before, after = both.chunk(2)
-        after = self._next_velocity(after.flip(1, -1))
+        after = after.flip(1)
+        if states.directions is None:
+            after = self._next_velocity(after.flip(-1))
         log_weights = emission + (before + after).logsumexp(-1)
         if bool((log_weights.amax((2, 3)) < IMPOSSIBLE / 10).any()):
-            raise ValueError("x_sigma has clean frames (sigma 0) that cannot follow one another under this world's law")
-        return log_weights.flatten(2).softmax(-1).view_as(log_weights), sprite
+            other = "" if text is None else ", or that show another digit than text states"
+            raise ValueError(f"x_sigma has clean frames (sigma 0) that cannot follow one another under this world's law{other}")
+        return log_weights.flatten(2).softmax(-1).view_as(log_weights), states.sprite
 
-    def log_likelihood(self, x_sigma: Tensor, sigma: Tensor) -> Tensor:
-        """log p(x_sigma) in nats, [B]: a density over noisy frames and a probability of clean ones. Differentiable.
+    def log_likelihood(self, x_sigma: Tensor, sigma: Tensor, text: Tensor | None = None) -> Tensor:
+        """log p(x_sigma | text) in nats, [B]: a density over noisy frames and a probability of clean ones. Differentiable.
 
-        Its gradient in x_sigma is the score ((1 - sigma) E[x0 | x_sigma] - x_sigma) / sigma^2. Clips whose clean
-        frames cannot follow one another get values below -1e29.
+        Its gradient in x_sigma is the score ((1 - sigma) E[x0 | x_sigma, text] - x_sigma) / sigma^2. Clips whose clean
+        frames cannot follow one another, or show another digit than the caption says, get values below -1e29.
         """
-        emission, offset, _ = self._emission(x_sigma, sigma)
-        before, shift = self._predictions(emission)
-        states = self.world.sprites * self.world.positions * len(VELOCITIES)
+        emission, offset, states = self._emission(x_sigma, sigma, text)
+        chances = None if states.directions is None else self._chances(states.directions)
+        before, shift = self._predictions(emission, states.allowed, chances)
         last = (before[:, -1] + emission[:, -1, ..., None]).flatten(1).logsumexp(1)
-        return last + shift + offset.sum(1) - math.log(states)
+        return last + shift + offset.sum(1) - states.count.log().to(last)
 
-    def _emission(self, x_sigma: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """log p(x_t | sprite, p), [B, F, S, P], maximum 0 for noisy frames; what was taken off, [B, F]; sprites."""
-        self._check(x_sigma, sigma)
-        sprites, positions = self.world.sprites, self.world.positions
+    def _emission(self, x_sigma: Tensor, sigma: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor, _States]:
+        """log p(x_t | sprite, p), [B, F, S, P], maximum 0 for noisy frames; what was taken off, [B, F]; the states."""
+        self._check(x_sigma, sigma, text)
+        sprites, positions = self.law.sprites, self.law.positions
         x, sigma = x_sigma.to(self.renders).flatten(2), sigma.to(self.renders)
         clean = sigma == 0
-        match = x @ self.renders.T - (1 - sigma)[:, :, None] / 2 * self.renders.square().sum(1)
+        match = self._match(x, sigma)
         nearest = match.argmax(2)
         match = match.unflatten(2, (sprites, positions))
         state = torch.arange(sprites * positions, device=x.device).view(1, 1, sprites, positions)
         self._check_clean(x, nearest, clean)
-        sprite = None
-        if bool(clean.any(1).all()):
-            sprite = (nearest // positions).gather(1, clean.long().argmax(1, keepdim=True))[:, 0]
-            pick = torch.arange(len(x), device=x.device), slice(None), sprite
+        states = self._states(nearest // positions, clean, text)
+        if states.sprite is not None:
+            pick = torch.arange(len(x), device=x.device), slice(None), states.sprite
             match = match[pick][:, :, None]
             state = state.expand(len(x), -1, -1, -1)[pick][:, :, None]
         variance = sigma.clamp_min(SMALLEST_SIGMA) ** 2
@@ -110,34 +143,80 @@ class ExactTeacher(nn.Module):
         known = torch.where(state == nearest[:, :, None, None], 0.0, IMPOSSIBLE)
         emission = torch.where(clean[:, :, None, None], known.to(emission), emission - top[:, :, None, None])
         offset = top - x.square().sum(2) / (2 * variance) - x.shape[2] / 2 * (2 * math.pi * variance).log()
-        return emission, torch.where(clean, 0.0, offset), sprite
+        return emission, torch.where(clean, 0.0, offset), states
 
-    def _predictions(self, emission: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(p_t, u_t | frames before t) up to a constant per t, [B, F, S, P, 8], and the last constant, [B]."""
-        belief = emission.new_zeros(*emission.shape[:1], *emission.shape[2:], len(VELOCITIES))
+    def _match(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """<x, render> - (1 - sigma) |render|^2 / 2 of frames [B, F, H W] and every state, [B, F, sprites * positions]."""
+
+        def against(renders: Tensor, frames: slice) -> Tensor:
+            return x[:, frames] @ renders.T - (1 - sigma[:, frames])[:, :, None] / 2 * renders.square().sum(1)
+
+        if self.later_renders is None:
+            return against(self.renders, slice(None))
+        return torch.cat([against(self.renders, slice(1)), against(self.later_renders, slice(1, None))], 1)
+
+    def _states(self, shown: Tensor, clean: Tensor, text: Tensor | None) -> _States:
+        """The states that captions and clean frames leave; shown [B, F]: the sprite nearest to each frame."""
+        law, batch, device = self.law, len(shown), shown.device
+        nothing = torch.full((batch,), -1, device=device)
+        stated, direction = (nothing, nothing) if text is None else law.language.read(text.to(device))
+        known = shown.gather(1, clean.long().argmax(1, keepdim=True))[:, 0]
+        known = torch.where(stated >= 0, stated, torch.where(clean.any(1), known, -1))
+        sprite = known if bool((known >= 0).all()) else None
+        directions = None
+        if law.captions:
+            every = torch.arange(len(VELOCITIES), device=device).expand(batch, -1)
+            directions = direction[:, None] if bool((direction >= 0).all()) else every
+        if sprite is None:
+            wrong = (stated[:, None] >= 0) & (stated[:, None] != torch.arange(law.sprites, device=device))
+        else:
+            wrong = torch.zeros(batch, 1, dtype=torch.bool, device=device)
+        wrong = wrong[:, :, None].expand(-1, -1, len(VELOCITIES) if directions is None else directions.shape[1])
+        if directions is not None:
+            wrong = wrong | ((direction[:, None] >= 0) & (direction[:, None] != directions))[:, None]
+        allowed = torch.zeros(wrong.shape, device=device).masked_fill(wrong, IMPOSSIBLE).to(self.renders)
+        count = torch.where(stated >= 0, 1, law.sprites) * torch.where(direction >= 0, 1, len(VELOCITIES)) * law.positions
+        return _States(sprite, allowed, directions, count.double())
+
+    def _chances(self, directions: Tensor) -> Tensor:
+        """Log-probability of each move under directions [B, D], [8, 1, B, 1, D]."""
+        table = self.law.transitions.log().clamp_min(IMPOSSIBLE).to(self.renders)
+        return table[directions].permute(2, 0, 1)[:, None, :, None]
+
+    def _predictions(self, emission: Tensor, allowed: Tensor, chances: Tensor | None) -> tuple[Tensor, Tensor]:
+        """log p(p_t, D | frames before t) up to a constant per t, [B, F, S, P, D], and the last constant, [B]."""
+        belief = allowed[:, :, None].expand(-1, -1, emission.shape[3], -1)
         shift = emission.new_zeros(len(emission))
         out = [belief]
         for frame in emission[:, :-1].unbind(1):
-            mixed = self._next_velocity(belief + frame[..., None])
-            belief = mixed.flatten(-2)[..., self.source].view_as(mixed)
+            belief = self._moved(belief + frame[..., None], chances)
             top = belief.amax((1, 2, 3))
             belief = belief - top[:, None, None, None]
             shift = shift + top
             out.append(belief)
         return torch.stack(out, 1), shift
 
+    def _moved(self, log_p: Tensor, chances: Tensor | None) -> Tensor:
+        """log p one frame later, [B, S, P, D]."""
+        if chances is None:
+            mixed = self._next_velocity(log_p)
+            return mixed.flatten(-2)[..., self.source].view_as(mixed)
+        terms = log_p.permute(2, 0, 1, 3)[self.comes_from] + chances  # [8, P, B, S, D]
+        top = terms.detach().amax(0)
+        return ((terms - top).exp().sum(0).log() + top).permute(1, 2, 0, 3)
+
     def _next_velocity(self, log_p: Tensor) -> Tensor:
         """log sum_u p(..., u) K(u, v), over the last dimension."""
-        if self.world.keep == 1:
+        if self.law.keep == 1:
             return log_p
         top = log_p.amax(-1, keepdim=True)
         p = (log_p - top).exp()
-        mixed = self.world.keep * p + (1 - self.world.keep) / len(VELOCITIES) * p.sum(-1, keepdim=True)
+        mixed = self.law.keep * p + (1 - self.law.keep) / len(VELOCITIES) * p.sum(-1, keepdim=True)
         return mixed.log() + top
 
-    def _check(self, x_sigma: Tensor, sigma: Tensor) -> None:
-        if x_sigma.ndim != 5 or tuple(x_sigma.shape[2:]) != self.world.frame_shape or 0 in x_sigma.shape:
-            shape = ", ".join(str(size) for size in self.world.frame_shape)
+    def _check(self, x_sigma: Tensor, sigma: Tensor, text: Tensor | None) -> None:
+        if x_sigma.ndim != 5 or tuple(x_sigma.shape[2:]) != self.law.frame_shape or 0 in x_sigma.shape:
+            shape = ", ".join(str(size) for size in self.law.frame_shape)
             raise ValueError(f"x_sigma must be [B, F, {shape}], got {list(x_sigma.shape)}")
         if tuple(sigma.shape) != tuple(x_sigma.shape[:2]):
             raise ValueError(f"sigma must be [B, F] = {list(x_sigma.shape[:2])}, got {list(sigma.shape)}")
@@ -145,9 +224,17 @@ class ExactTeacher(nn.Module):
             raise ValueError(f"sigma must be in [0, 1], got {sigma.min().item()} to {sigma.max().item()}")
         if not bool(x_sigma.isfinite().all()):
             raise ValueError("x_sigma must be finite, got NaN or infinity")
+        if text is not None and not self.law.captions:
+            raise ValueError("text must be None in a world without captions")
+        if text is not None and len(text) != len(x_sigma):
+            raise ValueError(f"text must have a row for each of {len(x_sigma)} clips, got {len(text)}")
 
     def _check_clean(self, x: Tensor, nearest: Tensor, clean: Tensor) -> None:
-        distance = (x[clean] - self.renders[nearest[clean]]).square().mean(1).sqrt()
+        renders = self.renders[nearest[clean]]
+        if self.later_renders is not None:
+            first = (torch.arange(x.shape[1], device=x.device) == 0).expand_as(clean)[clean]
+            renders = torch.where(first[:, None], renders, self.later_renders[nearest[clean]])
+        distance = (x[clean] - renders).square().mean(1).sqrt()
         if bool((distance > CLEAN_TOLERANCE).any()):
             raise ValueError(
                 f"x_sigma has a clean frame (sigma 0) that is no frame of this world: root mean square distance "
