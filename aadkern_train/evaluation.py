@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.flow import integrate_ode, sigma_schedule
+from aadkern_train.generate.prompts import TURNS, turn_to
 from aadkern_train.networks.conditions import Condition
-from aadkern_train.networks.rollout import stream
+from aadkern_train.networks.rollout import stream, streaming
 from aadkern_train.run import Run
 
 SOLVER_SHIFT = 5.0  # of the teacher's own samples
@@ -103,3 +105,42 @@ def references(run: Run) -> Measured:
     clips["teacher"] = in_batches(run, count, sampled)
     metrics["teacher"] = measured(run, clips["teacher"])
     return metrics, clips
+
+
+BEFORE, AFTER = 3, 6  # chunks streamed before and after captions change
+
+
+@torch.no_grad()
+def steering(run: Run, network: Any, count: int) -> dict[str, list[float]]:
+    """How soon streams follow captions that change on the way: for each way of turning, how well each following chunk does, in
+    percent. Empty in a world whose captions cannot ask for another course."""
+    old = run.condition(range(count), "test")
+    new = run.world.turned(old.to("cpu"))
+    if new is None:
+        return {}
+    size, shape, device = max(run.recipe.chunks), run.world.frame_shape, run.processes.device
+    sizes = [size] * (BEFORE + AFTER)
+    draws, given = run.draws("evaluate", 0), run.recipe.given_frames
+
+    def turned(samples: range, turn: str) -> Tensor:
+        def noise(number: int, step: int) -> Tensor:
+            drawn = draws.normal(f"noise {number} {step}", samples, (sizes[number - 1], *shape), device=device)
+            return drawn.transpose(1, 2)
+
+        before, after = run.condition(samples, "test"), new.rows(list(samples)).to(device)
+        stream = streaming(network, len(samples), shape, run.window, run.recipe.steps, before.text)
+        first = None if before.first is None else before.first[:, :, None]
+        parts = [] if first is None else [first]
+        parts += list(stream.chunks(noise, BEFORE, first_frame=first))
+        turn_to(stream, after.text, turn)
+        parts += list(stream.chunks(noise, AFTER))
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+    network.eval()
+    found = {}
+    for turn in TURNS:
+        x = in_batches(run, count, lambda s, turn=turn: turned(s, turn))
+        ends = [given + (BEFORE + i) * size for i in range(AFTER + 1)]
+        found[turn] = [run.world.follows(x, new, (a, b)) for a, b in pairwise(ends)]
+    network.train()
+    return found

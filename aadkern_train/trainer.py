@@ -23,7 +23,7 @@ from aadkern_train.engine.processes import start
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.run_folder import Progress, RunFolder
 from aadkern_train.engine.video import write_video
-from aadkern_train.evaluation import Measured, evaluate, references
+from aadkern_train.evaluation import Measured, evaluate, references, steering
 from aadkern_train.report import write_report
 from aadkern_train.run import Run
 from aadkern_train.stages.base import KINDS, Stage
@@ -149,6 +149,9 @@ def finish(run: Run, stage: Stage, progressed: Progressed) -> None:
         report["titles"][stage.name] = stage.settings.title or stage.title or stage.name.replace("_", " ")
         if metrics:
             report["stages"][stage.name] = metrics
+            turned = steering(run, network, min(run.recipe.evaluate.final_clips, run.recipe.evaluate.batch))
+            if turned:
+                report["steering"] = {"stage": stage.name, "change": "captions ask for another course", "ways": turned}
         for suffix, x in clips.items():
             save_sample(run, f"{stage.name}_{suffix}" if suffix else stage.name, x)
         run.folder.write_json(run.folder.metrics_file, report)

@@ -17,10 +17,12 @@ from aadkern_train.worlds.digits_metrics import (
     entropy_rate,
     feature_energy_distance,
     measure,
+    obey_of,
     velocity_law,
 )
 
 WORLD = DigitsWorld()
+CAPTIONED = DigitsWorld(captions=True)
 
 
 def still_of(positions, world=WORLD, sprite=0):
@@ -203,9 +205,106 @@ def test_energy_distance_sees_what_pixels_hide(real):
         assert feature_energy_distance(WORLD, broken[:200], real[200:]) > 5 * abs(halves) + 0.05
 
 
+# With captions
+
+
+@pytest.mark.parametrize("split", ["train", "curated", "test"])
+def test_reference_rows_of_captioned_video(split):
+    """Web clips: quality 91.3 and contrast 67.0; curated ones: 100 and 100."""
+    figures = CAPTIONED.measure(CAPTIONED.clips(range(500), 13, split), CAPTIONED.condition(range(500), split))
+    assert figures["legal"] == figures["asked"] == figures["identity"] == figures["dynamic"] == 100
+    assert figures["obey"] + figures["wander"] == pytest.approx(100)
+    assert set(figures["obey_by_direction"]) == {"up left", "up", "up right", "left", "right", "down left", "down", "down right"}
+    if split == "train":
+        assert figures["obey"] == pytest.approx(100 * CAPTIONED.obey_rate, abs=1.5)
+        assert abs(figures["nll_excess"]) < 0.06
+        assert figures["quality"] == pytest.approx(91.2, abs=0.3) and figures["contrast"] == pytest.approx(67, abs=0.5)
+        assert figures["keep"] == pytest.approx(CAPTIONED.keep_rate, abs=0.03)
+    else:
+        assert figures["obey"] == 100 and figures["segments"]["obey"] == [100] * 5
+        assert figures["quality"] == pytest.approx(100, abs=1e-3) and figures["contrast"] == pytest.approx(100, abs=1e-3)
+        smooth = [0.99 * p + 0.01 / 16 for p in (0.9125, 0.0125)]
+        assert figures["nll_excess"] == pytest.approx(0.0875 * math.log(smooth[1] / smooth[0]), abs=1e-6)
+        assert -0.38 < figures["nll_excess"] < -0.36
+
+
+def test_captioned_moves_counted_by_hand():
+    """Told to move right: right, right, down, two down, right, still. Then told up-left and told nothing."""
+    path = [0, 1, 2, 6, 14, 15, 15]
+    x = still_of([path, path, path], CAPTIONED)
+    shown, other = CAPTIONED.language.digits[:2]
+    right = measure(CAPTIONED, x[:1], CAPTIONED.embed([f"a {shown} moving right"]), segments=3)
+    assert right["obey"] == pytest.approx(100 * 3 / 6) and right["wander"] == pytest.approx(100 / 6)
+    assert right["legal"] == pytest.approx(100 * 4 / 6) and right["asked"] == 100
+    assert right["segments"]["obey"] == pytest.approx([100, 0, 50])
+    assert right["obey_by_direction"] == {"right": pytest.approx(50)}
+    cost = {p: -math.log((1 - ILLEGAL_SHARE) * p + ILLEGAL_SHARE / 16) for p in (0.9125, 0.0125, 0)}
+    spent = (3 * cost[0.9125] + cost[0.0125] + 2 * cost[0]) / 6
+    assert right["nll_excess"] == pytest.approx(spent - 0.9125 * cost[0.9125] - 0.0875 * cost[0.0125])
+    text = CAPTIONED.embed([f"a {other} moving right", "moving up left", f"a {shown}"])
+    three = measure(CAPTIONED, x, text)
+    assert three["obey"] == pytest.approx(25) and three["asked"] == 50
+    assert three["obey_by_direction"] == {"up left": 0, "right": pytest.approx(50)}
+    assert measure(CAPTIONED, x, text.flip(0))["asked"] == 50
+    assert measure(CAPTIONED, x[[0, 0]], text[:2].flip(0))["obey_by_direction"] == three["obey_by_direction"]
+
+
+@pytest.mark.parametrize("direction", range(8))
+def test_each_direction_is_its_own(direction):
+    world = dataclasses.replace(CAPTIONED, curated_keep=1.0, torus=24)
+    count = 60
+    x, (sprite, told) = world.clips(range(count), 5, "curated"), world.read(world.condition(range(count), "curated").text)
+    text = world.language.vectors(sprite, torch.full_like(told, direction))
+    figures = measure(world, x, text)
+    assert figures["obey"] == pytest.approx(100 * float((told == direction).double().mean()))
+    assert list(figures["obey_by_direction"]) == [world.say(-1, direction).removeprefix("moving ")]
+
+
+def test_a_caption_that_changes_within_a_clip():
+    """Right for 6 moves, then down for 6."""
+    x = still_of([[0, 1, 2, 3, 0, 1, 2, 6, 10, 14, 2, 6, 10]], CAPTIONED)
+    right, down = CAPTIONED.embed(["moving right"]), CAPTIONED.embed(["moving down"])
+    assert obey_of(CAPTIONED, x, right) == pytest.approx(50)
+    assert obey_of(CAPTIONED, x, right, (0, 7)) == obey_of(CAPTIONED, x, right, (1, 7)) == 100
+    assert obey_of(CAPTIONED, x, down, (7, 13)) == 100 and obey_of(CAPTIONED, x, right, (7, 13)) == 0
+    assert obey_of(CAPTIONED, x, down, (6, 8)) == 50 and obey_of(CAPTIONED, x, down, (7, 8)) == 100
+    clips, text = CAPTIONED.clips(range(50), 9), CAPTIONED.condition(range(50)).text
+    assert obey_of(CAPTIONED, clips, text) == measure(CAPTIONED, clips, text)["obey"]
+
+
+def test_contrast_is_the_amplitude_along_the_decoded_digit():
+    x, condition = CAPTIONED.clips(range(100), 9, "test"), CAPTIONED.condition(range(100), "test")
+    faint = torch.cat([x[:, :1], 3 + 0.4 * x[:, 1:]], 1)
+    assert measure(CAPTIONED, faint, condition.text)["contrast"] == pytest.approx(40, abs=0.01)
+    assert measure(CAPTIONED, faint, condition.text, given=0)["contrast"] == pytest.approx((100 + 8 * 40) / 9, abs=0.01)
+    assert CAPTIONED.measure(faint, dataclasses.replace(condition, first=None))["contrast"] > 46, "text to video: no given frame"
+    noisy = measure(CAPTIONED, x + 0.5 * torch.randn_like(x), condition.text)
+    assert noisy["contrast"] == pytest.approx(100, abs=1) and noisy["quality"] < 92, "noise is no contrast"
+
+
+def test_captions_that_state_nothing_leave_their_measures_out():
+    x = CAPTIONED.clips(range(4), 5)
+    told = {"obey", "wander", "nll_excess", "obey_by_direction"}
+    for text in (None, CAPTIONED.embed([""] * 4)):
+        figures = measure(CAPTIONED, x, text)
+        assert not figures.keys() & (told | {"asked"}) and "obey" not in figures["segments"] and "contrast" in figures
+    digits = measure(CAPTIONED, x, CAPTIONED.embed([f"a {CAPTIONED.language.digits[0]}"] * 4))
+    assert "asked" in digits and not digits.keys() & told
+    assert not measure(WORLD, x).keys() & {"contrast", "asked", "obey", "wander", "obey_by_direction"}
+    noise = torch.randn(8, 2, 1, 16, 16)
+    figures = json.loads(json.dumps(measure(CAPTIONED, noise, CAPTIONED.condition(range(8)).text), allow_nan=False))
+    assert all(type(v) is float for k, v in figures.items() if k not in ("segments", "obey_by_direction"))
+
+
 @pytest.mark.parametrize(
     ("match", "run"),
     [
+        ("text must be None", lambda: measure(WORLD, torch.randn(2, 3, 1, 16, 16), torch.zeros(2, 3, 16))),
+        ("text must have a row", lambda: measure(CAPTIONED, torch.randn(2, 3, 1, 16, 16), torch.zeros(1, 3, 16))),
+        (r"text must be \[B, 3, 16\]", lambda: measure(CAPTIONED, torch.randn(2, 3, 1, 16, 16), torch.zeros(2, 4, 16))),
+        ("must state a direction", lambda: obey_of(CAPTIONED, torch.randn(1, 3, 1, 16, 16), torch.zeros(1, 3, 16))),
+        ("0 <= a < b <= 3", lambda: obey_of(CAPTIONED, torch.randn(1, 3, 1, 16, 16), torch.zeros(1, 3, 16), (2, 4))),
+        ("0 <= a < b <= 3", lambda: obey_of(CAPTIONED, torch.randn(1, 3, 1, 16, 16), torch.zeros(1, 3, 16), (0, 1))),
         ("x must be", lambda: measure(WORLD, torch.randn(2, 3, 1, 24, 24))),
         ("x must be", lambda: measure(WORLD, torch.randn(2, 3, 16, 16))),
         ("x must be", lambda: measure(WORLD, torch.randn(0, 3, 1, 16, 16))),

@@ -74,6 +74,15 @@ class World(Protocol):
         in a world without words, and for words it does not have."""
         ...
 
+    def turned(self, condition: Condition) -> Condition | None:
+        """The same conditions with captions that ask for another course, to see how soon a stream follows; None where captions
+        cannot."""
+        ...
+
+    def follows(self, x: Tensor, condition: Condition, frames: tuple[int, int]) -> float:
+        """Percentage by which frames [a, b) of clips x [B, F, C, H, W] take the course that a condition asks for."""
+        ...
+
     def picture(self, path: Path) -> Tensor:
         """An image, or a video's first frame, from a file as a latent frame [1, C, H, W]."""
         ...

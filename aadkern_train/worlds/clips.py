@@ -87,6 +87,9 @@ class PictureWorld:
     def describe(self, condition: Condition) -> None:
         """None: no captions."""
 
+    def turned(self, condition: Condition) -> None:
+        """None: no captions."""
+
 
 class ClipsWorld(PictureWorld):
     """Clips of ``frames`` latent frames from the videos under ``path``, at ``size`` (height, width) and ``fps``.

@@ -15,9 +15,9 @@ from torch import Tensor
 from aadkern_train.engine.video import read_video
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.worlds.base import Metric, WorldSettings
-from aadkern_train.worlds.digits_captions import Captions
+from aadkern_train.worlds.digits_captions import VELOCITIES, Captions
 from aadkern_train.worlds.digits_law import DigitsLaw
-from aadkern_train.worlds.digits_metrics import METRICS, measure
+from aadkern_train.worlds.digits_metrics import METRICS, measure, obey_of
 from aadkern_train.worlds.digits_teacher import ExactTeacher
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -114,6 +114,17 @@ class DigitsWorld(DigitsLaw):
         if index >= len(fitting):
             raise ValueError(f"index must be below {len(fitting)}, the held-out first frames for {caption!r}, got {index}")
         return Condition(self.render(*fitting[index])[None], self.embed([caption]))
+
+    def turned(self, condition: Condition) -> Condition | None:
+        """Each caption's direction three further in the list of eight: another, and never the opposite. None without captions."""
+        if condition.text is None:
+            return None
+        sprite, direction = self.read(condition.text)
+        return condition.with_text(self.language.vectors(sprite, (direction + 3) % len(VELOCITIES)))
+
+    def follows(self, x: Tensor, condition: Condition, frames: tuple[int, int]) -> float:
+        """Percentage of moves into frames [a, b) that go as captioned."""
+        return obey_of(self, x, condition.text, frames)
 
     def picture(self, path: Path) -> Tensor:
         """An image, or a video's first frame, as a frame [1, 1, H, W]: grey, scaled to the torus, of mean 0 and variance 1."""
