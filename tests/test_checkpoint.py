@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 
-from aadkern_train.engine.checkpoint import CheckpointError, Checkpoints, export_weights, gathered, load_weights
+from aadkern_train.engine.checkpoint import CheckpointError, Checkpoints
 from aadkern_train.engine.config import Config
 from aadkern_train.engine.processes import Processes, reshard, shard, start, whole
 from aadkern_train.learning.ema import Ema
@@ -151,12 +150,9 @@ def exchange(folder: Path) -> None:
         train(fresh, two, range(2))
         Checkpoints(folder / "two", two).save("ode", 2, fresh)
         trained = everything(fresh)
-        export_weights(folder / "two.safetensors", fresh["net"], two, ema=fresh["ema"])
         if two.is_main:
             torch.save(loaded, folder / "loaded.pt")
             torch.save(trained, folder / "saved.pt")
-            exported = load_weights(folder / "two.safetensors")[0]
-            assert all(torch.equal(exported[n], trained[f"ema.{n}"]) for n, _ in fresh["net"].named_parameters())
 
 
 class Marked:
@@ -383,39 +379,6 @@ def test_states_that_cannot_be_saved_exactly_are_refused(processes, tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpoints(tmp_path, processes, keep=0)
     assert checkpoints.latest() is None
-
-
-def test_exported_weights_carry_their_origin(processes, tmp_path):
-    parts = training(processes)
-    train(parts, processes, range(3))
-    path = tmp_path / "weights" / "ode.safetensors"
-    export_weights(path, parts["net"], processes, config=Settings(), stage="ode", step=3)
-    weights, metadata = load_weights(path)
-    assert metadata == {"config": Settings().model_dump(mode="json"), "stage": "ode", "step": 3}
-    assert_same(
-        {f"net.{name}": tensor for name, tensor in weights.items()},
-        {name: tensor for name, tensor in everything(parts).items() if name.startswith("net.")},
-    )
-    plain = Net()
-    plain.load_state_dict(weights)
-    export_weights(path, parts["net"], processes, ema=parts["ema"])
-    averaged = load_weights(path)[0]
-    assert set(averaged) == set(weights) and torch.equal(averaged["seen"], weights["seen"])
-    assert all(torch.equal(averaged[name], whole(shadow)) for name, shadow in parts["ema"].shadows.items())
-    assert not torch.equal(averaged["enter.weight"], weights["enter.weight"])
-    assert not list(path.parent.glob("*.tmp"))
-    copies = gathered(parts["net"])
-    copies["enter.weight"].zero_()
-    assert not torch.equal(gathered(parts["net"])["enter.weight"], copies["enter.weight"])
-
-
-def test_files_that_are_no_weights(tmp_path):
-    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
-    for name in ("broken", "absent"):
-        with pytest.raises(CheckpointError, match=f"{name}.safetensors is not a readable weights file"):
-            load_weights(tmp_path / f"{name}.safetensors")
-    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
-    assert load_weights(tmp_path / "foreign.safetensors")[1] == {}
 
 
 def test_state_json_is_readable_and_exact(processes, tmp_path):

@@ -16,7 +16,7 @@ def run(tmp_path):
 
 
 def discriminator(run, **options):
-    network = Discriminator(run.plain_network(), (0, 1), **options).double()
+    network = Discriminator(run.networks.plain(None), (0, 1), **options).double()
     torch.nn.init.normal_(network.heads.logit.weight)
     torch.nn.init.normal_(network.backbone.net.proj_out.weight)
     for block in network.backbone.net.blocks:
@@ -64,7 +64,7 @@ def sensitivity(run, network, of_frame: int) -> list[bool]:
     """Whether each frame of the clip changes this frame's logit (frame logits) or the logit (video)."""
     x = clip(run, 1).requires_grad_()
     sigma = torch.full((1, run.recipe.frames), 0.5, dtype=torch.float64)
-    logits = network(x, sigma, run.layout, run.window)
+    logits = network(x, sigma, None, run.layout, run.window)
     out = logits[0, of_frame] if logits.dim() == 2 else logits[0]
     (gradient,) = torch.autograd.grad(out, x)
     return (gradient.abs().amax((0, 2, 3, 4)) > 0).tolist()
@@ -88,8 +88,8 @@ def test_an_isolated_backbone_is_blind_to_time(run):
 
 def test_shapes(run):
     x, sigma = clip(run, 3), torch.rand(3, 7, dtype=torch.float64)
-    assert discriminator(run)(x, sigma, run.layout).shape == (3,)
-    assert discriminator(run, logits="frame", queries=2)(x, sigma, run.layout).shape == (3, 7)
+    assert discriminator(run)(x, sigma, None, run.layout).shape == (3,)
+    assert discriminator(run, logits="frame", queries=2)(x, sigma, None, run.layout).shape == (3, 7)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_shapes(run):
 )
 def test_bad_input(run, options, says):
     with pytest.raises(ValueError, match=says):
-        Discriminator(run.plain_network(), **{"layers": (0, 1), **options})
+        Discriminator(run.networks.plain(None), **{"layers": (0, 1), **options})
 
 
 def test_segments_must_divide():

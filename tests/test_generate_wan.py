@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from aadkern import StreamingCache, StreamingGenerator, Window, compat
 from aadkern.wan import CausalWan
 from aadkern.wan.vae import encode_image
-from aadkern_train import generate_wan as module
 from aadkern_train.cli import main
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.video import GrowingVideo, read_video
+from aadkern_train.generate import from_wan as module
 from aadkern_train.generate.from_wan import WanSettings, noise_levels, read_image
 from aadkern_train.generate.wan_parts import find_parts
 from tests.tiny_wan import CHANNELS, TRANSFORMER, save_tiny_wan
@@ -250,7 +250,7 @@ def refused(words, says, capsys, monkeypatch, tmp_path, folder, prompt=PROMPT):
     def never(*_args, **_kwargs):
         raise AssertionError("weights were loaded before the check")
 
-    monkeypatch.setattr(module, "embed_prompt", never)
+    monkeypatch.setattr(module, "embed_prompts", never)
     out = tmp_path / "a.mp4"
     out.write_bytes(b"an older video")
     capsys.readouterr()

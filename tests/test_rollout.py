@@ -10,6 +10,7 @@ import torch
 from aadkern import VideoLayout, Window
 from aadkern.streaming.context import CausalContext
 from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.rollout import rollout, stream, uniform
 from aadkern_train.run import Run
 from tests.tiny_runs import small_recipe
@@ -20,7 +21,7 @@ CHUNKS, WINDOW = (1, 2, 2, 2, 2), Window(5, sink=1)
 @pytest.fixture(params=["relative", "absolute"])
 def generator(request, tmp_path):
     run = Run.alone(small_recipe(f"network.rope={request.param}"), tmp_path)
-    network = run.plain_network().double()
+    network = run.networks.plain(None).double()
     torch.nn.init.normal_(network.net.proj_out.weight, std=0.3)
     return network
 
@@ -38,7 +39,7 @@ def noise_table(seed=3, batch=2):
 def roll(generator, steps=StepPlan(), **options):  # noqa: B008
     layout = VideoLayout(CHUNKS, 9)
     first = torch.randn(2, 1, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return rollout(generator, first, layout, WINDOW, noise_table(), steps, **options), first, layout
+    return rollout(generator, Condition(first), layout, WINDOW, noise_table(), steps, **options), first, layout
 
 
 def test_each_chunk_is_one_pass_over_its_clean_past(generator):
@@ -85,7 +86,7 @@ def test_the_gradient_stays_in_its_own_chunk(generator):
 
 def test_streaming_equals_the_rollout_and_goes_on(generator):
     made, first, _ = roll(generator)
-    chunks = stream(generator, first, WINDOW, itertools.repeat(2), noise_table(), StepPlan())
+    chunks = stream(generator, Condition(first), (1, 12, 12), WINDOW, itertools.repeat(2), noise_table(), StepPlan())
     with torch.no_grad():
         streamed = torch.cat([first[:, None], *itertools.islice(chunks, 12)], dim=1)
     torch.testing.assert_close(streamed[:, : made.x.shape[1]], made.x, rtol=1e-9, atol=1e-10)
@@ -101,3 +102,58 @@ def test_step_plans():
     for bad in ({"rest": ()}, {"rest": (0.5, 0.7)}, {"first": (1.2,)}, {"exit": -1}, {"exit": "random"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             StepPlan(**bad)
+
+
+@pytest.fixture(params=["relative", "absolute"])
+def reader(request, tmp_path):
+    """A network that reads captions."""
+    run = Run.alone(small_recipe(f"network.rope={request.param}"), tmp_path)
+    network = run.networks.plain(None).double()
+    torch.nn.init.normal_(network.net.proj_out.weight, std=0.3)
+    return network
+
+
+def told(first: bool, batch=2):
+    draw = torch.Generator().manual_seed(5)
+    image = torch.randn(batch, 1, 12, 12, dtype=torch.float64, generator=draw)
+    return Condition(image if first else None, torch.randn(batch, 3, 16, dtype=torch.float64, generator=draw))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_each_chunk_is_one_pass_under_its_caption(reader, first):
+    """Also in text to video, whose first chunk sees nothing before it."""
+    condition, noise = told(first), noise_table()
+    chunks = CHUNKS if first else CHUNKS[1:]
+    made = rollout(reader, condition, VideoLayout(chunks, 9), WINDOW, noise, StepPlan())
+    assert len(made.made) == len(CHUNKS) - 1
+    for number, chunk in enumerate(range(1 if first else 0, len(chunks)), start=1):
+        layout = VideoLayout(chunks[: chunk + 1], 9)
+        start, end = layout.chunk_frames(chunk)
+        x = torch.cat([made.x[:, :start], noise(number, 0)], dim=1)
+        sigma = torch.cat([torch.zeros(2, start), torch.ones(2, end - start)], dim=1).double()
+        with torch.no_grad():
+            whole = reader(x, sigma, condition.text, plan=CausalContext(layout, WINDOW))
+            other = reader(x, sigma, condition.text.flip(0), plan=CausalContext(layout, WINDOW))
+        torch.testing.assert_close(whole[:, start:], made.x[:, start:end], rtol=1e-8, atol=1e-9)
+        assert not torch.allclose(other[:, start:], made.x[:, start:end], atol=1e-4), "each row has its own caption"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_replay_and_streaming_agree_under_captions(reader, first):
+    condition, steps = told(first), StepPlan((1.0, 0.875), (1.0, 0.75))  # exact in float32
+    layout = VideoLayout(CHUNKS if first else CHUNKS[1:], 9)
+    recorded = rollout(reader, condition, layout, WINDOW, noise_table(), steps, with_grad=True)
+    gradient = torch.randn_like(recorded.x)
+    recorded.x.backward(gradient)
+    expected = {name: p.grad.clone() for name, p in reader.named_parameters() if p.grad is not None}
+    assert expected["net.blocks.0.attn2.to_k.weight"].abs().max() > 0
+    reader.zero_grad()
+    rollout(reader, condition, layout, WINDOW, noise_table(), steps).replay(gradient, reader)
+    for name, p in reader.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    chunks = stream(reader, condition, (1, 12, 12), WINDOW, itertools.repeat(2), noise_table(), steps)
+    given = [condition.first[:, None]] if first else []
+    with torch.no_grad():
+        streamed = torch.cat([*given, *itertools.islice(chunks, 4)], dim=1)
+    torch.testing.assert_close(streamed, recorded.x.detach(), rtol=1e-9, atol=1e-10)

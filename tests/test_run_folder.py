@@ -19,7 +19,7 @@ def test_a_new_run_has_its_parts(tmp_path):
     run = RunFolder.create(tmp_path / "a" / "run", Settings(steps=5))
     assert run.config(Settings) == Settings(steps=5)
     assert run.checkpoints.is_dir() and run.samples.is_dir() and run.weights("ode").parent.is_dir()
-    assert run.weights("ode").name == "ode.safetensors" and RunFolder.open(run.path).config(Settings).steps == 5
+    assert run.weights("ode").name == "ode" and RunFolder.open(run.path).config(Settings).steps == 5
     assert RunFolder.create(tmp_path / "other", Settings(), active=False).path.exists() is False
 
 

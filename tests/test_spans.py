@@ -76,7 +76,7 @@ def test_training_phases_are_marked(seen, tmp_path):
 
     spans.enable()
     with start("cpu") as world:
-        train(new_run(tmp_path / "run", world, "dmd.steps=1", "dmd_continued=0", "adversarial.steps=1", "evaluate.every=0"))
+        train(new_run(tmp_path / "run", world, "dmd.steps=1", "dmd_continued.steps=0", "adversarial.steps=1", "evaluate.every=0"))
     steps = {f"aadkern/{stage} step" for stage in ("pretrain", "ode", "dmd", "adversarial")}
     phases = ("rollout", "generator backward", "DMD gradient", "fake score", "discriminator", "adversarial gradient")
     assert set(seen) >= steps | {f"aadkern/{phase}" for phase in phases}

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from aadkern_train import trainer
 from aadkern_train.engine.processes import start
 from aadkern_train.engine.run_folder import RunFolder
+from aadkern_train.stages.pretrain import Pretrain
 from tests.tiny_runs import SMALL, new_run, small_recipe
 
 STAGES = ["pretrain", "ode", "dmd", "dmd_continued", "adversarial"]
@@ -35,8 +36,8 @@ def finished(tmp_path_factory):
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return {
-        f"{file.stem}/{name}": tensor
-        for file in sorted((path / "weights").glob("*.safetensors"))
+        f"{file.parent.name}/{name}": tensor
+        for file in sorted((path / "weights").glob("*/*.safetensors"))
         for name, tensor in load_file(file).items()
     }
 
@@ -54,13 +55,15 @@ def log_of(path: Path) -> list[dict]:
 
 
 def test_every_stage_leaves_its_weights_metrics_and_log(finished):
-    assert {f.stem for f in (finished / "weights").glob("*.safetensors")} == {*STAGES, "dmd.fake", "dmd_continued.fake"}
+    folders = {folder.name for folder in (finished / "weights").iterdir()}
+    assert folders == {*STAGES, "dmd.fake", "dmd_continued.fake", "random"}
     metrics = json.loads((finished / "metrics.json").read_text())
     assert list(metrics["stages"]) == STAGES[1:]
-    assert set(metrics["reference"]) == {"real", "static", "teacher"}
+    assert set(metrics["reference"]) == {"real", "static", "web", "teacher"}
     for stage in metrics["stages"].values():
         for part in (stage, stage["long"]):
             assert {"quality", "legal", "keep", "velocity_tv", "dynamic", "drift", "nll_excess"} <= part.keys()
+            assert {"obey", "wander", "contrast", "obey_by_direction"} <= part.keys()
     assert metrics["reference"]["real"]["legal"] == 100 and metrics["reference"]["static"]["dynamic"] == 0
     steps = {stage: sum("kind" not in line for line in log_of(finished) if line["stage"] == stage) for stage in STAGES}
     assert steps == {"pretrain": 3, "ode": 3, "dmd": 3, "dmd_continued": 1, "adversarial": 3}
@@ -71,7 +74,9 @@ def test_each_stage_moves_its_own_networks_and_no_other(finished):
     for stage, before in (("ode", "pretrain"), ("dmd", "ode"), ("dmd_continued", "dmd"), ("adversarial", "dmd")):
         name = "blocks.0.attn1.to_q.weight"
         assert not torch.equal(all_weights[f"{stage}/{name}"], all_weights[f"{before}/{name}"]), stage
-    assert torch.equal(all_weights["ode/blocks.0.attn2.to_q.weight"], all_weights["pretrain/blocks.0.attn2.to_q.weight"])
+        assert not torch.equal(
+            all_weights[f"{stage}/blocks.0.attn2.to_q.weight"], all_weights[f"{before}/blocks.0.attn2.to_q.weight"]
+        ), f"{stage} learns to read captions"
 
 
 KILLED = """
@@ -120,7 +125,7 @@ def test_killed_runs_resume_bit_for_bit(finished, tmp_path):
 def test_two_processes_train_like_one_and_one_resumes_them(tmp_path):
     """With AdamW at a small rate: Muon's orthogonal updates blow rounding up in so small a network (test_optim compares those)."""
     path, gentle = tmp_path / "two", "{kind: adamw, lr: 1.0e-4, warmup_steps: 0}"
-    shorter = ["adversarial.steps=0", "dmd_continued=0", f"pretrain.optimiser={gentle}", f"ode.optimiser={gentle}"]
+    shorter = ["adversarial.steps=0", "dmd_continued.steps=0", f"pretrain.optimiser={gentle}", f"ode.optimiser={gentle}"]
     shorter += ["dmd.generator.lr=1e-4", "dmd.fake.lr=1e-4"]
     with start("cpu") as processes:
         trainer.train(new_run(tmp_path / "one", processes, *shorter))
@@ -135,7 +140,7 @@ def test_two_processes_train_like_one_and_one_resumes_them(tmp_path):
         for name in line:
             if name not in ("stage", "step"):
                 assert line[name] == pytest.approx(one[key][name], rel=1e-3, abs=1e-5), (key, name)
-    (path / "weights" / "dmd.safetensors").unlink()  # as if killed before stage II's end; its checkpoint is of two processes
+    shutil.rmtree(path / "weights" / "dmd")  # as if killed before stage II's end; its checkpoint is of two processes
     with start("cpu") as processes:
         from aadkern_train.run import Run
 
@@ -151,8 +156,8 @@ def test_accumulated_parts_give_the_whole_batchs_losses(finished, tmp_path):
             tmp_path / "parts", processes, "pretrain={steps: 2, accumulate: 2}", "ode.accumulate=4", "adversarial.accumulate=2"
         )
         shutil.copytree(finished / "weights", tmp_path / "parts" / "weights", dirs_exist_ok=True)
-        shutil.copy(finished / "ode_pairs.safetensors", tmp_path / "parts")
-        values = {name: trainer.MAKERS[name](run).train_step(0) for name in ("pretrain", "ode", "adversarial")}
+        shutil.copytree(finished / "pairs", tmp_path / "parts" / "pairs")
+        values = {name: trainer.make_stage(run, name).train_step(0) for name in ("pretrain", "ode", "adversarial")}
     for stage, ours in values.items():
         theirs = next(line for line in log_of(finished) if line["stage"] == stage and line["step"] == 0)
         for name in ours:
@@ -165,8 +170,7 @@ def test_replayed_steps_are_recorded_steps(finished, tmp_path, stage):
     with start("cpu") as processes:
         run = new_run(tmp_path / "replay", processes, f"{stage}.replay=true")
         shutil.copytree(finished / "weights", tmp_path / "replay" / "weights", dirs_exist_ok=True)
-        shutil.copy(finished / "ode_pairs.safetensors", tmp_path / "replay")
-        values = trainer.MAKERS[stage](run).train_step(0)
+        values = trainer.make_stage(run, stage).train_step(0)
     recorded = next(line for line in log_of(finished) if line["stage"] == stage and line["step"] == 0)
     for name in values:
         assert values[name] == pytest.approx(recorded[name], rel=1e-4, abs=1e-6), name
@@ -174,7 +178,7 @@ def test_replayed_steps_are_recorded_steps(finished, tmp_path, stage):
 
 def test_the_other_settings_run_too(tmp_path):
     """The exact teacher, two passes per chunk (three for the first), and the paper's ablation of the discriminator."""
-    options = ["teacher=exact", "levels=[1.0, 0.8333]", "first_levels=[1.0, 0.9, 0.8]", "adversarial.relativistic=true"]
+    options = ["models.teacher=exact", "levels=[1.0, 0.8333]", "first_levels=[1.0, 0.9, 0.8]", "adversarial.relativistic=true"]
     options += ["adversarial={backbone: causal, logits: frame, generator_per_discriminator: 2, image_clean: false}"]
     with start("cpu") as processes:
         run = new_run(tmp_path / "others", processes, *options, "pretrain.steps=1", "evaluate={every: 0, final_clips: 4}")
@@ -189,7 +193,8 @@ def test_stage_two_stops_when_motion_collapses(finished, tmp_path, monkeypatch):
         shutil.copytree(finished / "weights", tmp_path / "stop" / "weights", dirs_exist_ok=True)
         dynamics = iter([90.0, 95.0, 80.0, 99.0, 99.0, 99.0])
         monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: ({"dynamic": next(dynamics)}, {}))
-        stage = trainer.MAKERS["dmd"](run)
+        stage = trainer.make_stage(run, "dmd")
+        monkeypatch.setattr(trainer, "steering", lambda *args: {})
         trainer.train_stage(run, stage, trainer.Checkpoints(run.folder.checkpoints, processes))
         assert trainer.read_metrics(run)["steps"]["dmd"] == 3, "80 is below 0.9 of the best, 95"
         assert any(line.get("kind") == "note" for line in run.folder.read_log())
@@ -198,7 +203,7 @@ def test_stage_two_stops_when_motion_collapses(finished, tmp_path, monkeypatch):
 def test_losses_that_leave_the_numbers_stop_the_run(tmp_path, monkeypatch):
     with start("cpu") as processes:
         run = new_run(tmp_path / "nan", processes)
-        monkeypatch.setattr(trainer.Pretrain, "train_step", lambda self, step: {"loss": float("nan")})
+        monkeypatch.setattr(Pretrain, "train_step", lambda self, step: {"loss": float("nan")})
         with pytest.raises(FloatingPointError, match="pretrain, step 0: loss"):
             trainer.train(run)
 
@@ -212,7 +217,7 @@ def test_losses_that_leave_the_numbers_stop_the_run(tmp_path, monkeypatch):
         (["digits", "window=4"], "window must hold"),
         (["digits", "chunks=[4,4]"], "chunks must start"),
         (["digits", "adversarial.layers=[1,9]"], "adversarial.layers"),
-        (["clips", "teacher=exact"], "teacher can be exact only for digits"),
+        (["clips", "models.teacher=exact"], "models.teacher can be exact only for digits"),
         (["resume=/nowhere"], "holds no run"),
     ],
 )
@@ -243,7 +248,7 @@ def test_generate_streams_from_a_checkpoint(finished, tmp_path, name):
     frames, _ = read_video(tmp_path / name)
     assert frames.shape[0] == 1 + 9 * 2 and frames.float().std() > 0
     again = ["--image", str(tmp_path / name), "--chunks", "1", "--out", str(tmp_path / "b.gif")]
-    assert main(["generate", "--checkpoint", str(finished / "weights" / "dmd.safetensors"), *again]) == 0
+    assert main(["generate", "--checkpoint", str(finished / "weights" / "dmd"), *again]) == 0
 
 
 @pytest.mark.parametrize(
@@ -253,7 +258,7 @@ def test_generate_streams_from_a_checkpoint(finished, tmp_path, name):
         (["--checkpoint", "{run}", "--chunks", "0"], "chunks"),
         (["--checkpoint", "{run}", "--out", "a.txt"], "out must end"),
         (["--checkpoint", "{run}", "--image", "/nowhere.png"], "image"),
-        (["--checkpoint", "{run}/weights/pretrain.safetensors"], "no causal generator"),
+        (["--checkpoint", "{run}/weights/pretrain"], "no network that streams"),
     ],
 )
 def test_generate_explains_itself(finished, words, says, capsys):

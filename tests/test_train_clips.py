@@ -19,7 +19,7 @@ SMALL = [
     "ode={steps: 2, batch: 2, pairs: 4, solver_steps: 2}",
     "dmd={steps: 2, batch: 2, fake_per_generator: 1}",
     "adversarial={steps: 1, batch: 2, discriminator_first: 1, layers: [0, 1]}",
-    "evaluate={every: 0, final_clips: 4, show: 2, batch: 4}",
+    "evaluate={every: 0, final_clips: 4, show: 2, batch: 4, teacher_steps: 2}",
 ]
 
 
@@ -45,7 +45,7 @@ def test_a_folder_of_videos_through_all_stages(tmp_path, capsys):
     assert frames.shape == (7, 256, 256, 3)
 
 
-@pytest.mark.parametrize("words, says", [([], "path"), (["data.path=/nowhere"], "/nowhere")])
+@pytest.mark.parametrize("words, says", [([], "data.path must name a folder"), (["data.path=/nowhere"], "/nowhere")])
 def test_a_folder_without_videos_is_explained(words, says, tmp_path, capsys):
     assert main(["train", "clips", f"out={tmp_path / 'run'}", *words, *SMALL]) == 2
     assert says in capsys.readouterr().err
