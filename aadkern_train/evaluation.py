@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.flow import integrate_ode, sigma_schedule
-from aadkern_train.generate.prompts import TURNS, turn_to
 from aadkern_train.networks.conditions import Condition
-from aadkern_train.networks.rollout import stream, streaming
+from aadkern_train.networks.rollout import TURNS, stream, streaming, turn_to
 from aadkern_train.run import Run
 
 SOLVER_SHIFT = 5.0  # of the teacher's own samples

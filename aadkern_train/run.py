@@ -48,7 +48,7 @@ class Run:
     @cached_property
     def networks(self) -> Networks:
         """The makers of networks."""
-        return Networks(self.recipe, self.processes, self.folder, self.world)
+        return Networks(self.recipe, self.processes, self.folder, self.world.frame_shape, self.world.null)
 
     def teacher(self, guidance: float = 1.0) -> Teacher:
         """Whom stages I and II distil, under a guidance scale."""

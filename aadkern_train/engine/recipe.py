@@ -5,6 +5,7 @@ The recipes themselves, with their figures and reasons, are in ``recipes.py``.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -12,7 +13,6 @@ from pydantic import Field, model_validator
 from aadkern.plans import Window
 from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.engine.config import Choice, Config, one_of
-from aadkern_train.worlds.base import WorldSettings
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -47,6 +47,23 @@ class ModelsSettings(Config):
     given: Literal["clean", "noised"] = "clean"  # how the teacher was trained to see a given first frame (Wan's T2V: noised)
     fake: str | None = None  # what the fake score starts from; None: the teacher, or the generator where that is exact
     discriminator: str | None = None  # the discriminator's backbone; None: the teacher, or "pretrain" where that is exact
+
+
+class WorldSettings(Choice):
+    """Base of the settings of a kind of world; each stands beside its world, with how that is opened."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises ValueError, naming the setting, where the recipe asks for what the world does not have."""
+
+    @property
+    def words(self) -> bool:
+        """Whether its clips have captions."""
+        return False
+
+    def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> Any:
+        """The world of these settings (``worlds.base.World``), for training clips of ``frames``; what it must keep lies in
+        ``folder``. Without ``clips`` it need not be able to give any: for streaming into a world whose data are elsewhere."""
+        raise NotImplementedError
 
 
 class StageSettings(Choice):

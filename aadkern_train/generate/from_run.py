@@ -15,10 +15,10 @@ from torch import Tensor
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.video import SUFFIXES, GrowingVideo, frame_rate, write_video
-from aadkern_train.generate.prompts import TURNS, changes, turn_to
+from aadkern_train.generate.prompts import changes
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.folders import facts, load
-from aadkern_train.networks.rollout import streaming
+from aadkern_train.networks.rollout import TURNS, streaming, turn_to
 from aadkern_train.recipes import read_recipe
 from aadkern_train.worlds.base import World
 

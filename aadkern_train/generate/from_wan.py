@@ -19,8 +19,9 @@ from torch import Tensor
 from aadkern import StreamingCache, StreamingGenerator, Window
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.video import GrowingVideo
-from aadkern_train.generate.prompts import TURNS, changes, turn_to
+from aadkern_train.generate.prompts import changes
 from aadkern_train.generate.wan_parts import WanParts, find_parts
+from aadkern_train.networks.rollout import TURNS, turn_to
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_STEPS = 100

@@ -1,15 +1,8 @@
-"""A prompt and its changes on the way, as the command line gives them."""
+"""Changes of a prompt on the way, as the command line gives them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
-
-TURNS = ("kept", "recached", "restarted")
-"""What becomes of what is in view when the prompt changes: it stays, its keys and values are made anew under the new prompt, or its
-last frame starts a video of its own."""
 
 
 def changes(then: Sequence[str], chunks: int) -> dict[int, str]:
@@ -29,8 +22,3 @@ def changes(then: Sequence[str], chunks: int) -> dict[int, str]:
             raise ValueError(f"then must name later and later chunks, got {chunk} after {max(found)}")
         found[chunk] = prompt.strip()
     return found
-
-
-def turn_to(generator: Any, text: Tensor, turn: str) -> None:
-    """Gives a ``StreamingGenerator`` its next text in one of the ``TURNS``."""
-    generator.set_text(text, recache=turn == "recached", restart=turn == "restarted")

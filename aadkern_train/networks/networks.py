@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aadkern.plans import VideoLayout, bidirectional
 from aadkern.wan import CausalWan
@@ -17,7 +17,6 @@ from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import export, load, write_folder
 from aadkern_train.networks.teacher import Teacher
-from aadkern_train.worlds.base import World
 
 PLAIN_TEXT_DIM = 8  # of networks in a world without words, whose cross-attention never runs
 
@@ -25,8 +24,11 @@ PLAIN_TEXT_DIM = 8  # of networks in a world without words, whose cross-attentio
 class Networks:
     """Makes the networks of one run, sharded over its processes."""
 
-    def __init__(self, recipe: Recipe, processes: Processes, folder: RunFolder, world: World) -> None:
-        self.recipe, self.processes, self.folder, self.world = recipe, processes, folder, world
+    def __init__(
+        self, recipe: Recipe, processes: Processes, folder: RunFolder, frame_shape: tuple[int, int, int], null: Tensor | None
+    ) -> None:
+        """``frame_shape`` (C, H, W) and the ``null`` text [1, T, text_dim], None without words, are the world's."""
+        self.recipe, self.processes, self.folder, self.frame_shape, self.null = recipe, processes, folder, frame_shape, null
 
     def source(self, name: str | None) -> Path:
         """The folder of a network: an earlier stage's weights by its name (``<stage>.<learner>``: another of its networks), a
@@ -39,7 +41,7 @@ class Networks:
     def plain(self, name: str | None) -> Denoiser:
         """A network on the CPU, whole, ready to be changed before it is sharded."""
         denoiser = load(self.source(name))
-        freeze_unused(denoiser.net, words=self.world.null is not None)
+        freeze_unused(denoiser.net, words=self.null is not None)
         return denoiser
 
     def make(self, name: str | None, *, frozen: bool = False) -> Denoiser:
@@ -52,7 +54,7 @@ class Networks:
     def teacher(self, name: str, guidance: float, layout: VideoLayout) -> Teacher:
         """A frozen network as a teacher of clips of this layout."""
         network, plan = self.make(name, frozen=True), bidirectional(layout)
-        return Teacher(lambda x, sigma, text: network(x, sigma, text, plan=plan), guidance, self.world.null)
+        return Teacher(lambda x, sigma, text: network(x, sigma, text, plan=plan), guidance, self.null)
 
     def fake(self, start: str | None) -> str | None:
         """The source of a fake score for a generator that started from ``start``."""
@@ -81,13 +83,14 @@ class Networks:
     def _random(self) -> Path:
         path = self.folder.weights("random")
         if not path.exists():
-            self.processes.on_main(lambda: write_random(path, self.recipe, self.world))
+            text_dim = PLAIN_TEXT_DIM if self.null is None else self.null.shape[-1]
+            self.processes.on_main(lambda: write_random(path, self.recipe, self.frame_shape, text_dim))
         return path
 
 
-def write_random(path: Path, recipe: Recipe, world: World) -> None:
+def write_random(path: Path, recipe: Recipe, frame_shape: tuple[int, int, int], text_dim: int) -> None:
     """Writes a network of the recipe's shape whose weights are a function of the run's seed."""
-    settings, (channels, height, width) = recipe.network, world.frame_shape
+    settings, (channels, height, width) = recipe.network, frame_shape
     rows, columns = height // settings.patch, width // settings.patch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Draws(recipe.seed).integers("weights", [0], 2**31).item())
@@ -97,7 +100,7 @@ def write_random(path: Path, recipe: Recipe, world: World) -> None:
             attention_head_dim=settings.head_dim,
             in_channels=channels,
             out_channels=channels,
-            text_dim=PLAIN_TEXT_DIM if world.null is None else world.null.shape[-1],
+            text_dim=text_dim,
             freq_dim=64,
             ffn_dim=settings.ffn,
             num_layers=settings.layers,

@@ -163,3 +163,13 @@ def stream(
     chunks = made.chunks(lambda number, step: noise(number, step).transpose(1, 2), first_frame=first)
     for _, chunk in zip(sizes, chunks, strict=False):
         yield chunk.transpose(1, 2)
+
+
+TURNS = ("kept", "recached", "restarted")
+"""What becomes of what is in view when the prompt changes: it stays, its keys and values are made anew under the new prompt, or its
+last frame starts a video of its own."""
+
+
+def turn_to(stream: StreamingGenerator, text: Tensor, turn: str) -> None:
+    """Gives a stream its next text in one of the ``TURNS``."""
+    stream.set_text(text, recache=turn == "recached", restart=turn == "restarted")

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from aadkern_train.engine.config import Choice
 from aadkern_train.networks.conditions import Condition
 
 SPLITS = ("train", "curated", "test")
@@ -94,20 +93,3 @@ class World(Protocol):
     def describe(self, condition: Condition) -> list[str] | None:
         """A condition's text in words, where the world can say it."""
         ...
-
-
-class WorldSettings(Choice):
-    """Base of the settings of a kind of world; each stands beside its world, with how that is opened."""
-
-    def check(self, recipe: Any) -> None:
-        """Raises ValueError, naming the setting, where the recipe asks for what the world does not have."""
-
-    @property
-    def words(self) -> bool:
-        """Whether its clips have captions."""
-        return False
-
-    def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> World:
-        """The world of these settings, for training clips of ``frames``; what it must keep lies in ``folder``. Without ``clips``
-        it need not be able to give any: for streaming into a world whose data are elsewhere."""
-        raise NotImplementedError

@@ -6,16 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.recipe import Recipe, WorldSettings
 from aadkern_train.engine.video import write_video
 from aadkern_train.networks.conditions import Condition
-from aadkern_train.worlds.base import SPLITS, Metric, WorldSettings
+from aadkern_train.worlds.base import SPLITS, Metric
 from aadkern_train.worlds.generic_metrics import METRICS, measure_generic
 from aadkern_train.worlds.patch_latents import PatchLatents
 from aadkern_train.worlds.video_folder import VideoFolder, decode
@@ -43,7 +44,7 @@ class ClipsData(WorldSettings):
     patch: Count = 4  # pixels per side of a latent's patch
     channels: Count = 16  # principal components kept of the 3 patch^2 numbers in a patch
 
-    def check(self, recipe: Any) -> None:
+    def check(self, recipe: Recipe) -> None:
         if recipe.models.teacher == "exact":
             raise ValueError("models.teacher can be exact only for digits; a folder of videos has no known law")
         if recipe.task == "t2v":

@@ -12,9 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from aadkern_train.engine.recipe import Recipe, WorldSettings
 from aadkern_train.engine.video import read_video
 from aadkern_train.networks.conditions import Condition
-from aadkern_train.worlds.base import Metric, WorldSettings
+from aadkern_train.worlds.base import Metric
 from aadkern_train.worlds.digits_captions import VELOCITIES, Captions
 from aadkern_train.worlds.digits_law import DigitsLaw
 from aadkern_train.worlds.digits_metrics import METRICS, measure, obey_of
@@ -35,7 +36,7 @@ class DigitsData(WorldSettings):
     blur: Share = 0.7  # of the clips that networks are pretrained on
     curated_keep: Share = 1.0  # keep, in the sharp clips that stage III shows its discriminator
 
-    def check(self, recipe: Any) -> None:
+    def check(self, recipe: Recipe) -> None:
         if recipe.task == "t2v" and not self.captions:
             raise ValueError("task must be i2v where data.captions is false: nothing else says what to generate")
 
