@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("av")
 
 from aadkern_train.engine.video import write_video
+from aadkern_train.networks.conditions import Condition
 from aadkern_train.worlds import video_folder
 from aadkern_train.worlds.clips import ClipsWorld, make_example_videos
 from aadkern_train.worlds.generic_metrics import frechet_distance, measure_generic
@@ -257,8 +258,8 @@ def test_generic_metrics_see_what_is_wrong(world: ClipsWorld) -> None:
 
 def test_measure_works_on_latents(world: ClipsWorld) -> None:
     x = world.clips(range(8), 6)
-    assert world.measure(x, x)["frechet"] < 1e-6
-    assert world.measure(x[:, :1].expand_as(x), x)["dynamic"] == 0
+    assert world.measure(x, Condition(), x)["frechet"] < 1e-6
+    assert world.measure(x[:, :1].expand_as(x), Condition(), x)["dynamic"] == 0
     with pytest.raises(ValueError, match="x must be RGB videos"):
         measure_generic(world.to_rgb(x), world.to_rgb(x)[:, :1])
     with pytest.raises(TypeError, match="real must be uint8"):
