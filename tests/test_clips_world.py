@@ -180,7 +180,7 @@ def test_bad_arguments(tmp_path: Path, change: dict, message: str) -> None:
 
 
 def test_bad_requests(world: ClipsWorld) -> None:
-    with pytest.raises(ValueError, match="train, test"):
+    with pytest.raises(ValueError, match="train, curated, test"):
         world.clips([0], 4, "validation")
     with pytest.raises(ValueError, match=r"frames must lie in \[1, 30\]"):
         world.clips([0], 31)

@@ -239,6 +239,11 @@ def test_an_existing_run_is_not_overwritten(finished, capsys):
     assert "keeps its settings" in capsys.readouterr().err
 
 
+def run_words(path: Path) -> str:
+    """A caption of the run's world."""
+    return json.loads((path / "metrics.json").read_text())["captions"][0]
+
+
 @pytest.mark.parametrize("name", ["clip.gif", "clip.mp4"])
 def test_generate_streams_from_a_checkpoint(finished, tmp_path, name):
     from aadkern_train.cli import main
@@ -248,7 +253,13 @@ def test_generate_streams_from_a_checkpoint(finished, tmp_path, name):
     frames, _ = read_video(tmp_path / name)
     assert frames.shape[0] == 1 + 9 * 2 and frames.float().std() > 0
     again = ["--image", str(tmp_path / name), "--chunks", "1", "--out", str(tmp_path / "b.gif")]
-    assert main(["generate", "--checkpoint", str(finished / "weights" / "dmd"), *again]) == 0
+    weights = ["--checkpoint", str(finished / "weights" / "dmd")]
+    assert main(["generate", *weights, *again]) == 2, "a generator that was trained on captions wants one"
+    words = run_words(finished)
+    assert main(["generate", *weights, *again, "--prompt", words]) == 0
+    turned = [*weights, "--prompt", words, "--chunks", "3", "--out", str(tmp_path / "c.mp4"), "--then", "2:moving up"]
+    assert main(["generate", *turned, "--turn", "restarted"]) == 0
+    assert read_video(tmp_path / "c.mp4")[0].shape[0] == 7
 
 
 @pytest.mark.parametrize(
@@ -259,6 +270,12 @@ def test_generate_streams_from_a_checkpoint(finished, tmp_path, name):
         (["--checkpoint", "{run}", "--out", "a.txt"], "out must end"),
         (["--checkpoint", "{run}", "--image", "/nowhere.png"], "image"),
         (["--checkpoint", "{run}/weights/pretrain"], "no network that streams"),
+        (["--checkpoint", "{run}", "--prompt", "a dog"], "has the word 'dog'; this world's words are"),
+        (["--checkpoint", "{run}", "--then", "3"], "then must be CHUNK:PROMPT"),
+        (["--checkpoint", "{run}", "--then", "1:moving up"], "then must name a chunk from 2"),
+        (["--checkpoint", "{run}", "--chunks", "4", "--then", "3:moving up", "--then", "2:moving left"], "later and later"),
+        (["--checkpoint", "{run}", "--index", "-1"], "index must be at least 0"),
+        (["--checkpoint", "{run}", "--prompt", "moving up", "--index", "9999"], "index must be below"),
     ],
 )
 def test_generate_explains_itself(finished, words, says, capsys):

@@ -1,0 +1,89 @@
+"""The training layer's house rules: imports lead down, no circle of files, and who may name a stage or a metric."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from aadkern_train.recipes import RECIPES, make_recipe
+from aadkern_train.stages import KINDS
+from aadkern_train.worlds.digits_metrics import METRICS as DIGITS
+from aadkern_train.worlds.generic_metrics import METRICS as GENERIC
+from tests.test_contracts import ROOT, imports, module_name
+
+HALL = ROOT / "aadkern_train"
+FILES = sorted(HALL.rglob("*.py"))
+# Who stands on whom: a room imports its own files and those of rooms before it.
+ROOMS = ("diffusion", "engine", "learning", "networks", "worlds", "report", "run", "stages", "recipes", "generate", "evaluation")
+ORDER = {name: place for place, name in enumerate((*ROOMS, "trainer", "cli"))}
+NAMELESS = ("trainer.py", "evaluation.py", "cli.py", "run.py", "engine", "generate", "report", "learning", "diffusion")
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if module.count(".") else ""
+
+
+def arrows(path: Path) -> set[str]:
+    """The files of the training layer that a file imports, wherever in its code."""
+    modules = {module_name(file) for file in FILES}
+    return {name for name in imports(path) if name in modules and name != module_name(path) and room(name)}
+
+
+def test_imports_lead_down_from_room_to_room():
+    assert {room(module_name(path)) for path in FILES} - {""} == set(ORDER)
+    up = [
+        f"{module_name(path)} -> {name}"
+        for path in FILES
+        for name in arrows(path)
+        if room(module_name(path)) and ORDER[room(name)] > ORDER[room(module_name(path))]
+    ]
+    assert up == []
+
+
+def test_there_is_no_circle_of_files():
+    graph = {module_name(path): arrows(path) for path in FILES if path.name != "__init__.py"}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name in done:
+            return
+        for other in graph.get(name, ()):
+            visit(other, (*trail, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def words(path: Path) -> set[str]:
+    """The texts in a file's code, docstrings aside."""
+    tree = ast.parse(path.read_text())
+    documented = {
+        ast.get_docstring(node, clean=False)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+    }
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return texts - documented
+
+
+@pytest.mark.parametrize("place", NAMELESS)
+def test_what_serves_all_stages_names_none_and_no_metric(place):
+    stages = {name for recipe in RECIPES for name in make_recipe(recipe).stages}
+    named = (set(KINDS) | stages | set(DIGITS) | set(GENERIC)) - {"motion"}
+    files = sorted((HALL / place).rglob("*.py")) if (HALL / place).is_dir() else [HALL / place]
+    assert files and {path.name: found for path in files if (found := words(path) & named)} == {}
+
+
+def test_a_stage_is_named_in_its_own_file_and_in_recipes_alone():
+    for kind in KINDS:
+        naming = {path.relative_to(HALL).as_posix() for path in FILES if kind in words(path)}
+        assert naming <= {f"stages/{kind}.py", "recipes.py", "engine/recipe.py", "networks/networks.py", *starts(kind)}, kind
+
+
+def starts(kind: str) -> set[str]:
+    """Files of the stages whose default start it is."""
+    return {f"stages/{other}.py" for other, stage in KINDS.items() if stage.Settings.model_fields["start"].default == kind}
