@@ -13,9 +13,9 @@ import torch
 from aadkern.plans import VideoLayout, Window, block_causal
 from aadkern_train.report import write_contact_sheet
 from aadkern_train.report.charts import Series, line_chart, log_ticks, plain, thinned, ticks
+from aadkern_train.report.facts import clock
 from aadkern_train.report.images import data_uri, jpeg, png, sprite_sheet, strip, tiled
 from aadkern_train.report.plan_picture import cells
-from aadkern_train.report.tables import clock
 
 
 def decode_png(data: bytes) -> np.ndarray:
