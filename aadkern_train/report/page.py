@@ -34,7 +34,7 @@ def page(run: RunRecord) -> str:
     """The whole page as HTML."""
     missing: list[str] = list(run.problems)
     sections = [
-        _section("In short", "".join(f"<p>{escape(line)}</p>" for line in summary(run)), [], ""),
+        _section("In short", _in_short(run), [], ""),
         _section("The run", _run(run), missing),
         _section("Stages beside real video", _tables(run), missing, "no final metrics are recorded"),
         _section("A measure in its parts", part_tables(run), [], ""),
@@ -89,6 +89,12 @@ def _section(title: str, content: str, missing: list[str], absent: str = "") -> 
             missing.append(f"{title} ({absent}).")
         return ""
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
+
+
+def _in_short(run: RunRecord) -> str:
+    first, *lines = summary(run) or [""]
+    listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<p>{escape(first)}</p><ul class="summary">{listed}</ul>' if lines else ""
 
 
 def _run(run: RunRecord) -> str:

@@ -28,6 +28,8 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.0
 h2 { font-size: 1.3rem; margin: 3rem 0 .4rem; padding-top: 1.2rem; border-top: 1px solid var(--rule); }
 h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; }
 p { max-width: 46rem; margin: .4rem 0 .9rem; }
+ul.summary { max-width: 46rem; padding-left: 1.2rem; margin: .4rem 0; }
+ul.summary li { margin-bottom: .5rem; }
 .problems { color: var(--soft); font-size: .9rem; }
 pre {
   font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-x: auto;
@@ -45,6 +47,7 @@ thead th span, tbody th span { font-weight: 400; color: var(--soft); }
 .narrow thead th { white-space: normal; }
 tbody th:first-child, thead th:first-child { position: sticky; left: 0; background: var(--page); }
 tbody th { font-weight: 500; }
+tbody th:has(.swatch) { padding-left: 1.3rem; text-indent: -1.1rem; }
 tr.reference { color: var(--soft); }
 tr:not(.reference) + tr.reference > * { border-top: 2px solid var(--rule); }
 td.best b {
@@ -129,8 +132,10 @@ svg text.band { fill: var(--ink); font-weight: 600; }
   main { padding: 1.4rem .9rem 3rem; }
   h1 { font-size: 1.55rem; }
   th, td { padding: .4rem .45rem; }
-  tbody th { white-space: normal; min-width: 6.5rem; }
-  table.narrow { min-width: 0; width: 100%; }
+  tbody th { white-space: normal; min-width: 7.5rem; }
+  table.narrow { min-width: 0; width: 100%; font-size: .86rem; }
+  .narrow tbody th { min-width: 0; }
+  .narrow th, .narrow td { padding: .4rem .25rem; }
   .strips { grid-template-columns: minmax(0, 1fr); gap: .1rem; }
   .strips img { margin-bottom: .5rem; }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aadkern_train.report.comparison import compared, in_words, sentence
+from aadkern_train.report.measures import DASH
 from aadkern_train.report.reading import RunRecord
 
 COLUMNS = 7  # measures in the plain-text table
@@ -16,21 +17,27 @@ def summary(run: RunRecord) -> list[str]:
     for name, stage in run.stages.items():
         started = _against(run, name, stage.start, "from")
         if started:
-            lines.append(f"{stage.title} against {run.label(stage.start or '')}, where it started, {started}")
+            lines.append(f"{stage.title}, which went on from {run.label(stage.start or '')}, is {started}")
         elif any(name in run.rows(long)[0] for long in (True, False)):
             lines.append(_alone(run, name))
         beside = _against(run, name, stage.versus, "beside") if stage.versus != stage.start else ""
         if beside:
-            lines.append(f"{stage.title} beside {run.label(stage.versus or '')} {beside}")
-    return lines
+            lines.append(f"{stage.title} beside {run.label(stage.versus or '')} is {beside}")
+    usual = run.length_words(bool(run.rows(True)[0]))
+    return [f"The stages, streaming {usual}:", *lines] if lines else []
 
 
 def _against(run: RunRecord, name: str, other: str | None, joint: str) -> str:
     for long in (True, False):
         rows = compared(run, name, other, long) if other else []
         if any(row.verdict for row in rows):
-            return f"{run.length_words(long)}: {sentence(run, rows, joint, LOSSES)}"
+            return _unusual(run, long) + sentence(run, rows, joint, LOSSES)
     return ""
+
+
+def _unusual(run: RunRecord, long: bool) -> str:
+    """The length, where the first line says another."""
+    return "" if long == bool(run.rows(True)[0]) else f"{run.length_words(long)} "
 
 
 def _alone(run: RunRecord, name: str) -> str:
@@ -42,7 +49,7 @@ def _alone(run: RunRecord, name: str) -> str:
     for key in run.measures.in_order(row)[:3]:
         known = f" (real {run.measures.shown(key, real[key])})" if key in real else ""
         figures.append(f"{run.measures[key].name} {run.measures.shown(key, row[key])}{known}")
-    return f"{run.stages[name].title} {run.length_words(long)}: {in_words(figures)}."
+    return f"{run.stages[name].title} {_unusual(run, long)}has {in_words(figures)}."
 
 
 def text_table(run: RunRecord) -> str:
@@ -54,7 +61,7 @@ def text_table(run: RunRecord) -> str:
     table = [["", *(run.measures[key].name for key in keys)]]
     for name in dict.fromkeys([*short, *long]):
         cells = [[run.measures.shown(key, rows.get(name, {}).get(key)) for rows in (short, long)] for key in keys]
-        table.append([run.label(name), *("/".join(pair) if long else pair[0] for pair in cells)])
+        table.append([run.label(name), *(_cell(*pair) if long else pair[0] for pair in cells)])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in table]
     ways = {
@@ -63,3 +70,7 @@ def text_table(run: RunRecord) -> str:
     better = "; ".join(f"{way}: {', '.join(names)}" for way, names in ways.items() if names)
     lengths = f"Trained length/{run.long_words} that. " if long else ""
     return "\n".join([*(line.rstrip() for line in lines), f"{lengths}Better is {better}."])
+
+
+def _cell(trained: str, long: str) -> str:
+    return DASH if trained == long == DASH else f"{trained}/{long}"
