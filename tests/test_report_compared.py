@@ -51,7 +51,7 @@ def small_run(folder: Path, rows: dict[str, dict[str, Any]], stages: dict[str, A
 def tables(html: str) -> list[tuple[str, list[str], dict[str, list[str]]]]:
     """(the heading before it, its head, its rows) of each table; a marked cell has a star."""
     found, heading = [], ""
-    for part in re.findall(r"<h[23]>.*?</h[23]>|<table.*?</table>", html, re.DOTALL):
+    for part in re.findall(r"<h[23]>.*?</h[23]>|<table.*?</table>", html.replace("\u00a0", " "), re.DOTALL):
         if part.startswith("<h"):
             heading = unescape(re.sub("<[^>]+>", "", part))
             continue

@@ -125,4 +125,5 @@ def test_log_axis_only_where_values_need_it() -> None:
     assert "(log)" in line_chart("a", [Series("s", steep, "blue")], y_label="loss")
     assert "(log)" not in line_chart("a", [Series("s", flat, "blue")], y_label="loss")
     assert "(log)" not in line_chart("a", [Series("s", [*steep, (5, -1.0)], "blue")], y_label="loss")
+    assert "(log)" not in line_chart("a", [Series("s", steep, "blue")], y_label="loss", may_be_log=False)
     assert line_chart("a", [Series("s", [], "blue")]) == ""

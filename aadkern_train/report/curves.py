@@ -93,7 +93,9 @@ def metric_charts(run: RunRecord, long: bool) -> str:
         ]
         levels = [(run.label(name), row[key], run.colour(name)) for name, row in references.items() if key in row]
         title = f"{run.measures[key].name} {run.measures.arrow(key)}"
-        charts.append(line_chart(title, series, "step within the stage", "", levels, bands, ticks, with_legend=False))
+        charts.append(
+            line_chart(title, series, "step within the stage", "", levels, bands, ticks, with_legend=False, may_be_log=False)
+        )
         names |= dict.fromkeys((line.name, line.colour, line.dashed) for line in series if line.points)
     names |= dict.fromkeys((run.label(name), run.colour(name), True) for name in references)
     return legend(list(names)) + _grid(charts)
@@ -126,7 +128,9 @@ def segment_charts(run: RunRecord, long: bool) -> str:
             dashed = name in run.references or name in controls(run)
             series.setdefault(key, []).append(Series(run.label(name), points, run.colour(name), dashed))
     ordered = run.measures.in_order(series)
-    charts = [line_chart(run.measures[key].name, series[key], "part of the clip", with_legend=False) for key in ordered]
+    charts = [
+        line_chart(run.measures[key].name, series[key], "part of the clip", with_legend=False, may_be_log=False) for key in ordered
+    ]
     names = dict.fromkeys((line.name, line.colour, line.dashed) for lines in series.values() for line in lines)
     return legend(list(names)) + _grid(charts) if charts else ""
 
@@ -147,7 +151,7 @@ def steering_chart(run: RunRecord) -> str:
     measure = run.measures[key].name if isinstance(key, str) else "% that follow the new caption"
     series = [Series(way, points, colour) for (way, points), colour in zip(ways.items(), LINES, strict=False)]
     ticks = [(x, f"{x:.0f}") for x in sorted({x for points in ways.values() for x, _ in points})]
-    chart = line_chart(f"{measure}, after the change", series, "chunk after the change", x_ticks=ticks)
+    chart = line_chart(f"{measure}, after the change", series, "chunk after the change", x_ticks=ticks, may_be_log=False)
     stage = f"A stream of {run.label(told['stage'])}" if isinstance(told.get("stage"), str) else "A stream"
     change = f" ({told['change']})" if isinstance(told.get("change"), str) else ""
     ends = "; ".join(

@@ -11,7 +11,7 @@ from aadkern_train.report.comparison import in_words
 from aadkern_train.report.curves import controls, loss_charts, metric_charts, segment_charts, steering_chart
 from aadkern_train.report.facts import facts, times
 from aadkern_train.report.pictures import contact_sheets, plans, players
-from aadkern_train.report.reading import RunRecord, mapping, read_run
+from aadkern_train.report.reading import RunRecord, mapping, number, read_run
 from aadkern_train.report.style import CSS, SCRIPT
 from aadkern_train.report.summary import summary
 from aadkern_train.report.tables import part_tables, stage_table, versus_tables
@@ -108,14 +108,19 @@ def _tables(run: RunRecord) -> str:
     if not trained and not long:
         return ""
     parts = [
-        "<p>Measured on streams under conditions held out of training. Marked in each column: the best stage. The arrow says which "
-        "way is better; where it points to real, the nearest to real video is.</p>"
+        f"<p>Measured on {_streams(run)} under conditions held out of training. Marked in each column: the best stage. The arrow "
+        "says which way is better; where it points to real, the nearest to real video is.</p>"
     ]
     if trained:
         parts.append(f"<h3>At the trained length</h3>{trained}")
     if long:
         parts.append(f"<h3>{run.length_words(True).capitalize()}</h3>{long}")
     return "".join(parts) + versus_tables(run)
+
+
+def _streams(run: RunRecord) -> str:
+    count = number(mapping(run.config.get("evaluate")).get("final_clips"))
+    return f"{count:.0f} streams" if count else "streams"
 
 
 def _metric_curves(run: RunRecord) -> str:

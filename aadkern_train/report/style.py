@@ -38,18 +38,18 @@ pre {
 summary { cursor: pointer; color: var(--soft); padding: .3rem 0; }
 
 .scroll { overflow-x: auto; margin: .6rem 0 1rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
 table.narrow { width: auto; min-width: 30rem; }
 th, td { padding: .42rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
 th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
 thead th { font-weight: 600; font-size: .84rem; color: var(--soft); vertical-align: bottom; }
-thead th span, tbody th span { font-weight: 400; color: var(--soft); }
+thead th span, tbody th span { font-weight: 400; color: var(--soft); white-space: nowrap; }
 .narrow thead th { white-space: normal; }
 tbody th:first-child, thead th:first-child { position: sticky; left: 0; background: var(--page); }
 tbody th { font-weight: 500; }
 tbody th:has(.swatch) { padding-left: 1.3rem; text-indent: -1.1rem; }
 tr.reference { color: var(--soft); }
-tr:not(.reference) + tr.reference > * { border-top: 2px solid var(--rule); }
+tr:not(.reference) + tr.reference > * { border-top: 1px solid var(--rule); }
 td.best b {
   background: color-mix(in srgb, var(--green) 18%, transparent); border-radius: 4px;
   padding: .1rem .35rem; margin-right: -.35rem;

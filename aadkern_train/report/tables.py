@@ -37,7 +37,7 @@ def _style(stage: bool) -> str:
 
 
 def _measure(run: RunRecord, key: str) -> str:
-    return f"{escape(run.measures[key].name)} <span>{run.measures.arrow(key)}</span>"
+    return f"{escape(run.measures[key].name)}\u00a0<span>{run.measures.arrow(key)}</span>"
 
 
 def _name(run: RunRecord, name: str) -> str:
