@@ -133,9 +133,10 @@ svg text.band { fill: var(--ink); font-weight: 600; }
   h1 { font-size: 1.55rem; }
   th, td { padding: .4rem .45rem; }
   tbody th { white-space: normal; min-width: 7.5rem; }
-  table.narrow { min-width: 0; width: 100%; font-size: .86rem; }
+  table.narrow { min-width: 0; width: 100%; font-size: .84rem; }
   .narrow tbody th { min-width: 0; }
-  .narrow th, .narrow td { padding: .4rem .25rem; }
+  .narrow thead th { font-size: .74rem; }
+  .narrow th, .narrow td { padding: .4rem .2rem; }
   .strips { grid-template-columns: minmax(0, 1fr); gap: .1rem; }
   .strips img { margin-bottom: .5rem; }
 }
