@@ -30,7 +30,7 @@ def compared(run: RunRecord, name: str, other: str, long: bool) -> list[Row]:
         everyone = [row[key] for row in (*stages.values(), real) if key in row]
         costs = [run.measures.cost(key, value, real.get(key)) for value in (mine[key], theirs[key])]
         away = abs(costs[0] - costs[1]) if costs[0] is not None and costs[1] is not None else 0.0
-        size = away / ((max(everyone) - min(everyone)) or 1.0)
+        size = round(away / ((max(everyone) - min(everyone)) or 1.0), 6)  # equal sizes keep the order of the run
         verdict = run.measures.verdict(key, mine[key], theirs[key], real.get(key))
         found.append(Row(key, mine[key], theirs[key], real.get(key), verdict, size))
     return found
