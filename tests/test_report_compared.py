@@ -288,3 +288,9 @@ def test_odd_settings_do_not_stop_the_page(tmp_path: Path) -> None:
     assert list(run.stages) == ["a", "3", "d"] and run.stages["d"].start is None and run.stages["d"].versus is None
     assert run.measures["pace"].better == "near real" and run.measures["pace"].name == "pace"
     Page(write_report(tmp_path).read_text())
+
+
+def test_equal_differences_are_told_in_the_order_of_the_run(tmp_path: Path) -> None:
+    rows = {"watered": figures(49.7, 9.96, 0.2), "grafted": figures(51.2, 2.34, 0.4)}  # each the measure's whole range
+    path = small_run(tmp_path, rows, reference={"real": {"pace": 0.4}})
+    assert "in 3 of 3 measures: Sparkle (51 beside 50), Murk (2.3 beside 10.0) and Pace" in summary(read_run(path))[-1]

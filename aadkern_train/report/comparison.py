@@ -27,7 +27,7 @@ def compared(run: RunRecord, name: str, other: str, long: bool) -> list[Row]:
     mine, theirs, real = stages.get(name, {}), stages.get(other, {}), references.get("real", {})
     found = []
     for key in run.measures.in_order(mine.keys() & theirs.keys()):
-        everyone = [row[key] for row in (*stages.values(), real) if key in row]
+        everyone = [run.measures.rounded(key, row[key]) for row in (*stages.values(), real) if key in row]
         costs = [run.measures.cost(key, value, real.get(key)) for value in (mine[key], theirs[key])]
         away = abs(costs[0] - costs[1]) if costs[0] is not None and costs[1] is not None else 0.0
         size = round(away / ((max(everyone) - min(everyone)) or 1.0), 6)  # equal sizes keep the order of the run

@@ -43,13 +43,13 @@ class Measures:
         """The value as a table shows it."""
         if value is None:
             return DASH
-        return f"{self._rounded(key, value):.{self[key].digits}f}"
+        return f"{self.rounded(key, value):.{self[key].digits}f}"
 
     def cost(self, key: str, value: float, real: float | None) -> float | None:
         """How bad a value is, as shown: less is better. None where only real video could tell, and is not known."""
-        better, value = self[key].better, self._rounded(key, value)
+        better, value = self[key].better, self.rounded(key, value)
         if better == "near real":
-            return None if real is None else abs(value - self._rounded(key, real))
+            return None if real is None else abs(value - self.rounded(key, real))
         return value if better == "lower" else -value
 
     def verdict(self, key: str, value: float, other: float, real: float | None) -> str:
@@ -61,7 +61,8 @@ class Measures:
             return "equal"
         return "better" if costs[0] < costs[1] else "worse"
 
-    def _rounded(self, key: str, value: float) -> float:
+    def rounded(self, key: str, value: float) -> float:
+        """The value at the digits that are shown."""
         return round(value, self[key].digits) + 0.0  # + 0.0: no minus before a zero
 
 
