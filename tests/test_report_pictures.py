@@ -13,9 +13,9 @@ import torch
 from aadkern.plans import VideoLayout, Window, block_causal
 from aadkern_train.report import write_contact_sheet
 from aadkern_train.report.charts import Series, line_chart, log_ticks, plain, thinned, ticks
+from aadkern_train.report.facts import clock
 from aadkern_train.report.images import data_uri, jpeg, png, sprite_sheet, strip, tiled
 from aadkern_train.report.plan_picture import cells
-from aadkern_train.report.tables import clock
 
 
 def decode_png(data: bytes) -> np.ndarray:
@@ -125,4 +125,5 @@ def test_log_axis_only_where_values_need_it() -> None:
     assert "(log)" in line_chart("a", [Series("s", steep, "blue")], y_label="loss")
     assert "(log)" not in line_chart("a", [Series("s", flat, "blue")], y_label="loss")
     assert "(log)" not in line_chart("a", [Series("s", [*steep, (5, -1.0)], "blue")], y_label="loss")
+    assert "(log)" not in line_chart("a", [Series("s", steep, "blue")], y_label="loss", may_be_log=False)
     assert line_chart("a", [Series("s", [], "blue")]) == ""

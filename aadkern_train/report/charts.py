@@ -43,11 +43,12 @@ def line_chart(
     bands: Sequence[Band] = (),
     x_ticks: Sequence[tuple[float, str]] = (),
     with_legend: bool = True,
+    may_be_log: bool = True,
 ) -> str:
     """A figure with a title, a legend and the chart; "" if no series has a point.
 
-    ``levels`` are dashed horizontal lines (name, value, colour). The y axis is logarithmic where all values are
-    positive and span more than a factor of 30. Long series are drawn as their mean over equal stretches, with the
+    ``levels`` are dashed horizontal lines (name, value, colour). Where it may be, the y axis is logarithmic if
+    all values are positive and span more than a factor of 30. Long series are drawn as their mean over equal stretches, with the
     unsmoothed line faint behind.
     """
     series = [line for line in series if line.points]
@@ -55,7 +56,7 @@ def line_chart(
         return ""
     ys = [y for line in series for _, y in line.points] + [value for _, value, _ in levels]
     xs = [x for line in series for x, _ in line.points] + [edge for band in bands for edge in (band.x0, band.x1)]
-    log = min(ys) > 0 and max(ys) / min(ys) > 30
+    log = may_be_log and min(ys) > 0 and max(ys) / min(ys) > 30
     y_ticks = log_ticks(min(ys), max(ys)) if log else ticks(min(ys), max(ys))
     x_of = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     flat = math.log10 if log else float

@@ -7,20 +7,15 @@ from html import escape
 from pathlib import Path
 
 from aadkern_train.engine.files import replace_file
-from aadkern_train.report.curves import loss_charts, metric_charts, segment_charts
-from aadkern_train.report.metric_names import in_order, metric
+from aadkern_train.report.comparison import in_words
+from aadkern_train.report.curves import controls, loss_charts, metric_charts, segment_charts, steering_chart
+from aadkern_train.report.facts import facts, times
 from aadkern_train.report.pictures import contact_sheets, plans, players
-from aadkern_train.report.reading import RunRecord, label, read_run
+from aadkern_train.report.reading import RunRecord, mapping, number, read_run
 from aadkern_train.report.style import CSS, SCRIPT
-from aadkern_train.report.tables import control_table, facts, metric_rows, stage_table, times
-
-WORLDS = {
-    "digits": (
-        "moving digits",
-        "handwritten digits that move over a torus by a known random law, so that an exact decoder can measure them",
-    ),
-    "clips": ("video clips", "clips from a folder of real videos, in small patch-space latents"),
-}
+from aadkern_train.report.summary import summary
+from aadkern_train.report.tables import part_tables, stage_table, versus_tables
+from aadkern_train.worlds.base import Metric
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -37,34 +32,55 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
 def page(run: RunRecord) -> str:
     """The whole page as HTML."""
-    world, description = WORLDS.get(str(run.config.get("recipe")), ("video", "video"))
     missing: list[str] = list(run.problems)
     sections = [
+        _section("In short", _in_short(run), [], ""),
         _section("The run", _run(run), missing),
         _section("Stages beside real video", _tables(run), missing, "no final metrics are recorded"),
+        _section("A measure in its parts", part_tables(run), [], ""),
         _section("Clips, playing", players(run), missing, "no samples are saved"),
         _section("Frame by frame", contact_sheets(run), [], ""),
         _section("Metrics while training", _metric_curves(run), missing, "the log holds no evaluation"),
         _section("Along the clip", _along(run), [], ""),
+        _section("A caption that changes", steering_chart(run), [], ""),
         _section("What each stage minimised", loss_charts(run), missing, "the log holds no training step"),
         _section("The attention plan", _plan(run), missing, "the config names no chunks"),
         _section("How the metrics are defined", _meanings(run), [], ""),
     ]
     left_out = f'<p class="problems">Left out: {" ".join(escape(text) for text in missing)}</p>' if missing else ""
-    intro = (
-        "A causal video generator that makes each chunk of frames in a single network evaluation, distilled from a "
-        f"many-step teacher. Its world is {description}. AAD-1's three stages train it: regression on the teacher's "
-        "ODE solutions (I), distribution matching on its own rollouts (II), and adversarial refinement against real "
-        "clips (III)."
-    )
-    title = f"One-step streaming of {world}"
+    title = _title(run)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)} \u00b7 {escape(run.path.name)}</title><style>{CSS}</style></head><body><main>"
-        f"<h1>{escape(title)}</h1><p>{escape(intro)}</p>{left_out}{''.join(sections)}</main>"
+        f"<h1>{escape(title)}</h1><p>{escape(_introduction(run))}</p>{left_out}{''.join(sections)}</main>"
         f"<script>{SCRIPT}</script></body></html>"
     )
+
+
+def _title(run: RunRecord) -> str:
+    kind = {1: "One-step", 2: "Two-step"}.get(_passes(run), "Streaming")
+    recipe = run.config.get("recipe")
+    return f"{kind} video: {recipe}" if isinstance(recipe, str) and recipe else f"{kind} video"
+
+
+def _passes(run: RunRecord) -> int:
+    levels = run.config.get("levels")
+    return len(levels) if isinstance(levels, list) else 0
+
+
+def _introduction(run: RunRecord) -> str:
+    """What was trained, in which stages, from what each went on."""
+    often = {0: "few passes", 1: "a single pass"}.get(_passes(run), f"{_passes(run)} passes")
+    world = mapping(run.config.get("data")).get("kind")
+    words = f"A causal video generator that makes each chunk of frames in {often} of its network"
+    words += f", trained in the world {str(world).replace('_', ' ')!r}." if world else "."
+    if run.stages:
+        words += f" Its stages: {in_words([stage.title for stage in run.stages.values()])}."
+    for stage in run.stages.values():
+        if stage.versus is not None:
+            words += f" {stage.title} is set beside {run.label(stage.versus)}."
+    return words
 
 
 def _section(title: str, content: str, missing: list[str], absent: str = "") -> str:
@@ -75,43 +91,45 @@ def _section(title: str, content: str, missing: list[str], absent: str = "") -> 
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
+def _in_short(run: RunRecord) -> str:
+    first, *lines = summary(run) or [""]
+    listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<p>{escape(first)}</p><ul class="summary">{listed}</ul>' if lines else ""
+
+
 def _run(run: RunRecord) -> str:
     settings = f"<details><summary>All settings (config.yaml)</summary><pre>{escape(run.config_text)}</pre></details>"
-    notes = "".join(f"<li>{escape(f'{label(stage)}, step {step:.0f}: {text}')}</li>" for stage, step, text in run.notes)
+    notes = "".join(f"<li>{escape(f'{run.label(stage)}, step {step:.0f}: {text}')}</li>" for stage, step, text in run.notes)
     return facts(run) + times(run) + (f"<ul>{notes}</ul>" if notes else "") + (settings if run.config else "")
 
 
 def _tables(run: RunRecord) -> str:
-    trained, long, control = stage_table(run, long=False), stage_table(run, long=True), control_table(run)
+    trained, long = stage_table(run, long=False), stage_table(run, long=True)
     if not trained and not long:
         return ""
     parts = [
-        "<p>Measured on one-step streams from first frames held out of training. Marked in each column: the stage "
-        "nearest to real video. An arrow says which way is better.</p>"
+        f"<p>Measured on {_streams(run)} under conditions held out of training. Marked in each column: the best stage. The arrow "
+        "says which way is better; where it points to real, the nearest to real video is.</p>"
     ]
     if trained:
         parts.append(f"<h3>At the trained length</h3>{trained}")
     if long:
-        parts.append(f"<h3>At {run.long_words} the trained length</h3>{long}")
-    if control:
-        parts.append(
-            "<h3>Stage III and its control</h3><p>Stage III starts from the end of stage II, so part of any gain is "
-            f"more training. The control is stage II continued from the same point for the same time.</p>{control}"
-        )
-    return "".join(parts)
+        parts.append(f"<h3>{run.length_words(True).capitalize()}</h3>{long}")
+    return "".join(parts) + versus_tables(run)
+
+
+def _streams(run: RunRecord) -> str:
+    count = number(mapping(run.config.get("evaluate")).get("final_clips"))
+    return f"{count:.0f} streams" if count else "streams"
 
 
 def _metric_curves(run: RunRecord) -> str:
     trained, long = metric_charts(run, long=False), metric_charts(run, long=True)
-    if not trained and not long:
-        return ""
-    text = (
-        "<p>Each stage has a stretch of the axis of its own. The control is drawn beside stage III, both from the end "
-        "of stage II.</p>"
-    )
+    text = "Each stage has a stretch of the axis of its own; stages that started from the same one share it. Dashed: references"
+    text += f", and {in_words([run.label(name) for name in run.stages if name in controls(run)])}." if controls(run) else "."
     if trained and long:
-        long = f"<details><summary>At {run.long_words} the trained length</summary>{long}</details>"
-    return text + trained + long
+        long = f"<details><summary>{run.length_words(True).capitalize()}</summary>{long}</details>"
+    return f"<p>{escape(text)}</p>{trained}{long}" if trained or long else ""
 
 
 def _along(run: RunRecord) -> str:
@@ -131,7 +149,11 @@ def _plan(run: RunRecord) -> str:
 
 
 def _meanings(run: RunRecord) -> str:
-    keys = {key for long in (False, True) for rows in metric_rows(run, long) for row in rows.values() for key in row}
-    known = [key for key in in_order(keys) if metric(key).meaning]
-    listed = "".join(f"<dt>{escape(metric(key).name)}</dt><dd>{escape(metric(key).meaning)}</dd>" for key in known)
+    measured = {key for long in (False, True) for rows in run.rows(long) for row in rows.values() for key in row}
+    known = [run.measures[key] for key in run.measures.in_order(measured) if run.measures[key].meaning]
+    listed = "".join(f"<dt>{escape(metric.name)}</dt><dd>{escape(metric.meaning)} {_way(metric)}</dd>" for metric in known)
     return f'<dl class="meanings">{listed}</dl>' if listed else ""
+
+
+def _way(metric: Metric) -> str:
+    return "Better: nearer to real video." if metric.better == "near real" else f"Better: {metric.better}."

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-STAGES = {
-    "pretrain": "Teacher pretraining",
-    "ode": "I: ODE regression",
-    "dmd": "II: DMD",
-    "dmd_continued": "II continued (control)",
-    "adversarial": "III: adversarial",
-}
-REFERENCES = {"real": "Real video", "teacher": "Teacher, many steps", "static": "Frozen first frame"}
-SAMPLES = REFERENCES | STAGES
-COLOURS = {  # names of the page's colours, one per stage wherever it is drawn
-    "pretrain": "grey",
-    "ode": "violet",
-    "dmd": "blue",
-    "dmd_continued": "amber",
-    "adversarial": "green",
-    "real": "ink",
-    "teacher": "rose",
-    "static": "grey",
-}
+from aadkern_train.report.measures import NOT_MEASURES, Measures
+from aadkern_train.report.stages import OTHER_CONDITIONS, REFERENCE_COLOURS, REFERENCES, StageFacts, stages_of
 
 Point = tuple[float, float]
 Evaluation = tuple[float, dict[str, float], dict[str, float]]  # step, metrics at the trained length, at the long one
@@ -47,21 +31,39 @@ class RunRecord:
     train: dict[str, dict[str, list[Point]]]  # stage -> field -> (step, value)
     evaluations: dict[str, list[Evaluation]]
     metrics: dict[str, Any]
+    stages: dict[str, StageFacts]  # in the order of training
+    measures: Measures
     samples: dict[str, np.ndarray]  # name -> uint8 [N, T, H, W, 3]
+    captions: list[str]  # of the samples' clips; empty in a world without words
     notes: list[tuple[str, float, str]]  # stage, step, what happened
     parameters: int | None  # of the last stage's exported generator
     problems: list[str]
 
     @property
-    def stages(self) -> dict[str, dict[str, Any]]:
+    def measured(self) -> dict[str, dict[str, Any]]:
         """Stage -> its final metrics, in the order of training."""
-        found = _mapping(self.metrics.get("stages"))
-        return {name: _mapping(found[name]) for name in [*STAGES, *found] if name in found}
+        found = mapping(self.metrics.get("stages"))
+        return {name: mapping(found[name]) for name in [*self.stages, *found] if name in found}
+
+    @property
+    def references(self) -> dict[str, dict[str, Any]]:
+        """Real video, teacher and the like -> their metrics."""
+        found = mapping(self.metrics.get("reference"))
+        return {name: mapping(found[name]) for name in [*REFERENCES, *found] if name in found}
+
+    def rows(self, long: bool) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+        """Metrics of the stages and of the references, at the trained length or at the long one."""
+
+        def chosen(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+            values = {name: numbers(whole.get("long") if long else whole) for name, whole in found.items()}
+            return {name: row for name, row in values.items() if row.keys() - {*NOT_MEASURES}}
+
+        return chosen(self.measured), chosen(self.references)
 
     @property
     def long_times(self) -> int:
         """How many times the trained length the long measurements are."""
-        times = number(_mapping(self.config.get("evaluate")).get("long"))
+        times = number(mapping(self.config.get("evaluate")).get("long"))
         return max(1, int(times)) if times else 3
 
     @property
@@ -69,17 +71,27 @@ class RunRecord:
         """ "three times", as a sentence needs it."""
         return {2: "twice", 3: "three times", 4: "four times"}.get(self.long_times, f"{self.long_times} times")
 
-    @property
-    def references(self) -> dict[str, dict[str, Any]]:
-        """Real video, teacher and frozen video -> their metrics."""
-        found = _mapping(self.metrics.get("reference"))
-        return {name: _mapping(found[name]) for name in [*REFERENCES, *found] if name in found}
+    def length_words(self, long: bool) -> str:
+        """ "at three times the trained length"."""
+        return f"at {self.long_words} the trained length" if long else "at the trained length"
 
+    def label(self, name: str) -> str:
+        """How the page calls a stage, a reference or a sample."""
+        base = name if name in self.stages else name.removesuffix("_long")
+        words = self.stages[base].title if base in self.stages else REFERENCES.get(base, base.replace("_", " "))
+        return words + (", long" if name != base else "")
 
-def label(name: str) -> str:
-    """How the page calls a stage, a reference or a sample."""
-    stage = name.removesuffix("_long")
-    return SAMPLES.get(stage, stage.replace("_", " ")) + (", long" if name != stage else "")
+    def colour(self, name: str) -> str:
+        """The name of a stage's or a reference's colour."""
+        return self.stages[name].colour if name in self.stages else REFERENCE_COLOURS.get(name, "grey")
+
+    def streamed_alike(self, name: str) -> bool:
+        """Whether clip i of this sample was made under the same condition as clip i of the stages."""
+        return name in self.stages or name.removesuffix("_long") not in OTHER_CONDITIONS
+
+    def caption(self, name: str, clip: int) -> str:
+        """What a sample's clip was asked to show; "" where that is not known."""
+        return self.captions[clip] if clip < len(self.captions) and self.streamed_alike(name) else ""
 
 
 def number(value: Any) -> float | None:
@@ -91,10 +103,11 @@ def number(value: Any) -> float | None:
 
 def numbers(values: Any) -> dict[str, float]:
     """The finite numbers of a mapping; anything else is left out."""
-    return {str(key): found for key, value in _mapping(values).items() if (found := number(value)) is not None}
+    return {str(key): found for key, value in mapping(values).items() if (found := number(value)) is not None}
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping(value: Any) -> dict[str, Any]:
+    """The value where it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
@@ -116,18 +129,24 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
         metrics = json.loads(metrics_text or "{}")
     except ValueError:
         problems.append("metrics.json could not be read.")
+    config, metrics = mapping(config), mapping(metrics)
     train, evaluations, notes = _log(_text(path / "log.jsonl", problems))
-    samples = _samples(path, problems)
+    seen = [str(name) for part in ("stages", "seconds_per_stage", "steps") for name in mapping(metrics.get(part))]
+    stages = stages_of(mapping(config.get("stages")), mapping(metrics.get("titles")), [*train, *evaluations, *seen])
+    captions = metrics.get("captions")
     return RunRecord(
         path=path.resolve(),
-        config=_mapping(config),
+        config=config,
         config_text=config_text,
         train=train,
         evaluations=evaluations,
-        metrics=_mapping(metrics),
-        samples=samples,
+        metrics=metrics,
+        stages=stages,
+        measures=Measures(mapping(metrics.get("metrics"))),
+        samples=_samples(path, [*stages], problems),
+        captions=[str(caption) for caption in captions] if isinstance(captions, list) else [],
         notes=notes,
-        parameters=_parameters(path / "weights"),
+        parameters=_parameters(path / "weights", [*stages]),
         problems=problems,
     )
 
@@ -156,7 +175,8 @@ def _log(
     train: dict[str, dict[str, list[Point]]] = {}
     evaluations: dict[str, list[Evaluation]] = {}
     notes = []
-    for (stage, step, kind), entry in sorted(latest.items(), key=lambda item: item[0]):
+    order = {stage: i for i, stage in enumerate(dict.fromkeys(stage for stage, *_ in latest))}
+    for (stage, step, kind), entry in sorted(latest.items(), key=lambda item: (order[item[0][0]], *item[0][1:])):
         values = numbers({key: value for key, value in entry.items() if key != "step"})
         if kind == "eval":
             prefixed = {key[5:]: value for key, value in values.items() if key.startswith("long_")}
@@ -169,22 +189,26 @@ def _log(
     return train, evaluations, notes
 
 
-def _parameters(folder: Path) -> int | None:
-    """Numbers in the last trained stage's safetensors file, from its header alone; None if there is none."""
-    files = [folder / f"{stage}.safetensors" for stage in reversed(STAGES)]
+def _parameters(folder: Path, stages: Sequence[str]) -> int | None:
+    """Numbers in the last trained stage's weights, from the headers of its safetensors files alone; None if there are none."""
+    found = (sorted((folder / stage).glob("diffusion_pytorch_model*.safetensors")) for stage in reversed(stages))
     try:
-        with next(file for file in files if file.is_file()).open("rb") as stream:
-            header = json.loads(stream.read(*struct.unpack("<Q", stream.read(8))))
-        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (StopIteration, OSError, ValueError, KeyError, struct.error):
+        return sum(_numbers_in(file) for file in next(files for files in found if files))
+    except (StopIteration, OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None
 
 
-def _samples(path: Path, problems: list[str]) -> dict[str, np.ndarray]:
+def _numbers_in(file: Path) -> int:
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(*struct.unpack("<Q", stream.read(8))))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _samples(path: Path, stages: Sequence[str], problems: list[str]) -> dict[str, np.ndarray]:
     files = {file.stem: file for file in sorted((path / "samples").glob("*.npy"))}
     samples = {}
-    known = [*SAMPLES, *(f"{name}_long" for name in SAMPLES)]
-    for name in [*(name for name in known if name in files), *(name for name in files if name not in known)]:
+    known = [base + suffix for suffix in ("", "_long") for base in (*REFERENCES, *stages)]
+    for name in sorted(files, key=lambda name: known.index(name) if name in known else len(known)):
         try:
             array = np.load(files[name], allow_pickle=False)
         except (OSError, ValueError, EOFError):

@@ -1,4 +1,4 @@
-"""The report's tables: stages beside real video, teacher and frozen video, and stage III beside its control."""
+"""The report's tables: all stages beside real video and the teacher, a stage beside its control, and a measure by parts."""
 
 from __future__ import annotations
 
@@ -6,38 +6,42 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from aadkern_train.report.charts import legend
-from aadkern_train.report.metric_names import distance, in_order, metric, shown
-from aadkern_train.report.reading import COLOURS, RunRecord, label, number, numbers
-
-CONTROL, REFINED = "dmd_continued", "adversarial"
-
-
-def metric_rows(run: RunRecord, long: bool) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Metrics of the stages and of the references, at the trained length or at the long one."""
-
-    def rows(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-        chosen = {name: numbers(values.get("long") if long else values) for name, values in found.items()}
-        return {name: values for name, values in chosen.items() if values}
-
-    return rows(run.stages), rows(run.references)
+from aadkern_train.report.comparison import Row, compared, sentence
+from aadkern_train.report.facts import clock
+from aadkern_train.report.measures import DASH
+from aadkern_train.report.reading import RunRecord, mapping, numbers
 
 
 def stage_table(run: RunRecord, long: bool) -> str:
-    """A row per stage and reference, a column per metric; the stage nearest to real video is marked. "" if empty."""
-    stages, references = metric_rows(run, long)
-    keys = in_order({key for row in (*stages.values(), *references.values()) for key in row} - {"seconds", "frames"})
+    """A row per stage and reference, a column per metric; each metric's best stage is marked. "" if empty."""
+    stages, references = run.rows(long)
+    measures = run.measures
+    keys = measures.in_order(key for row in (*stages.values(), *references.values()) for key in row)
     if not stages or not keys:
         return ""
-    head = "".join(
-        f'<th scope="col" title="{escape(known.meaning)}">{escape(known.name)} <span>{known.arrow}</span></th>'
-        for known in map(metric, keys)
-    )
-    rivals = {name: row for name, row in stages.items() if name != "pretrain"}
-    best = {key: _best(key, rivals, references.get("real", {}).get(key)) for key in keys}
-    body = [_row(name, row, keys, best) for name, row in stages.items()]
-    body += [_row(name, row, keys, {}, " class=reference") for name, row in references.items()]
-    return _table(f'<th scope="col">Stage</th>{head}', "".join(body))
+    head = "".join(f'<th scope="col" title="{escape(measures[key].meaning)}">{_measure(run, key)}</th>' for key in keys)
+    best = {key: _best(run, key, stages, references.get("real", {}).get(key)) for key in keys}
+    body = ""
+    for name, row in (*stages.items(), *references.items()):
+        cells = ""
+        for key in keys:
+            text = measures.shown(key, row.get(key))
+            marked = name in stages and name in best[key]
+            cells += f'<td class="best"><b>{text}</b></td>' if marked else f"<td>{text}</td>"
+        body += f"<tr{_style(name in stages)}>{_name(run, name)}{cells}</tr>"
+    return _table(f'<th scope="col">Stage</th>{head}', body)
+
+
+def _style(stage: bool) -> str:
+    return "" if stage else ' class="reference"'
+
+
+def _measure(run: RunRecord, key: str) -> str:
+    return f"{escape(run.measures[key].name)}\u00a0<span>{run.measures.arrow(key)}</span>"
+
+
+def _name(run: RunRecord, name: str) -> str:
+    return f'<th scope="row"><i class="swatch c-{run.colour(name)}"></i>{escape(run.label(name))}</th>'
 
 
 def _table(head: str, body: str, style: str = "") -> str:
@@ -45,118 +49,86 @@ def _table(head: str, body: str, style: str = "") -> str:
     return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
-def _best(key: str, stages: Mapping[str, Mapping[str, float]], real: float | None) -> set[str]:
-    """The stages nearest to real video, equal ones as shown included; none if there is only one stage."""
-    values = {name: float(shown(key, row[key])) for name, row in stages.items() if key in row}
-    if len(values) < 2:
-        return set()
-    target = None if real is None else float(shown(key, real))
-    away = {name: distance(key, value, target) for name, value in values.items()}
-    return {name for name, far in away.items() if far <= min(away.values()) + 1e-9}
+def _best(run: RunRecord, key: str, stages: Mapping[str, Mapping[str, float]], real: float | None) -> set[str]:
+    """The stages with the best value, equal ones as shown included; none where all are equal."""
+    costs = {name: run.measures.cost(key, row[key], real) for name, row in stages.items() if key in row}
+    known = {name: cost for name, cost in costs.items() if cost is not None}
+    best = {name for name, cost in known.items() if cost <= min(known.values()) + 1e-9}
+    return best if len(best) < len(known) else set()
 
 
-def _row(name: str, row: Mapping[str, float], keys: list[str], best: Mapping[str, set[str]], style: str = "") -> str:
-    cells = []
-    for key in keys:
-        text = shown(key, row.get(key))
-        cells.append(f'<td class="best"><b>{text}</b></td>' if name in best.get(key, ()) else f"<td>{text}</td>")
-    key_colour = f'<i class="swatch c-{_colour(name)}"></i>'
-    return f'<tr{style}><th scope="row">{key_colour}{escape(label(name))}</th>{"".join(cells)}</tr>'
+def versus_tables(run: RunRecord) -> str:
+    """For every stage that names another to be set beside: which is better, metric by metric, the long length first."""
+    parts = []
+    for name, stage in run.stages.items():
+        if stage.versus is None:
+            continue
+        lengths = [(long, rows) for long in (True, False) if (rows := compared(run, name, stage.versus, long))]
+        if lengths:
+            other = run.label(stage.versus)
+            parts.append(f"<h3>{escape(f'{stage.title} beside {other}')}</h3>{_same_start(run, name, stage.versus)}")
+        for long, rows in lengths:
+            words = f"{run.length_words(long).capitalize()}, {stage.title} is {sentence(run, rows, 'beside')}"
+            parts.append(f"<p>{escape(words)}</p>{_versus_table(run, rows, name, stage.versus)}")
+    return "".join(parts)
 
 
-def control_table(run: RunRecord) -> str:
-    """Stage III beside its control: which is nearer to real video, metric by metric. "" if either is missing."""
-    body = []
-    for long in (False, True):
-        stages, references = metric_rows(run, long)
-        control, refined, real = stages.get(CONTROL, {}), stages.get(REFINED, {}), references.get("real", {})
-        for key in in_order(control.keys() & refined.keys() & real.keys()):
-            values = [float(shown(key, row[key])) for row in (real, control, refined)]
-            away = [abs(value - values[0]) for value in values[1:]]
-            nearer = "equal" if abs(away[0] - away[1]) < 1e-9 else "III" if away[1] < away[0] else "control"
-            numbers_shown = "".join(f"<td>{shown(key, value)}</td>" for value in values)
-            length = run.long_words if long else "trained"
-            body.append(
-                f'<tr><th scope="row">{escape(metric(key).name)}</th><td>{length}</td>{numbers_shown}'
-                f'<td class="verdict {nearer}">{nearer}</td></tr>'
-            )
-    if not body:
+def _same_start(run: RunRecord, name: str, other: str) -> str:
+    start = run.stages[name].start
+    if start is None or run.stages[other].start != start:
         return ""
-    titles = ("Metric", "Length", "Real", "II continued", "III", "Nearer to real")
-    return _table("".join(f'<th scope="col">{title}</th>' for title in titles), "".join(body), ' class="narrow"')
+    seconds = numbers(run.metrics.get("seconds_per_stage"))
+    if not {name, other} <= seconds.keys():
+        return f"<p>{escape(f'Both went on from {run.label(start)}.')}</p>"
+    trained = f"for {clock(seconds[name])} and {clock(seconds[other])} of training steps"
+    return f"<p>{escape(f'Both went on from {run.label(start)}, {trained}.')}</p>"
 
 
-def facts(run: RunRecord) -> str:
-    """A list of the run's facts: what its config and metrics record."""
-    config, metrics = run.config, run.metrics
-    chunks = config.get("chunks")
-    known: list[tuple[str, Any]] = [
-        ("Recipe", config.get("recipe")),
-        ("Profile", metrics.get("profile")),
-        ("Seed", config.get("seed")),
-        ("Teacher", config.get("teacher")),
-        ("Chunks", ", ".join(map(str, chunks)) if isinstance(chunks, list) else None),
-        ("Window", _window(config)),
-    ]
-    if run.parameters is not None:
-        known.append(("Parameters of the generator", run.parameters))
-    for key, value in metrics.items():
-        if key not in (*config, "stages", "reference", "seconds", "seconds_per_stage", "steps", "profile"):
-            known += [(f"{key} {k}", v) for k, v in value.items()] if isinstance(value, dict) else [(key, value)]
-    items = [(name.replace("_", " "), value) for name, value in known if isinstance(value, (str, int, float)) and value != ""]
-    listed = "".join(
-        f"<div><dt>{escape(name[:1].upper() + name[1:])}</dt><dd>{escape(_fact(value))}</dd></div>" for name, value in items
-    )
-    return f'<dl class="facts">{listed}</dl>' if listed else ""
+def _versus_table(run: RunRecord, rows: list[Row], name: str, other: str) -> str:
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{run.measures.shown(row.key, value)}</td>" for value in (row.value, row.other, row.real))
+        body += (
+            f'<tr><th scope="row">{_measure(run, row.key)}</th>{cells}'
+            f'<td class="verdict {row.verdict}">{row.verdict or DASH}</td></tr>'
+        )
+    titles = ("Metric", run.label(name), run.label(other), run.label("real"), f"{run.stages[name].short} is")
+    return _table("".join(f'<th scope="col">{escape(title)}</th>' for title in titles), body, ' class="narrow"')
 
 
-def _fact(value: str | int | float) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    return f"{value:.4g}" if isinstance(value, float) else value
+def part_tables(run: RunRecord) -> str:
+    """Each measure that is a number for each of several things, such as directions: rows as in the other tables, values shaded."""
+    tables: dict[str, dict[bool, str]] = {}
+    for long in (True, False):
+        rows = {name: whole.get("long") if long else whole for name, whole in {**run.measured, **run.references}.items()}
+        keys = dict.fromkeys(key for row in rows.values() for key, value in mapping(row).items() if _is_group(key, value))
+        for key in keys:
+            found = {name: numbers(mapping(row).get(key)) for name, row in rows.items()}
+            tables.setdefault(key, {})[long] = _part_table(run, key, {name: row for name, row in found.items() if row})
+    parts = []
+    for key, by_length in tables.items():
+        (first, shown), *rest = by_length.items()
+        title = f"{run.measures.group(key)}, {run.length_words(first)}"
+        folded = (f"<details><summary>{run.length_words(long).capitalize()}</summary>{table}</details>" for long, table in rest)
+        parts.append(f"<h3>{escape(title)}</h3>{shown}{''.join(folded)}")
+    return "".join(parts)
 
 
-def _window(config: Mapping[str, Any]) -> str | None:
-    window, sink = config.get("window"), config.get("sink", 0)
-    return None if number(window) is None else f"{window} frames, {sink} of them sink"
+def _is_group(key: str, value: Any) -> bool:
+    return key != "long" and isinstance(value, dict) and bool(numbers(value)) and len(numbers(value)) == len(value)
 
 
-def times(run: RunRecord) -> str:
-    """Time per stage, a bar and a list, from metrics.json, or from the log where it has none; "" if neither has."""
-    seconds = numbers(run.metrics.get("seconds_per_stage")) or numbers(run.metrics.get("seconds"))
-    if not seconds:
-        logged = {stage: fields["seconds"] for stage, fields in run.train.items() if "seconds" in fields}
-        seconds = {stage: max(value for _, value in points) for stage, points in logged.items()}
-    total = seconds.pop("total", None)
-    parts = {name: value for name, value in seconds.items() if value > 0}
-    whole = total or number(run.metrics.get("seconds")) or sum(parts.values())
-    sentence = f"<p>Time in training steps: {clock(whole)}.</p>" if whole else ""
-    steps = numbers(run.metrics.get("steps"))
-    if not parts:
-        return sentence
-    bars = "".join(f'<span class="c-{_colour(n)}" style="flex:{v:.3f}"></span>' for n, v in parts.items())
-    named = legend(
-        [
-            (
-                f"{label(name)}: {clock(value)}" + (f", {steps[name]:.0f} steps" if name in steps else ""),
-                _colour(name),
-                False,
-            )
-            for name, value in parts.items()
-        ]
-    )
-    return f'{sentence}<div class="bar" aria-hidden="true">{bars}</div>{named}'
-
-
-def _colour(name: str) -> str:
-    return COLOURS.get(name, "grey")
-
-
-def clock(seconds: float) -> str:
-    """12 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+def _part_table(run: RunRecord, key: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    columns = list(dict.fromkeys(part for row in rows.values() for part in row))
+    values = [value for row in rows.values() for value in row.values()]
+    low, span = min(values), (max(values) - min(values)) or 1.0
+    body = ""
+    for name, row in rows.items():
+        cells = ""
+        for part in columns:
+            value = row.get(part)
+            shade = "" if value is None else f' class="shaded" style="--share:{(value - low) / span:.2f}"'
+            cells += f"<td{shade}>{run.measures.shown(run.measures.like(key), value)}</td>"
+        body += f"<tr{_style(name in run.measured)}>{_name(run, name)}{cells}</tr>"
+    head = "".join(f'<th scope="col">{escape(part)}</th>' for part in columns)
+    return _table(f'<th scope="col">Stage</th>{head}', body)
