@@ -164,6 +164,7 @@ def split_settings(settings: Sequence[str], names: Sequence[str]) -> tuple[dict[
 def run_demo(args: argparse.Namespace) -> None:
     """Moving digits through all stages; a demo that was interrupted goes on, a finished or other one is replaced."""
     from aadkern_train.recipes import PROFILES, make_recipe, read_recipe
+    from aadkern_train.report import read_run, summary, text_table
     from aadkern_train.trainer import run_recipe
 
     own, rest = split_settings(args.settings, ("profile", "out"))
@@ -175,7 +176,8 @@ def run_demo(args: argparse.Namespace) -> None:
     same = unfinished and read_recipe(path / "config.yaml") == recipe
     report = run_recipe(recipe, path, resume=same, overwrite=not same)
     if report is not None:
-        print(f"\nThe report: {report}")
+        run = read_run(path)
+        print("", *summary(run), "", text_table(run), "", f"The report: {report}", sep="\n")
 
 
 def run_train(args: argparse.Namespace) -> None:

@@ -90,6 +90,7 @@ def references(run: Run) -> Measured:
 
     real = real_clips(run, count, longer)
     keep("real", real)
+    clips["real_long"] = real
     keep("static", real[:, :1].expand_as(real))
     if not torch.equal(run.world.clips(range(2), frames, "train"), run.world.clips(range(2), frames, "curated")):
         keep("web", real_clips(run, count, longer, "train"), "train")

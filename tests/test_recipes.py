@@ -45,6 +45,8 @@ def test_profiles_are_recipes(profile):
         (["stages.my-own={kind: dmd}"], "stages must have plain names"),
         (["dmd.stpes=3"], "unknown key 'dmd.stpes'; did you mean 'dmd.steps'?"),
         (["dmd=3"], "stages.dmd=3: should be an object"),
+        (["stages.real={kind: dmd}"], "other names than real, static, web, teacher, random"),
+        (["stages.dmd_long={kind: dmd}"], "none that ends in _long"),
         (["adversarial.versus=nobody"], "adversarial.versus must be a stage"),
         (["adversarial.layers=[9]"], "adversarial.layers must be blocks below 4, got [9]"),
         (["dmd.level_range=[0.9, 0.1]"], "stages.dmd.level_range=[0.9, 0.1]: must rise"),

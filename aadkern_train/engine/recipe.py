@@ -22,6 +22,10 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Guidance = Annotated[float, Field(allow_inf_nan=False)]
 
 
+RESERVED = ("real", "static", "web", "teacher", "random")
+"""What a run's folder calls other clips and weights beside those of its stages."""
+
+
 class NetworkSettings(Config):
     """The shape of the networks that a run makes for itself."""
 
@@ -134,8 +138,9 @@ class Recipe(Config):
         self.data.check(self)
         earlier: list[str] = []
         for name, stage in self.stages.items():
-            if not name.isidentifier():
-                raise ValueError(f"stages must have plain names (letters, digits, _), got {name!r}")
+            if not name.isidentifier() or name in RESERVED or name.endswith("_long"):
+                other = f"other names than {', '.join(RESERVED)}, none that ends in _long"
+                raise ValueError(f"stages must have plain names (letters, digits, _), {other}, got {name!r}")
             if stage.start == name or (stage.start in self.stages and stage.start not in earlier):
                 where = "itself" if stage.start == name else "a later stage"
                 raise ValueError(f"{name}.start must be an earlier stage ({_listed(earlier)}), got {stage.start!r}, {where}")
