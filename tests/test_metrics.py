@@ -246,6 +246,9 @@ def test_captioned_moves_counted_by_hand():
     assert three["obey"] == pytest.approx(25) and three["asked"] == 50
     assert three["obey_by_direction"] == {"up left": 0, "right": pytest.approx(50)}
     assert measure(CAPTIONED, x, text.flip(0))["asked"] == 50
+    others = torch.cat([still_of([[0, 0, 0, 0, 0, 0, 0]] * 2, CAPTIONED), x[:1]])
+    assert measure(CAPTIONED, others, text[[2, 1, 0]])["obey"] == pytest.approx(25), "clips told no direction do not count"
+    assert measure(CAPTIONED, others, text[[2, 2, 0]])["obey"] == pytest.approx(50)
     assert measure(CAPTIONED, x[[0, 0]], text[:2].flip(0))["obey_by_direction"] == three["obey_by_direction"]
 
 
