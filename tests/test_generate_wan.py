@@ -24,10 +24,13 @@ from aadkern.wan import CausalWan
 from aadkern.wan.vae import encode_image
 from aadkern_train.cli import main
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.config import to_yaml
 from aadkern_train.engine.video import GrowingVideo, read_video
 from aadkern_train.generate import from_wan as module
 from aadkern_train.generate.from_wan import WanSettings, noise_levels, read_image
 from aadkern_train.generate.wan_parts import find_parts
+from aadkern_train.run import Run
+from tests.tiny_runs import small_recipe
 from tests.tiny_wan import CHANNELS, TRANSFORMER, save_tiny_wan
 
 PROMPT = "a cat runs on the beach"
@@ -234,7 +237,7 @@ SETTINGS = [
     (["--out", "a.gif"], "out must end in .mp4, which can grow, got a.gif"),
     (["--shift", "nan"], "shift must be above 0 and finite, got nan"),
     (["--steps", "2", "--shift", "inf"], "shift must be above 0 and finite, got inf"),
-    (["--checkpoint", __file__], "checkpoint must be a Wan folder, a .pt file, a run or its .safetensors file"),
+    (["--checkpoint", __file__], "checkpoint must be a Wan folder, a .pt file, a run or its RUN/weights/STAGE"),
     (["--image", "/no/cat.png"], "image must be a file, found none at /no/cat.png"),
     (["--device", "tpu9"], "device must be cpu or cuda, got 'tpu9'"),
     (["--index", 3], "--index must be left out: "),
@@ -363,11 +366,17 @@ def test_a_transformer_alone(wan, capsys, monkeypatch, tmp_path):
 
 
 def test_wan_options_are_refused_for_a_run(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("recipe: digits\n")
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights/ode.safetensors").write_bytes(b"not read")
-    assert main(["generate", "--checkpoint", str(tmp_path), "--prompt", "a cat"]) == 2
-    assert "--prompt must be left out: " in capsys.readouterr().err
+    run = Run.alone(small_recipe(), tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(run.recipe))
+    run.networks.plain(None)
+    facts = {"recipe": run.recipe.model_dump(mode="json"), "streams": True}
+    (run.folder.weights("random") / "run.json").write_text(json.dumps(facts))
+    run.folder.weights("random").rename(run.folder.weights("ode"))
+    for checkpoint in (tmp_path, tmp_path / "weights" / "ode"):
+        assert main(["generate", "--checkpoint", str(checkpoint), "--steps", "4"]) == 2
+        assert f"--steps must be left out: {checkpoint} is a run" in capsys.readouterr().err
+        assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", "a cat"]) == 2
+        assert "has the word 'cat'" in capsys.readouterr().err
 
 
 def test_settings_place_themselves():
@@ -377,3 +386,19 @@ def test_settings_place_themselves():
     assert WanSettings(device="cpu", dtype="bf16").placement() == (torch.device("cpu"), torch.bfloat16)
     with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, got 'fp8'"):
         WanSettings(dtype="fp8")
+
+
+@pytest.mark.parametrize("turn", ["kept", "recached", "restarted"])
+def test_another_prompt_on_the_way(wan, tmp_path, written, turn):
+    """Chunks before the change are the plain stream's; from it on the video is another."""
+    folder, _ = wan
+    words = ["--checkpoint", folder / "pipeline", "--prompt", PROMPT, "--window", 5, "--chunks", 3, "--out", tmp_path / "a.mp4"]
+    assert aad(*words) == 0
+    plain = torch.cat(written)
+    written.clear()
+    assert aad(*words, "--then", "2:a dog that sleeps", "--turn", turn) == 0
+    turned = torch.cat(written)
+    assert plain.shape == turned.shape and torch.equal(plain[:9], turned[:9])
+    assert not torch.equal(plain[9:], turned[9:])
+    with pytest.raises(ValueError, match="then must name a chunk from 2 to 7"):
+        WanSettings(then=["9:a dog"])

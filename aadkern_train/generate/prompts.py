@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def changes(then: Sequence[str], chunks: int) -> dict[int, str]:
-    """``["6:a three moving up"]`` -> {6: "a three moving up"}: the prompts by the chunk, counted from 1, that is the first to obey.
+    """``["6:a seven moving up"]`` -> {6: "a seven moving up"}: the prompts by the chunk, counted from 1, that is the first to obey.
 
     Raises ValueError, naming ``then``, for what is not so written, and for chunks that are not generated or not in order.
     """
@@ -14,7 +14,7 @@ def changes(then: Sequence[str], chunks: int) -> dict[int, str]:
     for word in then:
         number, colon, prompt = word.partition(":")
         if not colon or not number.strip().isdecimal():
-            raise ValueError(f'then must be CHUNK:PROMPT, say 6:"a three moving up", got {word!r}')
+            raise ValueError(f'then must be CHUNK:PROMPT, say 6:"a seven moving up", got {word!r}')
         chunk = int(number)
         if not 1 < chunk <= chunks:
             raise ValueError(f"then must name a chunk from 2 to {chunks}, the last, got {chunk}")
