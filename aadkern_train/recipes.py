@@ -42,11 +42,16 @@ def digits() -> Recipe:
                 versus="dmd_continued",
                 steps=60,
                 discriminator_first=40,
+                # A longer average still holds the start: 30 % of it at .98 after 60 steps, obey 98.9 where .95 has 99.8 (seed 0).
+                ema=0.96,
                 layers=(3,),
                 penalty=8.0,
+                # On every clip, and the discriminator's rate constant while the generator's falls: the weights before averaging
+                # end with a grid of 1.3 instead of 2.6 and quality 90.2 instead of 88.3 (seed 0); obey 99.8 either way.
+                penalty_every=1,
                 shift=1.0,
                 generator=OptimConfig(lr=3e-4, **falling),
-                discriminator=OptimConfig(lr=1e-3, **falling),
+                discriminator=OptimConfig(lr=1e-3, betas=(0.0, 0.99)),
                 heads_lr=2e-3,
             ),
         },
@@ -76,10 +81,7 @@ PROFILES: dict[str, list[str]] = {
     "quick": [
         "pretrain.steps=900",
         "ode={steps: 250, pairs: 384}",
-        "dmd.steps=90",
-        "dmd_continued.steps=70",
-        "adversarial={steps: 60, discriminator_first: 15}",
-        "evaluate={every: 30, clips: 64, final_clips: 128}",
+        "evaluate={every: 0, clips: 64, final_clips: 128}",
     ],
     "full": [],
 }
