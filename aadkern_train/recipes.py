@@ -34,9 +34,9 @@ def digits() -> Recipe:
         data=DigitsData(),
         stages={
             # Captions count above sigma .85 only, so the shift is high; they are learned late (docs/demo.md).
-            "pretrain": Pretrain.Settings(steps=2000, shift=7.0),
+            "pretrain": Pretrain.Settings(steps=1400, shift=7.0),
             "ode": OdeInitialisation.Settings(steps=300),
-            "dmd": DmdWarmUp.Settings(steps=70),
+            "dmd": DmdWarmUp.Settings(steps=90),
             "dmd_continued": DmdWarmUp.Settings(start="dmd", steps=115, title=CONTROL),
             "adversarial": AdversarialRefinement.Settings(
                 versus="dmd_continued",
