@@ -37,6 +37,7 @@ def digits() -> Recipe:
             "pretrain": Pretrain.Settings(steps=1400, shift=7.0),
             "ode": OdeInitialisation.Settings(steps=300),
             "dmd": DmdWarmUp.Settings(steps=90),
+            # As long as stage III takes: its 60 steps, with the 40 first ones, cost as much time as 104 to 120 of these.
             "dmd_continued": DmdWarmUp.Settings(start="dmd", steps=115, title=CONTROL),
             "adversarial": AdversarialRefinement.Settings(
                 versus="dmd_continued",
@@ -76,7 +77,9 @@ def clips() -> Recipe:
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"digits": digits, "clips": clips}
 
-# The two sizes of the demo, as settings of the digits recipe. "full" is the recipe itself.
+# The two sizes of the demo, as settings of the digits recipe. "full" is the recipe itself. After 900 steps the teacher's obey is 58
+# and 69 (two seeds; after 1400: 61 and 78 in two others), and stage III wins by more: over three times the length obey 89 and 98,
+# against 76 and 86 of a control of 95 steps.
 PROFILES: dict[str, list[str]] = {
     "quick": [
         "pretrain.steps=900",
