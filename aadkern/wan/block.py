@@ -136,5 +136,5 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     raises (2.13)."""
     if all(unpack_dual(y).tangent is None for y in (q, k, v)):
         return F.scaled_dot_product_attention(q, k, v)
-    by_token = (y.transpose(1, 2) for y in (q, k, v))
-    return attention(*by_token, everything(q.shape[2], k.shape[2])).transpose(1, 2)
+    plan = everything(q.shape[2], k.shape[2])
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan).transpose(1, 2)
