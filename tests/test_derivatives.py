@@ -165,14 +165,14 @@ def test_block_operators(backend, name):
 
 
 def test_noised_views_move_with_x0():
-    x0, sigma = randn(2, 3, 4, 2, 2).float(), torch.rand(2, 4)
+    x0, sigma = randn(2, 3, 4, 2, 2).float(), torch.rand(2, 3)
 
     def f(x0):
         return aadkern.noised_views(x0, sigma, delta_std=0.1, seed=torch.tensor([1, 2]))
 
     tangent = torch.randn_like(x0)
     _, moved = torch.func.jvp(f, (x0,), (tangent,))
-    expected = (1 - sigma)[:, None, :, None, None] * tangent
+    expected = (1 - sigma)[:, :, None, None, None] * tangent
     torch.testing.assert_close(tuple(moved), (expected, expected))
 
 
