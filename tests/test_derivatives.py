@@ -90,6 +90,9 @@ def test_the_rule_runs_at_each_level_of_torch_func():
     both(lambda f: torch.func.jacfwd(torch.func.jacfwd(lambda x: f(x, x)))(x))
     both(lambda f: torch.func.grad(lambda x: torch.func.grad(lambda y: f(x, y).sum())(y).sum())(x))
     both(lambda f: torch.func.jvp(lambda x: torch.func.vmap(f)(x, y), (x,), (t,)))
+    # The value that an inner level hands out is recorded by the outer ones.
+    both(lambda f: torch.func.grad(lambda x: torch.func.grad_and_value(lambda z: f(z, y).sum())(x)[1])(x))
+    both(lambda f: torch.func.jvp(lambda x: torch.func.vjp(lambda z: f(z, y), x)[0], (x,), (t,)))
     leaf = x.clone().requires_grad_()
     both(lambda f: torch.autograd.grad(torch.func.jvp(lambda y: f(leaf, y), (y,), (t,))[1].sum(), leaf)[0])
     both(lambda f: torch.func.grad(lambda y: f(leaf, y).sum())(y).detach())
