@@ -19,6 +19,9 @@ PREFERENCE = {"cpu": ("sdpa", "reference"), "cuda": ("sm90", "triton", "sdpa", "
 FUSED_BACKENDS = ("reference", "torch", "triton")
 FUSED_PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "torch")}
 
+# Those of aadkern.attention that have a forward-mode derivative; "auto" passes over the others where one is wanted.
+FORWARD_MODE = ("reference", "sdpa", "triton")
+
 TRITON_MAX_HEAD_DIM = 256
 SM90_CAPABILITY, SM90_HEAD_DIMS, SM90_DTYPES = (9, 0), (64, 128), ("bfloat16", "float16")
 
@@ -83,17 +86,23 @@ def _is_for(backend: str, dtype: str, head_dim: int) -> bool:
     return True
 
 
-def choose_backend(requested: str, device: str, dtype: str = "float32", head_dim: int = 64) -> str:
+def choose_backend(requested: str, device: str, dtype: str = "float32", head_dim: int = 64, *, forward_mode: bool = False) -> str:
     """The backend that serves such tensors: the requested one or, for "auto", the first of ``PREFERENCE`` that can.
 
-    Raises ValueError, with the reason, where the requested one cannot serve; a named backend never falls back.
+    Raises ValueError, with the reason, where the requested one cannot serve; a named backend never falls back. ``forward_mode``
+    asks for one of ``FORWARD_MODE``.
     """
     if requested != "auto":
+        if forward_mode and requested in BACKENDS and requested not in FORWARD_MODE:
+            served = ", ".join(FORWARD_MODE)
+            raise ValueError(f"attention: backend {requested!r} has no forward-mode derivative (torch.func.jvp); {served} have one")
         reason = reason_against(requested, device)
         if reason is not None:
             raise ValueError(f"attention: backend {requested!r} cannot serve tensors on {device!r}: {reason}")
         return requested
     for backend in PREFERENCE.get(device.partition(":")[0], ("reference",)):
+        if forward_mode and backend not in FORWARD_MODE:
+            continue
         if _is_for(backend, dtype, head_dim) and reason_against(backend, device) is None:
             return backend
     return "reference"

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from aadkern import ops
-from aadkern.blocks import reference, torch_path
+from aadkern.blocks import ops, reference, torch_path
 from aadkern.blocks.rotary import RotaryGrid, Turns
 from aadkern.runtime import choose_fused_backend
 from aadkern.streaming.rope import axis_dims

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aadkern import ops
-from aadkern.fp8 import reference
+from aadkern.fp8 import ops, reference
 from aadkern.runtime import choose_fused_backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

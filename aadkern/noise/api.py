@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from aadkern import ops
+from aadkern.noise import ops
 from aadkern.runtime import FUSED_BACKENDS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadkern import ops
-from aadkern.pooling import reference
+from aadkern.pooling import ops, reference
 from aadkern.runtime import FUSED_BACKENDS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -8,8 +8,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from aadkern import ops
 from aadkern.plans import AttentionPlan
+from aadkern.range_attention import ops
 from aadkern.runtime import BACKENDS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -62,18 +62,32 @@ def attention(
     never falls back. ``deterministic`` asks for gradients that are bitwise the same at every run: "sm90" is slower for it, "triton"
     and "reference" always are, "sdpa" is on the CPU (docs/attention.md); torch.use_deterministic_algorithms asks for it too.
 
-    Returns the output [B, Lq, H, D] in q's dtype and, with ``return_lse``, the natural logarithm of the softmax denominator
+    Returns the output [B, Lq, H, D] in the inputs' dtype and, with ``return_lse``, the natural logarithm of the softmax denominator
     [B, H, Lq] in float32 (float64 for float64 inputs). A query that sees no key gets output 0, lse -inf and no gradient.
-    Differentiable once in q, k, v, through both outputs. Works under ``torch.compile(fullgraph=True)``. Under autocast, cast the
-    inputs yourself.
+    Differentiable once in q, k, v, through both outputs, in reverse and in forward mode (``torch.func.jvp``; not by "sm90").
+    Works under ``torch.compile(fullgraph=True)`` and torch.func. Under autocast the inputs are cast as torch's own attention
+    casts: float32, float16 and bfloat16 to autocast's dtype, float64 not at all.
 
     Raises TypeError for a wrong type or dtype and ValueError for a wrong shape, device, scale or backend, before any work.
     """
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
     _check(q, k, v, plan, scale, backend, deterministic)
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     out, lse = ops.range_attention(q, k, v, plan.code, scale, backend or "auto", deterministic)
     return (out, lse) if return_lse else out
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` as autocast hands it to torch's own attention; what is no tensor, or of no dtype of ours, is left to the checks."""
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if _autocasts(device) else x
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -91,9 +105,7 @@ def _check(
         if x.dtype not in DTYPES:
             raise TypeError(f"attention: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
         if x.dtype != q.dtype:
-            raise TypeError(
-                f"attention: {name} must have q's dtype {q.dtype}, got {x.dtype}; cast before the call (also under autocast)"
-            )
+            raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {x.dtype}; cast before the call")
         if x.device != q.device:
             raise ValueError(f"attention: {name} must be on q's device {q.device}, got {x.device}")
     if not isinstance(plan, AttentionPlan):

@@ -31,6 +31,41 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
     return out.to(q.dtype), lse
 
 
+def jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse and their tangents: with s' = scale (q' k^T + q k'^T), lse' = sum p s', out' = sum p v' + p (s' - lse') v.
+
+    A tangent that is None is 0. A query that sees no key has tangents 0.
+    """
+    out, lse = forward(q, k, v, plan, scale)
+    q64, k64, v64 = _exact(q), _exact(k), _exact(v)
+    out_tangent, lse_tangent = torch.zeros_like(q64), torch.zeros_like(lse)
+    for (q0, q1), ranges in plan.runs:
+        if not ranges:
+            continue
+        q_run, k_run, v_run = q64[:, q0:q1], gather(k64, ranges), gather(v64, ranges)
+        p = torch.softmax(scale * torch.einsum("bqhd,bkhd->bhqk", q_run, k_run), dim=-1)
+        ds = torch.zeros_like(p)
+        if q_tangent is not None:
+            ds = ds + scale * torch.einsum("bqhd,bkhd->bhqk", _exact(q_tangent)[:, q0:q1], k_run)
+        if k_tangent is not None:
+            ds = ds + scale * torch.einsum("bqhd,bkhd->bhqk", q_run, gather(_exact(k_tangent), ranges))
+        mean = (p * ds).sum(dim=-1, keepdim=True)
+        lse_tangent[:, :, q0:q1] = mean[..., 0]
+        out_tangent[:, q0:q1] = torch.einsum("bhqk,bkhd->bqhd", p * (ds - mean), v_run)
+        if v_tangent is not None:
+            out_tangent[:, q0:q1] += torch.einsum("bhqk,bkhd->bqhd", p, gather(_exact(v_tangent), ranges))
+    return out, lse, out_tangent.to(q.dtype), lse_tangent
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor | None,

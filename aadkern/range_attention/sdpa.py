@@ -13,6 +13,7 @@ from aadkern.plans import AttentionPlan
 from aadkern.range_attention.ranges import gather, scatter_add
 
 aten = torch.ops.aten
+JVP_ELEMENTS = 1 << 24  # 64 MB of float32
 
 
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -56,6 +57,44 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
         out[:, q0:q1] = out_run.transpose(1, 2)
         lse[:, :, q0:q1] = lse_run
     return out, lse
+
+
+def jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse and their tangents; a tangent that is None is 0. The fused kernels know no forward mode: p is formed for it, in
+    float32 (float64 for float64), of at most ``JVP_ELEMENTS`` scores at a time."""
+    out, lse = forward(q, k, v, plan, scale)
+    total = lse.dtype
+    out_tangent, lse_tangent = torch.zeros(q.shape, dtype=q.dtype, device=q.device), torch.zeros_like(lse)
+    for (q0, q1), ranges in plan.runs:
+        if not ranges or q.numel() == 0:
+            continue
+        k_run, v_run = (_heads_first(gather(x, ranges)).to(total) for x in (k, v))
+        of_k, of_v = (None if x is None else _heads_first(gather(x, ranges)).to(total) for x in (k_tangent, v_tangent))
+        step = max(1, JVP_ELEMENTS // (q.shape[0] * q.shape[2] * k_run.shape[2]))
+        for a in range(q0, q1, step):
+            rows = slice(a, min(a + step, q1))
+            q_rows = _heads_first(q[:, rows]).to(total)
+            p = torch.exp(scale * (q_rows @ k_run.mT) - lse[:, :, rows, None])
+            # Where s' would be 0 throughout, as where only v has a tangent, nothing is made of it.
+            parts = [] if q_tangent is None else [_heads_first(q_tangent[:, rows]).to(total) @ k_run.mT]
+            parts += [] if of_k is None else [q_rows @ of_k.mT]
+            tangent = torch.zeros_like(q_rows) if of_v is None else p @ of_v
+            if parts:
+                ds = scale * sum(parts)
+                mean = (p * ds).sum(-1)
+                lse_tangent[:, :, rows] = mean
+                tangent = tangent + (p * (ds - mean[..., None])) @ v_run
+            out_tangent[:, rows] = tangent.transpose(1, 2)
+    return out, lse, out_tangent, lse_tangent
 
 
 def backward(

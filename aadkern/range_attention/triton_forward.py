@@ -246,13 +246,13 @@ def check_served(q: torch.Tensor) -> None:
         raise ValueError(f"backend 'triton' serves head_dim up to {TRITON_MAX_HEAD_DIM}, got {q.shape[3]}; 'sdpa' serves it")
 
 
-def pick(configs: dict[tuple[str, int], Tile], q: torch.Tensor) -> Tile:
+def pick(configs: dict[tuple[str, int], Tile], q: torch.Tensor, fp32: dict[int, Tile] = CONFIGS_FP32) -> Tile:
     """The configuration for a device, dtype and head_dim."""
     if INTERPRETED:
         return INTERPRETER
     block_d = max(64, padded(q.shape[3]))
     if q.dtype == torch.float32:
-        return CONFIGS_FP32[block_d]
+        return fp32[block_d]
     return configs[device_class(torch.cuda.get_device_capability(q.device)), block_d]
 
 
