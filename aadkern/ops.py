@@ -19,6 +19,10 @@ from aadkern.spans import span
 # Whole modules are imported lazily inside the implementations, so that `import aadkern` needs torch alone. Operators are custom
 # and opaque, hence usable as save-points of selective activation checkpointing by the names torch.ops.aadkern.*.
 _library = torch.library.Library("aadkern", "DEF")
+# p = exp(scale q.k - lse) over the keys in the ranges of q's run. Scores that are no numbers follow from that formula and one rule:
+# * no key in view, or every score -inf: lse -inf, p and out 0, and the gradient of lse is not used;
+# * a score of +inf: lse +inf and out NaN;  * else a score of NaN: lse and out NaN.
+# Gradients are the products of docs/attention.md with that p: 0 times an infinite key or query is NaN in them, as everywhere.
 _library.define(
     "range_attention(Tensor q, Tensor k, Tensor v, int[] plan, float scale, str backend, bool deterministic) "
     "-> (Tensor out, Tensor lse)"
@@ -58,13 +62,27 @@ def _kernel(direction: str, backend: str, q: Tensor, deterministic: bool = False
     return partial(kernel, deterministic=deterministic) if (chosen, direction) == ("sm90", "backward") else kernel
 
 
+def _plan_of(code: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> AttentionPlan:
+    """The decoded plan, if the tensors are what it is about: kernels read where it says, whatever lies there."""
+    plan = AttentionPlan.decode(code)
+    batch, _, *heads = q.shape
+    if q.shape[1] != plan.q_len or k.shape != v.shape or k.shape != (batch, plan.k_len, *heads) or q.dim() != 4:
+        wanted = f"q [B, {plan.q_len}, H, D] and k, v [B, {plan.k_len}, H, D]"
+        raise ValueError(f"range_attention: plan must fit {wanted}, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != q.dtype or x.device != q.device or (x.stride(3) != 1 and x.shape[3] > 1):
+            wanted = f"{q.dtype} on {q.device} as q, its last dimension contiguous"
+            raise ValueError(f"range_attention: {name} must be {wanted}, got {x.dtype} on {x.device}, strides {x.stride()}")
+    return plan
+
+
 @torch.library.impl(_library, "range_attention", "CompositeExplicitAutograd")
 def _range_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Sequence[int], scale: float, backend: str, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    kernel = _kernel("forward", backend, q)
+    visible, kernel = _plan_of(plan, q, k, v), _kernel("forward", backend, q)
     with span("range_attention"), _dtypes_as_given(q.device.type):
-        return kernel(q, k, v, AttentionPlan.decode(plan), scale)
+        return kernel(q, k, v, visible, scale)
 
 
 @torch.library.register_fake("aadkern::range_attention", lib=_library)
@@ -90,11 +108,11 @@ def _range_attention_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _kernel("backward", backend, q, deterministic)
+    visible, kernel = _plan_of(plan, q, k, v), _kernel("backward", backend, q, deterministic)
     if dout.stride(-1) != 1:  # a gradient expanded by .sum() has stride 0
         dout = dout.contiguous()
     with span("range_attention_backward"), _dtypes_as_given(q.device.type):
-        return kernel(dout, dlse, q, k, v, out, lse, AttentionPlan.decode(plan), scale)
+        return kernel(dout, dlse, q, k, v, out, lse, visible, scale)
 
 
 @torch.library.register_fake("aadkern::range_attention_backward", lib=_library)
