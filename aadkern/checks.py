@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,8 @@ def shown(value: Any) -> str:
 def whole(value: Any, name: str, least: int = 0, most: int = MOST) -> int:
     """``value`` as an int in [least, most]; TypeError for what is no whole number, ValueError beyond the bounds."""
     try:
-        number = None if isinstance(value, bool) else value.__index__()
-    except Exception:  # no such method, or that of a tensor or array of several numbers
+        number = None if isinstance(value, bool) else operator.index(value)
+    except Exception:  # no whole number, or a tensor or array of several
         number = None
     if number is None:
         raise TypeError(f"{name} must be a whole number, got {shown(value)}")
@@ -38,8 +39,8 @@ def whole(value: Any, name: str, least: int = 0, most: int = MOST) -> int:
     return int(number)
 
 
-def real(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
-    """``value`` as a finite float in [least, most]; no tensor, which may lie on a GPU."""
+def real(value: Any, name: str, least: float = -math.inf) -> float:
+    """``value`` as a finite float of at least ``least``; no tensor, which may lie on a GPU."""
     number = None
     if not isinstance(value, (bool, str, bytes)) and not hasattr(type(value), "untyped_storage"):
         try:
@@ -49,10 +50,9 @@ def real(value: Any, name: str, least: float = -math.inf, most: float = math.inf
         except Exception:
             number = None
     if number is None:
-        raise TypeError(f"{name} must be a real number, got {shown(value)}")
-    if not math.isfinite(number) or not least <= number <= most:
-        low, high = (f"at {word} {bound:g}" if math.isfinite(bound) else "" for word, bound in (("least", least), ("most", most)))
-        wanted = " and ".join(part for part in ("finite", low, high) if part)
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    if not math.isfinite(number) or number < least:
+        wanted = "finite" if least == -math.inf else "finite and not negative" if least == 0 else f"finite and at least {least:g}"
         raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
     return number
 
@@ -70,12 +70,20 @@ def choice(value: Any, name: str, accepted: Iterable[str], none: bool = False) -
     raise ValueError(f"{name} must be one of {', '.join(accepted)}{', or None' if none else ''}, got {shown(value)}")
 
 
+def three(value: Any, name: str, wanted: str) -> None:
+    """Raise TypeError for what is no tuple or list, ValueError for one of another length than 3."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
+    if len(value) != 3:
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
+
+
 def tensor(value: Any, name: str) -> torch.Tensor:
     """``value``, a dense tensor: TypeError for anything else, sparse and nested tensors too."""
     import torch
 
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {shown(value)}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         kind = "a nested one" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {kind}")
@@ -94,6 +102,16 @@ def device(value: Any, name: str) -> torch.device:
         return torch.device(value)
     except Exception as error:  # RuntimeError for a name; for a number whatever the accelerator's absence raises
         raise ValueError(f"{name} must be a torch.device or its name, such as 'cpu' or 'cuda:0', got {shown(value)}") from error
+
+
+def dtype(value: Any, name: str, accepted: Iterable[torch.dtype]) -> torch.dtype:
+    """``value``, one of the ``accepted`` dtypes."""
+    import torch
+
+    if not isinstance(value, torch.dtype) or value not in accepted:
+        error = ValueError if isinstance(value, torch.dtype) else TypeError
+        raise error(f"{name} must be one of {', '.join(str(x).removeprefix('torch.') for x in accepted)}, got {shown(value)}")
+    return value
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:

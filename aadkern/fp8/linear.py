@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from aadkern.checks import boolean
 from aadkern.fp8.api import QuantisedRows, quantise_rows, scaled_product
 
 
@@ -25,6 +26,7 @@ class Fp8Linear(nn.Module):
         super().__init__()
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        boolean(fast_accum, "fast_accum")
         self.in_features, self.out_features, self.fast_accum = linear.in_features, linear.out_features, fast_accum
         weight = quantise_rows(linear.weight)
         self.weight_e4m3: Tensor
@@ -56,5 +58,7 @@ class Fp8Linear(nn.Module):
 
 def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantisedRows:
     """What ``layers`` take as their common input ``x``: quantised once, if all of them are ``Fp8Linear``."""
+    if not layers:
+        raise ValueError("layers must be those that take x, at least one, got none")
     first = layers[0]
     return first.quantised(x) if isinstance(first, Fp8Linear) and all(isinstance(other, Fp8Linear) for other in layers) else x
