@@ -39,8 +39,8 @@ def whole(value: Any, name: str, least: int = 0, most: int = MOST) -> int:
     return int(number)
 
 
-def real(value: Any, name: str, least: float = -math.inf) -> float:
-    """``value`` as a finite float of at least ``least``; no tensor, which may lie on a GPU."""
+def real(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """``value`` as a finite float in [least, most]; no tensor, which may lie on a GPU."""
     number = None
     if not isinstance(value, (bool, str, bytes)) and not hasattr(type(value), "untyped_storage"):
         try:
@@ -54,6 +54,8 @@ def real(value: Any, name: str, least: float = -math.inf) -> float:
     if not math.isfinite(number) or number < least:
         wanted = "finite" if least == -math.inf else "finite and not negative" if least == 0 else f"finite and at least {least:g}"
         raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most:g}, got {shown(value)}")
     return number
 
 
@@ -91,17 +93,23 @@ def tensor(value: Any, name: str) -> torch.Tensor:
 
 
 def device(value: Any, name: str) -> torch.device:
-    """``value`` as a torch.device: a device, its name, or the number of a GPU."""
+    """``value`` as a torch.device that is here: a device, its name, or the number of a GPU."""
     import torch
 
-    if isinstance(value, torch.device):
-        return value
-    if not isinstance(value, (str, int)) or isinstance(value, bool):
+    if not isinstance(value, (torch.device, str, int)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a torch.device or its name, got {shown(value)}")
     try:
-        return torch.device(value)
+        found = torch.device(value)
     except Exception as error:  # RuntimeError for a name; for a number whatever the accelerator's absence raises
         raise ValueError(f"{name} must be a torch.device or its name, such as 'cpu' or 'cuda:0', got {shown(value)}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{name} must be one that is here, got '{found}': torch sees {torch.cuda.device_count()} CUDA devices")
+    if found.type not in ("cpu", "cuda", "meta"):
+        try:
+            torch.empty(0, device=found)
+        except Exception as error:  # of many kinds, by what is missing
+            raise ValueError(f"{name} must be one that is here, got '{found}'") from error
+    return found
 
 
 def dtype(value: Any, name: str, accepted: Iterable[torch.dtype]) -> torch.dtype:
@@ -123,7 +131,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors may share memory: told exactly where their spans are apart or their strides equal, else yes."""
     if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not a.numel() or not b.numel():
         return False
-    apart = b.storage_offset() - a.storage_offset()
+    apart = int(b.storage_offset() - a.storage_offset())
     spans = [1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) for x in (a, b)]
     if apart >= spans[0] or -apart >= spans[1]:
         return False

@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 Maker = TypeVar("Maker", bound=Callable[..., "AttentionPlan"])
 
+__all__ = [
+    "AttentionPlan",
+    "Range",
+    "Run",
+    "VideoLayout",
+    "Window",
+    "bidirectional",
+    "block_causal",
+    "frame_isolated",
+    "teacher_forcing",
+]
+
 MAX_RANGES = 4  # sink, ring tail, ring head, the new chunk: the most that any use here needs
 
 
@@ -201,8 +213,8 @@ class AttentionPlan:
             raise TypeError(f"code must be the whole numbers that encode gave, got {shown(code)}")
         try:
             return _decode(tuple(code))
-        except TypeError as error:  # what cannot be hashed is no number either
-            raise TypeError(f"code must be the whole numbers that encode gave, got {shown(code)}") from error
+        except (ValueError, TypeError) as error:  # a TypeError for what cannot be hashed, which is no number either
+            raise type(error)(f"code must be the whole numbers that encode gave, got {shown(code)}: {error}") from error
 
     @cached_property
     def area(self) -> int:

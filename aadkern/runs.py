@@ -117,13 +117,13 @@ def decoded(code: Sequence[Any]) -> tuple[int, int, tuple[Run, ...]]:
     def take(count: int) -> tuple[Any, ...]:
         taken = tuple(itertools.islice(rest, count))
         if len(taken) < count:
-            raise ValueError(f"code must be whole numbers that encode gave, got {len(code)} numbers, which end too soon")
+            raise ValueError(f"after {len(code)} numbers more are needed")
         return taken
 
     q_len, k_len = take(2)
     runs: list[Run] = []
     for q0 in rest:
         q1, count = take(2)
-        bounds = take(2 * whole(count, "code's number of ranges", 0, len(code)))
+        bounds = take(2 * whole(count, "a run's number of ranges", 0, len(code)))
         runs.append(((q0, q1), tuple(zip(bounds[::2], bounds[1::2], strict=True))))
     return q_len, k_len, tuple(runs)

@@ -60,8 +60,13 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None)
 def _path(path: Any) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be the path of a .pt file, got {shown(path)}")
-    if "\0" in os.fspath(path):
-        raise ValueError(f"path must be the path of a .pt file, got {shown(path)}")
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, not to be read, or with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"path must be the path of a .pt file, got {shown(path)}: {reason}") from error
     return Path(path)
 
 
@@ -76,7 +81,8 @@ def _state(state: Any) -> Mapping[str, Tensor]:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"path must be a .pt file, got {path}; for a diffusers folder use CausalWan.from_pretrained")
+        got = shown(str(path))
+        raise FileNotFoundError(f"path must be a .pt file, got {got}; for a diffusers folder use CausalWan.from_pretrained")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -201,7 +207,7 @@ def load_model(
     accepted = [name for name in inspect.signature(CausalWan.__init__).parameters if name != "self"]
     unknown = sorted(set(config) - set(accepted))
     if unknown:
-        raise TypeError(f"config must be of {', '.join(accepted)}, got {', '.join(unknown)}")
+        raise ValueError(f"config must be of {', '.join(accepted)}, got {', '.join(unknown)}")
     state = load_checkpoint(path, weights=weights)
     inferred = infer_config(state, head_dim=head_dim)
     log.info("%s: inferred %s; head_dim and eps are assumed, not in the file", path, inferred)

@@ -98,8 +98,8 @@ def set_processor(
             raise ValueError(f"model's processors must be diffusers' WanAttnProcessor, got {kind}: it may do more than attention")
         if getattr(old, "_parallel_config", None) is not None:
             raise ValueError("model must not be under diffusers' context parallelism, which AadWanProcessor does not serve")
-    shown = "bidirectional" if plan is None else f"a plan of {plan.q_len} queries and {plan.k_len} keys"
-    handle = Handle(f"aadkern.compat.set_processor of {type(model).__name__}: {shown}")
+    under = "bidirectional" if plan is None else f"a plan of {plan.q_len} queries and {plan.k_len} keys"
+    handle = Handle(f"aadkern.compat.set_processor of {type(model).__name__}: {under}")
     for i, attn in enumerate(attentions):
         handle.replace(attn, "processor", processor, f"blocks.{i}.attn1.processor: was {type(attn.processor).__name__}")
     return handle

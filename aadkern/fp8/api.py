@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from aadkern import ops
-from aadkern.checks import boolean, choice, shown, tensor
+from aadkern.checks import boolean, choice, tensor
+from aadkern.checks import dtype as checked_dtype
 from aadkern.fp8 import reference
 from aadkern.runtime import FUSED_BACKENDS, choose_fused_backend
 
@@ -81,8 +82,7 @@ def scaled_product(
         x = tensor(x, f"{name}: {argument}")
         if x.device != rows.values.device:
             raise ValueError(f"{name}: {argument} must be on the rows' device {rows.values.device}, got {x.device}")
-    if rows.dtype not in DTYPES:
-        raise TypeError(f"{name}: rows' dtype must be float32, float16 or bfloat16, got {shown(rows.dtype)}")
+    checked_dtype(rows.dtype, f"{name}: rows' dtype", DTYPES)
     boolean(fast_accum, f"{name}: fast_accum")
     if rows.values.dim() < 2:
         raise ValueError(f"{name}: rows must be [..., rows, channels], got {list(rows.values.shape)}")

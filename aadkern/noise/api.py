@@ -48,7 +48,8 @@ def noised_views(
     if isinstance(delta_std, Tensor):
         stds = _per_frame("delta_std", delta_std, x0).to(wide)
     else:
-        stds = x0.new_full((1, 1), real(delta_std, "noised_views: delta_std", 0.0), dtype=wide).expand(x0.shape[:2])
+        number = real(delta_std, "noised_views: delta_std", 0.0, torch.finfo(wide).max)
+        stds = x0.new_full((1, 1), number, dtype=wide).expand(x0.shape[:2])
     seeds = _seeds(seed, x0)
     first_sample = whole(first_sample, "noised_views: first_sample", 0, 2**32)
     if not 0 <= first_sample < 2**32 - x0.shape[0] or (first_sample and len(seeds) > 1):

@@ -58,8 +58,8 @@ class StreamingGenerator:
         cuda_graphs: bool = False,
         inference_mode: bool = True,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be callable, got {type(model).__name__}")
+        if not callable(model) or isinstance(model, type):
+            raise TypeError(f"model must be callable as a CausalWan is, got {shown(model)}")
         if not isinstance(cache, StreamingCache):
             raise TypeError(f"cache must be a StreamingCache, got {type(cache).__name__}")
         if cache.frame:
@@ -96,7 +96,10 @@ class StreamingGenerator:
             raise TypeError(f"text must be None for a model without text_cache, as {type(self.model).__name__} is")
         oldest, kept = self._in_view() if recache else (0, [])
         with self._without_gradient():
-            self._text: Any = None if text is None else self.model.text_cache(text)  # type: ignore[attr-defined]
+            try:
+                self._text: Any = None if text is None else self.model.text_cache(text)  # type: ignore[attr-defined]
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"text must be what the model's text_cache takes: {error}") from error
             here = self.cache.frame
             try:
                 for start, clean in kept:

@@ -17,6 +17,7 @@ from torch import Tensor
 from aadkern.checks import shown, three, whole
 
 THETA = 10000.0
+MOST_CHANNELS = 65536  # of a head: beyond any, and a table of angles still fits
 
 Periods = tuple[int | None, int, int]
 """Frames (None: no period), rows and columns after which rotary positions repeat."""
@@ -34,8 +35,8 @@ def checked_periods(periods: Any, name: str) -> Periods | None:
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
     """Channels of a head that turn with the frame, the row and the column: (44, 42, 42) of 128, (8, 4, 4) of 16."""
-    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim must be even and at least 2, got {shown(head_dim)}")
+    if not isinstance(head_dim, int) or not 2 <= head_dim <= MOST_CHANNELS or head_dim % 2:
+        raise ValueError(f"head_dim must be even and in [2, {MOST_CHANNELS}], got {shown(head_dim)}")
     space = 2 * (head_dim // 6)
     return head_dim - 2 * space, space, space
 

@@ -30,6 +30,8 @@ def check_configuration(patch_size: Any, sizes: dict[str, Any], cross_attn_norm:
     if patch_size[0] != 1:
         raise ValueError(f"patch_size must be (1, rows, columns): frames have own timesteps, got {tuple(patch_size)}")
     for name, size in sizes.items():
+        if not isinstance(size, int):  # an array's number could not be written into the configuration
+            raise TypeError(f"{name} must be an int, got {shown(size)}")
         whole(size, name, 1)
     try:
         axis_dims(sizes["attention_head_dim"])

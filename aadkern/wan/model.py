@@ -209,8 +209,8 @@ class CausalWan(WanTransformer3DModel):
         check_ways(plan, cache, graphs, first_frame, cache_only, clean_frames, return_dict)
         if encoder_hidden_states_image is not None:
             raise ValueError(f"encoder_hidden_states_image must be None; {CLEAN_FIRST_FRAME}")
-        if attention_kwargs:
-            raise ValueError(f"attention_kwargs must be empty: no processor takes them, got {attention_kwargs}")
+        if attention_kwargs is not None and (not isinstance(attention_kwargs, dict) or attention_kwargs):
+            raise ValueError(f"attention_kwargs must be empty: no processor takes them, got {shown(attention_kwargs)}")
         last = blocks_to_run(taps, len(self.blocks))
         if cache_only and (cache is None or taps is not None):
             raise ValueError("cache_only must come with a cache and without taps")
