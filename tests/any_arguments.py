@@ -102,9 +102,9 @@ def ready(name: str) -> Callable[..., Any]:
     return call
 
 
-def forward(**given: Any) -> Any:
+def forward(*first: Any, **given: Any) -> Any:
     with torch.no_grad():
-        return model()(**given)
+        return model()(*first, **given)
 
 
 def state() -> dict[str, torch.Tensor]:

@@ -98,5 +98,5 @@ def spread(turns: Turns, head_dim: int) -> Tensor:
     time, space, _ = (dim // 2 for dim in axis_dims(head_dim))
     by_frame, by_row, by_column = turns.axes.split([frames * time, height * space, width * space])
     shape = (frames, height, width, -1, 2)
-    axes = (by_frame.view(-1, 1, 1, time, 2), by_row.view(-1, 1, space, 2), by_column.view(-1, space, 2))
+    axes = (by_frame.view(frames, 1, 1, time, 2), by_row.view(height, 1, space, 2), by_column.view(width, space, 2))
     return torch.cat([axis.expand(shape) for axis in axes], dim=-2).flatten(0, 2)
