@@ -365,7 +365,9 @@ def test_a_folder_that_hides_the_installed_package_is_told(tmp_path):
     (site / "aadkern" / "__init__.py").touch()
     (site / "aadkern-9.dist-info").mkdir()
     (site / "aadkern-9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: aadkern\nVersion: 9\n")
-    code = f"import sys; sys.path[1:1] = [{str(site)!r}]; from aadkern import _build as b; print(b.shadowing(), b.describe(), sep='\\n')"
+    lines = [f"import sys; sys.path[1:1] = [{str(site)!r}]", "from aadkern import _build"]
+    lines += ["print(_build.shadowing())", "print(_build.describe())"]
+    code = "\n".join(lines)
     told = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, env={"PATH": ""})
     assert told.returncode == 0, told.stderr
     first, second = told.stdout.splitlines()
