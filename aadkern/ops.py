@@ -65,12 +65,14 @@ def _kernel(direction: str, backend: str, q: Tensor, deterministic: bool = False
 def _plan_of(code: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> AttentionPlan:
     """The decoded plan, if the tensors are what it is about: kernels read where it says, whatever lies there."""
     plan = AttentionPlan.decode(code)
-    batch, _, *heads = q.shape
-    if q.shape[1] != plan.q_len or k.shape != v.shape or k.shape != (batch, plan.k_len, *heads) or q.dim() != 4:
+    of_q, of_k = q.shape, k.shape
+    fits = len(of_q) == 4 and of_q[1] == plan.q_len and of_k == v.shape
+    if not fits or of_k != (of_q[0], plan.k_len, of_q[2], of_q[3]):
         wanted = f"q [B, {plan.q_len}, H, D] and k, v [B, {plan.k_len}, H, D]"
         raise ValueError(f"range_attention: plan must fit {wanted}, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
+    dtype, device, wide = q.dtype, q.device, of_q[3] > 1
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != q.dtype or x.device != q.device or (x.stride(3) != 1 and x.shape[3] > 1):
+        if x.dtype != dtype or x.device != device or (wide and x.stride(3) != 1):
             wanted = f"{q.dtype} on {q.device} as q, its last dimension contiguous"
             raise ValueError(f"range_attention: {name} must be {wanted}, got {x.dtype} on {x.device}, strides {x.stride()}")
     return plan

@@ -60,7 +60,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
         lse[:, :, q0:q1] = lse_run
     if q.device.type == "cpu" and lse.numel():
         least, most = lse.abs().aminmax()
-        if not (least > 0 and most < math.inf):
+        if not (least.item() > 0 and most.item() < math.inf):
             _settle_rows(out, lse, q, k, plan, scale)
     return out, lse
 
