@@ -73,7 +73,9 @@ def _module(target: ModuleType | str) -> ModuleType:
         raise TypeError(f"patch: target must be a module, its name or one of {', '.join(PROJECTS)}, got {type(target).__name__}")
     name = PROJECTS.get(target, target)
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ValueError(f"patch: target must be a module, its name or one of {', '.join(PROJECTS)}, got {shown(target)}")
+        raise ValueError(
+            f"patch: target must be a module that can be imported or one of {', '.join(PROJECTS)}, got {shown(target)}"
+        )
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
