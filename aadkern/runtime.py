@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from aadkern import checks
+
 BACKENDS = ("reference", "sdpa", "triton", "sm90")
 AVAILABLE = "available"
 
@@ -71,6 +73,8 @@ def _reason_against_sm90(device: str) -> str | None:
         return reason
     if not device.startswith("cuda"):
         return "built for sm_90a, and serves GPUs of compute capability 9.0 (H100, H200, H20, GH200) only"
+    if not torch.cuda.is_available():
+        return "built for sm_90a, and torch sees no CUDA device here"
     capability = torch.cuda.get_device_capability(device)
     if capability != SM90_CAPABILITY:
         return f"built for sm_90a, and this GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
@@ -133,8 +137,10 @@ def backends(device: str | None = None) -> dict[str, str]:
     """Each backend of ``aadkern.attention`` and "available", or the reason why not, on ``device`` (default: cuda if present, else
     cpu).
 
-    FlexAttention and FlashAttention are compared against in ``benchmarks/``; they are not backends.
+    FlexAttention and FlashAttention are compared against in ``benchmarks/``; they are not backends. Raises TypeError for a device
+    that is no name, ValueError for one that there is not.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(checks.device(device, "device"))
     return {name: reason_against(name, device) or AVAILABLE for name in BACKENDS}

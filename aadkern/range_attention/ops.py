@@ -16,6 +16,10 @@ from aadkern.plans import AttentionPlan
 from aadkern.runtime import choose_backend
 from aadkern.spans import span
 
+# p = exp(scale q.k - lse) over the keys in the ranges of q's run. Scores that are no numbers follow from that formula and one rule:
+# * no key in view, or every score -inf: lse -inf, p and out 0, and the gradient of lse is not used;
+# * a score of +inf: lse +inf and out NaN;  * else a score of NaN: lse and out NaN.
+# Gradients are the products of docs/attention.md with that p: 0 times an infinite key or query is NaN in them, as everywhere.
 library.define(
     "range_attention(Tensor q, Tensor k, Tensor v, int[] plan, float scale, str backend, bool deterministic) "
     "-> (Tensor out, Tensor lse)"
@@ -56,13 +60,29 @@ def _kernel(direction: str, backend: str, q: Tensor, deterministic: bool = False
     return partial(kernel, deterministic=deterministic) if (chosen, direction) == ("sm90", "backward") else kernel
 
 
+def _plan_of(code: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> AttentionPlan:
+    """The decoded plan, if the tensors are what it is about: kernels read where it says, whatever lies there."""
+    plan = AttentionPlan.decode(code)
+    of_q, of_k = q.shape, k.shape
+    fits = len(of_q) == 4 and of_q[1] == plan.q_len and of_k == v.shape
+    if not fits or of_k != (of_q[0], plan.k_len, of_q[2], of_q[3]):
+        wanted = f"q [B, {plan.q_len}, H, D] and k, v [B, {plan.k_len}, H, D]"
+        raise ValueError(f"range_attention: plan must fit {wanted}, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
+    dtype, device, wide = q.dtype, q.device, of_q[3] > 1
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != dtype or x.device != device or (wide and x.stride(3) != 1):
+            wanted = f"{q.dtype} on {q.device} as q, its last dimension contiguous"
+            raise ValueError(f"range_attention: {name} must be {wanted}, got {x.dtype} on {x.device}, strides {x.stride()}")
+    return plan
+
+
 @torch.library.impl(library, "range_attention", "CompositeExplicitAutograd")
 def _range_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Sequence[int], scale: float, backend: str, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    kernel = _kernel("forward", backend, q)
+    visible, kernel = _plan_of(plan, q, k, v), _kernel("forward", backend, q)
     with span("range_attention"), dtypes_as_given(q.device.type):
-        return kernel(q, k, v, AttentionPlan.decode(plan), scale)
+        return kernel(q, k, v, visible, scale)
 
 
 @torch.library.register_fake("aadkern::range_attention", lib=library)
@@ -88,11 +108,11 @@ def _range_attention_backward(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _kernel("backward", backend, q, deterministic)
+    visible, kernel = _plan_of(plan, q, k, v), _kernel("backward", backend, q, deterministic)
     if dout.stride(-1) != 1:  # a gradient expanded by .sum() has stride 0
         dout = dout.contiguous()
     with span("range_attention_backward"), dtypes_as_given(q.device.type):
-        return kernel(dout, dlse, q, k, v, out, lse, AttentionPlan.decode(plan), scale)
+        return kernel(dout, dlse, q, k, v, out, lse, visible, scale)
 
 
 @torch.library.register_fake("aadkern::range_attention_backward", lib=library)
@@ -133,9 +153,9 @@ def _range_attention_jvp(
     backend: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernel = _kernel("jvp", backend, q)
+    visible, kernel = _plan_of(plan, q, k, v), _kernel("jvp", backend, q)
     with span("range_attention_jvp"), dtypes_as_given(q.device.type):
-        return kernel(q, k, v, q_tangent, k_tangent, v_tangent, AttentionPlan.decode(plan), scale)
+        return kernel(q, k, v, q_tangent, k_tangent, v_tangent, visible, scale)
 
 
 @torch.library.register_fake("aadkern::range_attention_jvp", lib=library)

@@ -5,6 +5,8 @@ The default on the CPU. The fused calls return the log-sum-exp that the backward
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from aadkern.range_attention.ranges import gather, scatter_add
 
 aten = torch.ops.aten
 JVP_ELEMENTS = 1 << 24  # 64 MB of float32
+ROWS = 256  # whose scores are made at once where rows are settled one by one
 
 
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -56,6 +59,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
         out_run, lse_run = _dense_forward(q_run, k_run, v_run, scale)
         out[:, q0:q1] = out_run.transpose(1, 2)
         lse[:, :, q0:q1] = lse_run
+    if q.device.type == "cpu" and lse.numel():
+        least, most = lse.abs().aminmax()
+        if not (least.item() > 0 and most.item() < math.inf):
+            _settle_rows(out, lse, q, k, plan, scale)
     return out, lse
 
 
@@ -97,6 +104,27 @@ def jvp(
     return out, lse, out_tangent, lse_tangent
 
 
+def _settle_rows(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, plan: AttentionPlan, scale: float) -> None:
+    """Give rows with infinite scores, or a score of NaN, the out and lse of the contract (aadkern/ops.py).
+
+    torch 2.13's kernel gives some of them a finite result: lse 0 and out 0 where all scores are -inf, or all are NaN; out 0 beside
+    lse +inf. All have an lse of 0 or one that is not finite, which hardly any other row has, so only such are looked at.
+    """
+    for (q0, q1), ranges in plan.runs:
+        doubtful = (lse[:, :, q0:q1] == 0) | ~lse[:, :, q0:q1].isfinite()
+        for b, h in doubtful.any(-1).nonzero().tolist() if ranges else ():
+            keys = gather(k, ranges)[b, :, h].to(lse.dtype)
+            for rows in (q0 + doubtful[b, h].nonzero().flatten()).split(ROWS):
+                scores = scale * (q[b, rows, h].to(lse.dtype) @ keys.mT)
+                settled = lse[b, h, rows]
+                nothing, above = (scores == -math.inf).all(-1), (scores == math.inf).any(-1)
+                for where, value in ((nothing, -math.inf), (scores.isnan().any(-1), math.nan), (above, math.inf)):
+                    settled = settled.masked_fill(where, value)
+                lse[b, h, rows] = settled
+                out_rows = out[b, rows, h].masked_fill(nothing[:, None], 0.0)
+                out[b, rows, h] = out_rows.masked_fill((settled.isnan() | above)[:, None], math.nan)
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -110,6 +138,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. Where several runs see a key, its gradient is summed in float32."""
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
+    nothing = lse == -math.inf
+    lse = lse.masked_fill(nothing, math.inf)  # p = exp(score - lse) is 0 then, also of a score of -inf
+    dlse = None if dlse is None else dlse.masked_fill(nothing, 0.0)
     dq = q.new_empty(q.shape)
     dk, dv = torch.zeros(k.shape, dtype=total, device=k.device), torch.zeros(v.shape, dtype=total, device=v.device)
     for (q0, q1), ranges in plan.runs:

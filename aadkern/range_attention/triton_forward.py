@@ -227,6 +227,7 @@ def forward_kernel(
     seen = total != 0.0
     acc = acc / tl.where(seen, total, 1.0)[:, None]
     log_sum = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
+    log_sum = tl.where(top == float("inf"), float("inf"), log_sum)  # there p, total and out are NaN
     out_head = head_base(out, batch, head, out_stride_b, out_stride_h)
     store_tile(acc, out_head, q_start, q_end, out_stride_l, BLOCK_Q, HEAD_DIM, BLOCK_D, WIDE)
     rows = q_start + tl.arange(0, BLOCK_Q)
