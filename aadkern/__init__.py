@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("blocks", "fp8"):
+    if name in ("blocks", "fp8", "ops"):
         from importlib import import_module
 
         return import_module(f"aadkern.{name}")

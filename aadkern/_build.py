@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 NOT_BUILT = (
     "aadkern._host is not built: there was no working C++ compiler when aadkern was installed. Only these build facts "
@@ -40,9 +44,11 @@ def load_cuda() -> str | None:
 
     Loading needs no GPU, but runs none of the kernels either.
     """
-    file = cuda_library()
+    file, info = cuda_library(), build_info()
     if file is None:
-        return f"not built: {_why_no_cuda(build_info())}"
+        return f"not built: {_why_no_cuda(info)}"
+    if info is not None and not info["cuda_architectures"]:
+        return f"not built: {_why_no_cuda(info)} ({file} is left from another build and not loaded; delete it or install again)"
     import torch
 
     from aadkern import ops  # noqa: F401  the schemas that the library implements
@@ -58,20 +64,53 @@ def load_cuda() -> str | None:
 def _why_no_cuda(info: dict[str, Any] | None) -> str:
     if info is None:
         return "there was no working C++ compiler when aadkern was installed"
+    if info["cuda_architectures"]:
+        return f"they were built, but {Path(__file__).parent} holds no _C library now; install it again"
     return info.get("no_cuda") or f"what is installed is of version {info['version']} before it had CUDA kernels; install it again"
 
 
+def shadowing() -> str | None:
+    """Where this package was imported from and where it is installed, in one line, if these are two places; else None.
+
+    So it is where a folder named aadkern in the current directory, or on PYTHONPATH, stands before the installed one.
+    """
+    here = Path(__file__).resolve().parent
+    installed = _installed()
+    if installed is None or installed == here:
+        return None
+    return f"aadkern is imported from {here}, and what is installed is {installed}: the folder of that name found first is used"
+
+
+def _installed() -> Path | None:
+    """The folder of the installed package, a checkout's where it is installed as editable; None if it is not installed."""
+    places = []
+    for distribution in importlib.metadata.distributions(name="aadkern"):
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            places.append(Path(url2pathname(urlparse(origin["url"]).path)) / "aadkern")
+        else:
+            places.append(Path(str(distribution.locate_file("aadkern"))))
+    found = [place.resolve() for place in places if (place / "__init__.py").is_file()]
+    here = Path(__file__).resolve().parent
+    return here if here in found else next(iter(found), None)
+
+
 def describe() -> str:
-    """The same in one line."""
-    info = build_info()
+    """The same in one line, and a warning where another copy of the package is installed than this.
+
+    Of the CUDA kernels it says what ``load_cuda`` says, and so what ``aadkern.backends`` does.
+    """
+    info, reason, elsewhere = build_info(), load_cuda(), shadowing()
     if info is None:
-        return f"WARNING: {NOT_BUILT}"
-    kernels = ", ".join(f"sm_{architecture.replace('.', '')}" for architecture in info["cuda_architectures"])
-    return (
-        f"aadkern {info['version']}: host module by {info['compiler']}, C++{info['cxx_standard']}, "
-        f"{info['build_type']}; CUDA compiler: {info['cuda_compiler'] or 'none'}; CUDA kernels: "
-        + (kernels or f"WARNING: not built: {_why_no_cuda(info)}")
-    )
+        told = f"WARNING: {NOT_BUILT}; CUDA kernels: {reason or 'loaded'}"
+    else:
+        kernels = ", ".join(f"sm_{architecture.replace('.', '')}" for architecture in info["cuda_architectures"])
+        told = (
+            f"aadkern {info['version']}: host module by {info['compiler']}, C++{info['cxx_standard']}, "
+            f"{info['build_type']}; CUDA compiler: {info['cuda_compiler'] or 'none'}; CUDA kernels: "
+            + (kernels if reason is None else f"WARNING: {reason}")
+        )
+    return told if elsewhere is None else f"{told}; WARNING: {elsewhere}"
 
 
 if __name__ == "__main__":

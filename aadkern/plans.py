@@ -8,27 +8,34 @@ Every mask of this field gives each run of queries a few contiguous key ranges, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, lru_cache, wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from aadkern.checks import MOST, boolean, shown, whole
+from aadkern.checks import device as checked_device
+from aadkern.runs import RUN, RUNS, Range, Run, canonical, checked_runs, decoded, listed, merged, pair, range_within
 
 if TYPE_CHECKING:
     import torch
 
-Range = tuple[int, int]
-Run = tuple[Range, tuple[Range, ...]]
+Maker = TypeVar("Maker", bound=Callable[..., "AttentionPlan"])
+
+__all__ = [
+    "AttentionPlan",
+    "Range",
+    "Run",
+    "VideoLayout",
+    "Window",
+    "bidirectional",
+    "block_causal",
+    "frame_isolated",
+    "teacher_forcing",
+]
 
 MAX_RANGES = 4  # sink, ring tail, ring head, the new chunk: the most that any use here needs
-
-
-def _whole(value: Any, name: str, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    number = value.__index__()
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,11 @@ class VideoLayout:
     tokens_per_frame: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.chunks, (str, bytes)) or not isinstance(self.chunks, Iterable):
-            raise TypeError(f"chunks must be a sequence of whole numbers, got {self.chunks!r}")
-        chunks = tuple(_whole(size, f"chunks[{i}]", 1) for i, size in enumerate(self.chunks))
+        chunks = tuple(whole(size, f"chunks[{i}]", 1) for i, size in enumerate(listed(self.chunks, "chunks", "whole numbers")))
         if not chunks:
             raise ValueError("chunks must hold at least one chunk, got none")
         object.__setattr__(self, "chunks", chunks)
-        object.__setattr__(self, "tokens_per_frame", _whole(self.tokens_per_frame, "tokens_per_frame", 1))
+        object.__setattr__(self, "tokens_per_frame", whole(self.tokens_per_frame, "tokens_per_frame", 1))
 
     @classmethod
     def regular(cls, frames: int, chunk: int, tokens_per_frame: int, first: int | None = None) -> VideoLayout:
@@ -58,8 +63,8 @@ class VideoLayout:
 
         ``regular(21, 4, n, first=1)`` is (1, 4, 4, 4, 4, 4); ``regular(22, 4, n)`` is (4, 4, 4, 4, 6).
         """
-        frames, chunk = _whole(frames, "frames", 1), _whole(chunk, "chunk", 1)
-        head = () if first is None else (_whole(first, "first", 1),)
+        frames, chunk = whole(frames, "frames", 1), whole(chunk, "chunk", 1)
+        head = () if first is None else (whole(first, "first", 1),)
         rest = frames - sum(head)
         if rest < 0:
             raise ValueError(f"first must be at most frames={frames}, got {first}")
@@ -88,6 +93,7 @@ class VideoLayout:
 
     def chunk_frames(self, chunk: int) -> Range:
         """The latent frames ``[first, end)`` of one chunk."""
+        chunk = whole(chunk, "chunk", 0, len(self.chunks) - 1)
         return self._ends[chunk] - self.chunks[chunk], self._ends[chunk]
 
     def chunk_tokens(self, chunk: int) -> Range:
@@ -97,10 +103,7 @@ class VideoLayout:
 
     def chunk_of(self, frame: int) -> int:
         """The chunk that holds a latent frame."""
-        for chunk, end in enumerate(self._ends):
-            if 0 <= frame < end:
-                return chunk
-        raise ValueError(f"frame must lie in [0, {self.frames}), got {frame}")
+        return bisect_right(self._ends, whole(frame, "frame", 0, self.frames - 1))
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,15 @@ class Window:
     includes_current: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sink", _whole(self.sink, "sink", 0))
+        object.__setattr__(self, "sink", whole(self.sink, "sink", 0))
+        boolean(self.includes_sink, "includes_sink")
+        boolean(self.includes_current, "includes_current")
         if self.frames is None:
             return
         least = self.sink + 1 if self.includes_sink and self.includes_current else (self.sink if self.includes_sink else 0)
         if self.includes_current:
             least = max(least, 1)
-        frames = _whole(self.frames, "frames", 0)
+        frames = whole(self.frames, "frames", 0)
         if frames < least:
             counted = f"counts the sink ({self.sink}) and " if self.includes_sink and self.sink else "counts "
             what = "the current chunk" if self.includes_current else "earlier frames"
@@ -134,50 +139,17 @@ class Window:
 
     def recent(self, chunk_frames: int) -> int | None:
         """Newest frames in view of a chunk of that many frames, itself counted and the sink not; None is no limit."""
+        whole(chunk_frames, "chunk_frames", 0)
         if self.frames is None:
             return None
         return self.frames - (self.sink if self.includes_sink else 0) + (0 if self.includes_current else chunk_frames)
 
     def visible_frames(self, chunk_start: int, chunk_end: int) -> list[Range]:
         """Disjoint, ascending frame ranges that the chunk ``[chunk_start, chunk_end)`` sees, itself included."""
+        chunk_start, chunk_end = range_within((chunk_start, chunk_end), MOST, "chunk_start and chunk_end")
         recent = self.recent(chunk_end - chunk_start)
         start = 0 if recent is None else max(0, chunk_end - recent)
-        return list(_merged([(0, min(self.sink, chunk_end)), (start, chunk_end)]))
-
-
-def _merged(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    """The union as disjoint ascending ranges that do not touch."""
-    union: list[Range] = []
-    for start, end in sorted(ranges):
-        if start >= end:
-            continue
-        if union and start <= union[-1][1]:
-            union[-1] = (union[-1][0], max(end, union[-1][1]))
-        else:
-            union.append((start, end))
-    return tuple(union)
-
-
-def _canonical(q_len: int, runs: Iterable[Run]) -> tuple[Run, ...]:
-    """Runs that cover [0, q_len) in order, neighbours with the same ranges joined, uncovered queries given no key."""
-    covered: list[Run] = []
-
-    def append(q0: int, q1: int, ranges: tuple[Range, ...]) -> None:
-        if q0 == q1:
-            return
-        if covered and covered[-1][1] == ranges:
-            q0 = covered.pop()[0][0]
-        covered.append(((q0, q1), ranges))
-
-    at = 0
-    for (q0, q1), ranges in sorted(runs):
-        if q0 < at:
-            raise ValueError(f"runs must not overlap: query {q0} stands in two runs")
-        append(at, q0, ())
-        append(q0, q1, ranges)
-        at = max(at, q1)
-    append(at, q_len, ())
-    return tuple(covered)
+        return list(merged([(0, min(self.sink, chunk_end)), (start, chunk_end)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +158,7 @@ class AttentionPlan:
 
     ``runs`` is canonical: it covers ``[0, q_len)`` in order, neighbours differ, and each run's ranges are disjoint, ascending and
     do not touch; two plans are equal exactly when their dense masks are. A run without ranges sees nothing (output 0, lse -inf).
+    Raises ValueError or TypeError for runs that are not: every plan there is may be handed to a kernel.
     """
 
     q_len: int
@@ -194,12 +167,13 @@ class AttentionPlan:
     code: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        flat = [self.q_len, self.k_len]
-        for (q0, q1), ranges in self.runs:
-            flat += [q0, q1, len(ranges)]
-            for k0, k1 in ranges:
-                flat += [k0, k1]
-        object.__setattr__(self, "code", tuple(flat))
+        q_len, k_len = whole(self.q_len, "q_len"), whole(self.k_len, "k_len")
+        runs = checked_runs(q_len, k_len, self.runs)
+        flat = [q_len, k_len]
+        for run, ranges in runs:
+            flat += [*run, len(ranges), *itertools.chain.from_iterable(ranges)]
+        for name, value in (("q_len", q_len), ("k_len", k_len), ("runs", runs), ("code", tuple(flat))):
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "_hash", hash(self.code))
 
     def __hash__(self) -> int:
@@ -215,16 +189,18 @@ class AttentionPlan:
         A query sees the union of its run's ranges; queries in no run see nothing. Raises ValueError where a run or range leaves
         ``[0, q_len)`` or ``[0, k_len)``, runs overlap, or a run needs more than 4 ranges after touching ones are joined.
         """
-        q_len, k_len = _whole(q_len, "q_len", 0), _whole(k_len, "k_len", 0)
+        q_len, k_len = whole(q_len, "q_len", 0), whole(k_len, "k_len", 0)
         checked: list[Run] = []
-        for i, (run, ranges) in enumerate(runs):
-            q_run = _range_within(run, q_len, f"runs[{i}] queries")
-            union = _merged(_range_within(r, k_len, f"runs[{i}] ranges[{j}]") for j, r in enumerate(ranges))
+        for i, run in enumerate(listed(runs, "runs", RUNS)):
+            queries, ranges = pair(run, f"runs[{i}]", RUN)
+            q_run = range_within(queries, q_len, f"runs[{i}] queries")
+            pairs = listed(ranges, f"runs[{i}] ranges", "(start, end) pairs")
+            union = merged(range_within(r, k_len, f"runs[{i}] ranges[{j}]") for j, r in enumerate(pairs))
             if len(union) > MAX_RANGES:
-                raise ValueError(f"runs[{i}] must need at most {MAX_RANGES} key ranges, got {len(union)}: {list(union)}")
+                raise ValueError(f"runs[{i}] must need at most {MAX_RANGES} key ranges, got {len(union)}: {shown(union)}")
             if q_run[0] < q_run[1]:
                 checked.append((q_run, union))
-        return cls(q_len, k_len, _canonical(q_len, checked))
+        return cls(q_len, k_len, canonical(q_len, checked))
 
     def encode(self) -> tuple[int, ...]:
         """The plan as whole numbers: q_len, k_len, then per run q0, q1, number of ranges, and k0, k1 of each."""
@@ -232,8 +208,13 @@ class AttentionPlan:
 
     @staticmethod
     def decode(code: Sequence[int]) -> AttentionPlan:
-        """The plan that ``encode`` gave these numbers (cached)."""
-        return _decode(tuple(code))
+        """The plan that ``encode`` gave these numbers (cached). Raises ValueError or TypeError for any others."""
+        if not isinstance(code, (tuple, list)):
+            raise TypeError(f"code must be the whole numbers that encode gave, got {shown(code)}")
+        try:
+            return _decode(tuple(code))
+        except (ValueError, TypeError) as error:  # a TypeError for what cannot be hashed, which is no number either
+            raise type(error)(f"code must be the whole numbers that encode gave, got {shown(code)}: {error}") from error
 
     @cached_property
     def area(self) -> int:
@@ -242,7 +223,8 @@ class AttentionPlan:
 
     def flops(self, heads: int, head_dim: int, *, backward: bool = False) -> int:
         """Exact matmul FLOPs per batch element: forward 4 * area * heads * head_dim, backward 2.5 times that."""
-        forward = 4 * self.area * heads * head_dim
+        forward = 4 * self.area * whole(heads, "heads") * whole(head_dim, "head_dim")
+        boolean(backward, "backward")
         return forward * 5 // 2 if backward else forward
 
     @cached_property
@@ -251,8 +233,33 @@ class AttentionPlan:
         runs: list[Run] = []
         for k0, k1 in itertools.pairwise(edges):
             seen_by = [run for run, ranges in self.runs if any(a <= k0 < b for a, b in ranges)]
-            runs.append(((k0, k1), _merged(seen_by)))
-        return AttentionPlan(self.k_len, self.q_len, _canonical(self.k_len, runs))
+            runs.append(((k0, k1), merged(seen_by)))
+        return AttentionPlan(self.k_len, self.q_len, canonical(self.k_len, runs))
+
+    @cached_property
+    def is_teacher_forcing(self) -> bool:
+        """Whether this is a plan over [clean clip, noisy clip], two copies of the same frames, as ``teacher_forcing`` makes them.
+
+        So it is where the clean half sees itself alone, and each noisy query sees, in either half but never in both, the places
+        that its clean twin sees; and where one of them sees a clean key.
+        """
+        half, odd = divmod(self.q_len, 2)
+        if odd or self.k_len != self.q_len:
+            return False
+        clean: list[Run] = []
+        noisy: list[Run] = []
+        for (q0, q1), ranges in self.runs:
+            if q0 < half:
+                clean.append(((q0, min(q1, half)), ranges))
+            if q1 > half:
+                before = [(a, min(b, half)) for a, b in ranges if a < half]
+                own = [(max(a - half, 0), b - half) for a, b in ranges if b > half]
+                places = merged([*before, *own])
+                if sum(b - a for a, b in places) != sum(b - a for a, b in ranges):
+                    return False
+                noisy.append(((max(q0 - half, 0), q1 - half), places))
+        mixed = any(q1 > half and ranges and ranges[0][0] < half for (_, q1), ranges in self.runs)
+        return mixed and canonical(half, clean) == canonical(half, noisy)
 
     def transpose(self) -> AttentionPlan:
         """Runs of keys and the query ranges that see them; drives dK and dV. May need more than 4 ranges for a run."""
@@ -262,6 +269,7 @@ class AttentionPlan:
         """The mask as bool [q_len, k_len], True where visible: for tests and pictures."""
         import torch
 
+        device = None if device is None else checked_device(device, "device")
         mask = torch.zeros(self.q_len, self.k_len, dtype=torch.bool, device=device)
         for (q0, q1), ranges in self.runs:
             for k0, k1 in ranges:
@@ -269,7 +277,14 @@ class AttentionPlan:
         return mask
 
     def block_mask(self, device: torch.device | str = "cpu", block_size: int = 128) -> Any:
-        """The same mask as a FlexAttention ``BlockMask`` of shape [1, 1, q_len, k_len], for comparison."""
+        """The same mask as a FlexAttention ``BlockMask`` of shape [1, 1, q_len, k_len], for comparison.
+
+        Raises ValueError for a plan without queries or keys, of which there is no BlockMask, and for another block size than a
+        whole number of at least 1, or a device that is none.
+        """
+        device, block_size = checked_device(device, "device"), whole(block_size, "block_size", 1)
+        if not self.q_len or not self.k_len:
+            raise ValueError(f"plan must have queries and keys to be a BlockMask, got q_len {self.q_len} and k_len {self.k_len}")
         import torch
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -289,25 +304,25 @@ class AttentionPlan:
         return create_block_mask(visible, None, None, self.q_len, self.k_len, device=str(device), BLOCK_SIZE=block_size)
 
 
-def _range_within(pair: Sequence[int], length: int, name: str) -> Range:
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be a (start, end) pair, got {pair!r}")
-    start, end = _whole(pair[0], f"{name} start", 0), _whole(pair[1], f"{name} end", 0)
-    if not start <= end <= length:
-        raise ValueError(f"{name} must satisfy 0 <= start <= end <= {length}, got ({start}, {end})")
-    return start, end
-
-
 @lru_cache(maxsize=4096)
 def _decode(code: tuple[int, ...]) -> AttentionPlan:
-    runs: list[Run] = []
-    at = 2
-    while at < len(code):
-        q0, q1, count = code[at : at + 3]
-        at += 3
-        runs.append(((q0, q1), tuple((code[at + 2 * i], code[at + 2 * i + 1]) for i in range(count))))
-        at += 2 * count
-    return AttentionPlan(code[0], code[1], tuple(runs))
+    return AttentionPlan(*decoded(code))
+
+
+def _made_once(make: Maker) -> Maker:
+    """``make``, its arguments looked at, and its plans kept."""
+    kept = lru_cache(maxsize=256)(make)
+
+    @wraps(make)
+    def checked(layout: VideoLayout, *others: Any, **named: Any) -> AttentionPlan:
+        if not isinstance(layout, VideoLayout):
+            raise TypeError(f"layout must be a VideoLayout, got {shown(layout)}")
+        for window in (*others, *named.values()):
+            if window is not None and not isinstance(window, Window):
+                raise TypeError(f"window must be a Window or None, got {shown(window)}")
+        return kept(layout, *others, **named)
+
+    return cast(Maker, checked)
 
 
 def _tokens(frames: Iterable[Range], layout: VideoLayout, offset: int = 0) -> list[Range]:
@@ -315,13 +330,14 @@ def _tokens(frames: Iterable[Range], layout: VideoLayout, offset: int = 0) -> li
     return [(offset + a * n, offset + b * n) for a, b in frames]
 
 
-@lru_cache(maxsize=256)
+@_made_once
 def bidirectional(layout: VideoLayout) -> AttentionPlan:
     """All tokens see all tokens."""
-    return AttentionPlan.from_ranges(layout.tokens, layout.tokens, [((0, layout.tokens), [(0, layout.tokens)])])
+    tokens = layout.tokens
+    return AttentionPlan.from_ranges(tokens, tokens, [((0, tokens), [(0, tokens)])])
 
 
-@lru_cache(maxsize=256)
+@_made_once
 def block_causal(layout: VideoLayout, window: Window | None = None) -> AttentionPlan:
     """Each chunk sees itself and the earlier frames that ``window`` (default: all) leaves in view (wan_lineage 1.1, 1.3, with
     sink)."""
@@ -332,7 +348,7 @@ def block_causal(layout: VideoLayout, window: Window | None = None) -> Attention
     return AttentionPlan.from_ranges(layout.tokens, layout.tokens, runs)
 
 
-@lru_cache(maxsize=256)
+@_made_once
 def teacher_forcing(layout: VideoLayout, window: Window | None = None) -> AttentionPlan:
     """Over [clean clip, noisy clip]: a clean chunk sees as under ``block_causal``; a noisy chunk sees the *earlier* clean frames in
     its window and sink, and itself in the noisy half. Works with uneven chunks, an independent first frame, window and sink."""
@@ -349,7 +365,7 @@ def teacher_forcing(layout: VideoLayout, window: Window | None = None) -> Attent
     return AttentionPlan.from_ranges(2 * layout.tokens, 2 * layout.tokens, runs)
 
 
-@lru_cache(maxsize=256)
+@_made_once
 def frame_isolated(layout: VideoLayout) -> AttentionPlan:
     """Each latent frame sees itself alone (an ablation of the discriminator)."""
     frames = [(f, f + 1) for f in range(layout.frames)]

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from aadkern import checks
+
 BACKENDS = ("reference", "sdpa", "triton", "sm90")
 AVAILABLE = "available"
 
@@ -18,6 +20,9 @@ PREFERENCE = {"cpu": ("sdpa", "reference"), "cuda": ("sm90", "triton", "sdpa", "
 # The other operators: their meaning in plain torch, the fast form of it in torch's own operations, fused kernels.
 FUSED_BACKENDS = ("reference", "torch", "triton")
 FUSED_PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "torch")}
+
+# Those of aadkern.attention that have a forward-mode derivative; "auto" passes over the others where one is wanted.
+FORWARD_MODE = ("reference", "sdpa", "triton")
 
 TRITON_MAX_HEAD_DIM = 256
 SM90_CAPABILITY, SM90_HEAD_DIMS, SM90_DTYPES = (9, 0), (64, 128), ("bfloat16", "float16")
@@ -68,6 +73,8 @@ def _reason_against_sm90(device: str) -> str | None:
         return reason
     if not device.startswith("cuda"):
         return "built for sm_90a, and serves GPUs of compute capability 9.0 (H100, H200, H20, GH200) only"
+    if not torch.cuda.is_available():
+        return "built for sm_90a, and torch sees no CUDA device here"
     capability = torch.cuda.get_device_capability(device)
     if capability != SM90_CAPABILITY:
         return f"built for sm_90a, and this GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"
@@ -83,17 +90,23 @@ def _is_for(backend: str, dtype: str, head_dim: int) -> bool:
     return True
 
 
-def choose_backend(requested: str, device: str, dtype: str = "float32", head_dim: int = 64) -> str:
+def choose_backend(requested: str, device: str, dtype: str = "float32", head_dim: int = 64, *, forward_mode: bool = False) -> str:
     """The backend that serves such tensors: the requested one or, for "auto", the first of ``PREFERENCE`` that can.
 
-    Raises ValueError, with the reason, where the requested one cannot serve; a named backend never falls back.
+    Raises ValueError, with the reason, where the requested one cannot serve; a named backend never falls back. ``forward_mode``
+    asks for one of ``FORWARD_MODE``.
     """
     if requested != "auto":
+        if forward_mode and requested in BACKENDS and requested not in FORWARD_MODE:
+            served = ", ".join(FORWARD_MODE)
+            raise ValueError(f"attention: backend {requested!r} has no forward-mode derivative (torch.func.jvp); {served} have one")
         reason = reason_against(requested, device)
         if reason is not None:
             raise ValueError(f"attention: backend {requested!r} cannot serve tensors on {device!r}: {reason}")
         return requested
     for backend in PREFERENCE.get(device.partition(":")[0], ("reference",)):
+        if forward_mode and backend not in FORWARD_MODE:
+            continue
         if _is_for(backend, dtype, head_dim) and reason_against(backend, device) is None:
             return backend
     return "reference"
@@ -124,8 +137,10 @@ def backends(device: str | None = None) -> dict[str, str]:
     """Each backend of ``aadkern.attention`` and "available", or the reason why not, on ``device`` (default: cuda if present, else
     cpu).
 
-    FlexAttention and FlashAttention are compared against in ``benchmarks/``; they are not backends.
+    FlexAttention and FlashAttention are compared against in ``benchmarks/``; they are not backends. Raises TypeError for a device
+    that is no name, ValueError for one that there is not.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(checks.device(device, "device"))
     return {name: reason_against(name, device) or AVAILABLE for name in BACKENDS}

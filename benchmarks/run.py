@@ -7,6 +7,7 @@ and ratios. ``--report FILES`` prints the tables of results files instead, and `
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections import Counter
@@ -50,6 +51,20 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--commit", help="of the sources, where the copy at hand has no history")
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)  # as a worker that can be restarted (benchmarks.journal)
     return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for options that nothing can be measured by."""
+    if options.device == "cuda" and not torch.cuda.is_available() and not options.report:
+        raise ValueError("--device must be one that is here, got cuda: torch sees no CUDA device")
+    if not 0 < options.seconds < math.inf:
+        raise ValueError(f"--seconds must be finite and more than 0, got {options.seconds}")
+    for name in SIZES["cpu"]:
+        size = getattr(options, name)
+        if size is not None and size < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {size}")
+    if not -(2**63) <= options.seed < 2**63:
+        raise ValueError(f"--seed must fit in 64 bits, got {options.seed}")
 
 
 def cases_asked(options: argparse.Namespace) -> list[AttentionCase]:
@@ -109,8 +124,9 @@ def measured(options: argparse.Namespace) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> int:
     parser = arguments()
     options = parser.parse_args(argv)
-    torch.manual_seed(options.seed)
     try:
+        check(options)
+        torch.manual_seed(options.seed)
         if options.journal is not None:
             work(options)
             return 0

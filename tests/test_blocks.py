@@ -416,7 +416,7 @@ def test_causal_wan_computes_the_same_on_either_backend():
     assert {block.block_backend for block in model.blocks} == {"reference"}
     model.set_block_backend("auto")
     assert {block.block_backend for block in model.blocks} == {None}
-    with pytest.raises(ValueError, match="backend must be auto or one of reference, torch, triton, got 'sdpa'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, torch, triton, got 'sdpa'"):
         model.set_block_backend("sdpa")
     model.set_block_backend("triton")
     with pytest.raises((ValueError, TypeError), match="backend 'triton'"):

@@ -118,7 +118,7 @@ def test_bad_input(model, clip):
 
     refused(ValueError, "model must have blocks with a self-attention attn1.*got Linear", torch.nn.Linear(2, 2))
     refused(ValueError, "CausalWan takes its plan in each call", CausalWan(**CONFIG))
-    refused(TypeError, "plan must be an AttentionPlan or None, got str", model, "block_causal")
+    refused(TypeError, "plan must be an AttentionPlan, a VideoLayout or None, got 'block_causal'", model, "block_causal")
     refused(ValueError, "window must come with a VideoLayout as plan, got NoneType", model, window=WINDOW)
     refused(
         ValueError,

@@ -401,12 +401,17 @@ def test_commit_needs_a_written_chunk():
         (dict(window=Window(), capacity_frames=3), "capacity_frames"),
         (dict(window=Window(sink=6), capacity_frames=6), "capacity_frames"),
         (dict(rope="learned"), "rope"),
+        (dict(rope="relative", head_dim=7), "head_dim"),
+        (dict(merged="yes"), "merged must be True or False"),
+        (dict(device="gpu"), "device must be a torch.device or its name"),
+        (dict(dtype=torch.int32), "dtype must be one of float32"),
+        (dict(frame_period=0.5), "frame_period"),
     ],
 )
 def test_a_bad_cache_is_refused(changes, names):
     good = dict(layers=2, batch=1, heads=2, head_dim=8, tokens_per_frame=2, window=Window(8), max_chunk_frames=4)
     StreamingCache(**good)
-    with pytest.raises(ValueError, match=names):
+    with pytest.raises((ValueError, TypeError), match=names):
         StreamingCache(**{**good, **changes})
 
 

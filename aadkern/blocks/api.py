@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from aadkern import ops
-from aadkern.blocks import reference, torch_path
+from aadkern.blocks import ops, reference, torch_path
 from aadkern.blocks.rotary import RotaryGrid, Turns
-from aadkern.runtime import choose_fused_backend
+from aadkern.checks import choice, overlap, overlaps_itself, real, tensor
+from aadkern.runtime import FUSED_BACKENDS, choose_fused_backend
 from aadkern.streaming.rope import axis_dims
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -38,7 +38,8 @@ def qk_norm_rope(
     added to the mean square, ``k_weight`` [H * D] as ``q_weight``.
 
     Returns new tensors [B, L, H, D], or writes to ``q_out``, ``k_out`` and returns those: a slot of a cache, a send buffer
-    [B, L, groups, H / groups, D], or ``q``, ``k`` themselves (the same objects) for in place. Differentiable in q, k and the
+    [B, L, groups, H / groups, D], or ``q``, ``k`` themselves (the same objects) for in place; otherwise they lie apart from each
+    other and from q and k, with a place for each element. Differentiable in q, k and the
     weights, but not into a given destination. ``backend`` is "reference", "torch", "triton" or None, the best for the device.
 
     Raises TypeError for a wrong type or dtype and ValueError for a wrong shape, device or backend, before any work.
@@ -49,13 +50,15 @@ def qk_norm_rope(
         raise ValueError(f"{name}: q, q_weight and q_out must be given together or not at all (q_out only if wanted)")
     if q is not None and q_weight is not None:
         _check_heads(q, "q", q_weight, "q_weight", k)
-    if not isinstance(grid, RotaryGrid | Turns):
+    if not isinstance(grid, (RotaryGrid, Turns)):
         raise TypeError(f"{name}: grid must be an aadkern.blocks.RotaryGrid, or its turns, got {type(grid).__name__}")
     tokens = math.prod(grid.sizes) if isinstance(grid, Turns) else grid.tokens
     if k.shape[1] != tokens:
         raise ValueError(f"{name}: k must have the grid's {tokens} tokens, got {k.shape[1]}")
     _check_destination(q_out, "q_out", q)
     _check_destination(k_out, "k_out", k)
+    if (q_out is not None or k_out is not None) and not torch.compiler.is_compiling():  # which cannot ask where tensors lie
+        _check_apart(q, k, q_out, k_out)
     _check_eps(name, eps)
     chosen = _choose(name, backend, k, k.shape[2] * k.shape[3])
     into = q_out is not None or k_out is not None
@@ -141,6 +144,7 @@ def _placed(result: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _choose(name: str, backend: str | None, x: Tensor, channels: int, *others: Tensor) -> str:
+    choice(backend, f"{name}: backend", FUSED_BACKENDS, none=True)
     doubles = x.dtype == torch.float64 or any(other.dtype == torch.float64 for other in others)
     beyond = doubles or channels > TRITON_MAX_CHANNELS
     if backend is None and beyond:
@@ -154,16 +158,11 @@ def _choose(name: str, backend: str | None, x: Tensor, channels: int, *others: T
 
 
 def _check_eps(name: str, eps: float) -> None:
-    if isinstance(eps, Tensor) or not hasattr(eps, "__float__"):
-        raise TypeError(f"{name}: eps must be a real number, got {type(eps).__name__}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"{name}: eps must be finite and not negative, got {eps}")
+    real(eps, f"{name}: eps", 0.0)
 
 
 def _check_tensor(name: str, x: Tensor, argument: str, like: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
+    if tensor(x, f"{name}: {argument}").dtype not in DTYPES:
         raise TypeError(f"{name}: {argument} must be float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{name}: {argument} must be on {like.device} as the others, got {x.device}")
@@ -198,6 +197,28 @@ def _check_destination(out: Tensor | None, argument: str, x: Tensor | None) -> N
         raise ValueError(f"{name}: {argument} must be {wanted}, got {list(out.shape)}")
     if out.stride(-1) != 1:
         raise ValueError(f"{name}: {argument} must have a contiguous last dimension, got strides {out.stride()}")
+    if overlaps_itself(out):
+        raise ValueError(
+            f"{name}: {argument} must have a place for each element, got {list(out.shape)} with strides {out.stride()}"
+        )
+
+
+def _check_apart(q: Tensor | None, k: Tensor, q_out: Tensor | None, k_out: Tensor | None) -> None:
+    """What is written must be nowhere else read or written: rows are turned side by side."""
+    for argument, out, others in (("q_out", q_out, {"k": k, "k_out": k_out}), ("k_out", k_out, {"q": q})):
+        for other, x in others.items():
+            if out is not None and x is not None and overlap(out, x):
+                raise ValueError(f"qk_norm_rope: {argument} must lie apart from {other}, got two views of the same memory")
+    for argument, out, x in (("q_out", q_out, q), ("k_out", k_out, k)):
+        if out is not None and x is not None and not _in_place(out, x) and overlap(out, x):
+            raise ValueError(
+                f"qk_norm_rope: {argument} must be {argument[0]} itself or lie apart from it, got a part of its memory"
+            )
+
+
+def _in_place(out: Tensor, x: Tensor) -> bool:
+    """Whether the two, which share memory, are the same elements in the same order."""
+    return out is x or (out.shape == x.shape and out.stride() == x.stride() and out.storage_offset() == x.storage_offset())
 
 
 def _check_tokens(name: str, x: Tensor, argument: str, y: Tensor) -> None:

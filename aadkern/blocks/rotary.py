@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from aadkern.streaming.rope import Periods, axis_dims, axis_table, rotation_table, upload
+from aadkern.checks import MOST, boolean, shown, whole
+from aadkern.checks import device as checked_device
+from aadkern.checks import dtype as checked_dtype
+from aadkern.streaming.rope import Periods, axis_dims, axis_table, checked_periods, rotation_table, upload
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class RotaryGrid:
 
     ``frames`` is a range or a sequence of indices, any whole numbers ([clean, noisy] repeats them), or an int for
     ``range(frames)``; ``height`` and ``width`` count patches; ``periods`` (frames or None, rows, columns) are those after which
-    positions repeat.
+    positions repeat. Raises ValueError or TypeError for what is no whole number, or sizes and periods below 1.
     """
 
     frames: range | tuple[int, ...]
@@ -31,16 +36,17 @@ class RotaryGrid:
     periods: Periods | None = None
 
     def __post_init__(self) -> None:
-        frames = self.frames
+        frames: Any = self.frames
         if isinstance(frames, int) and not isinstance(frames, bool):
-            object.__setattr__(self, "frames", range(frames))
-        elif isinstance(frames, Sequence) and not isinstance(frames, (range, str)):
-            object.__setattr__(self, "frames", tuple(frames))
+            frames = range(whole(frames, "frames"))
         elif not isinstance(frames, range):
-            raise TypeError(f"frames must be an int, a range or a sequence of frame indices, got {frames!r}")
-        for name, value in (("height", self.height), ("width", self.width)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if not isinstance(frames, Sequence) or isinstance(frames, (str, bytes)):
+                raise TypeError(f"frames must be an int, a range or a sequence of frame indices, got {shown(frames)}")
+            frames = tuple(whole(frame, f"frames[{i}]", -MOST) for i, frame in enumerate(frames))
+        object.__setattr__(self, "frames", frames)
+        object.__setattr__(self, "height", whole(self.height, "height", 1))
+        object.__setattr__(self, "width", whole(self.width, "width", 1))
+        object.__setattr__(self, "periods", checked_periods(self.periods, "periods"))
 
     @property
     def tokens(self) -> int:
@@ -51,7 +57,10 @@ class RotaryGrid:
 
         ``qk_norm_rope`` makes them itself. Made beforehand they let one compiled block serve every position.
         """
-        double = dtype == torch.float64
+        axis_dims(head_dim)
+        boolean(spread, "spread")
+        double = checked_dtype(dtype, "dtype", DTYPES) == torch.float64
+        device = checked_device(device, "device")
         axes = axis_turns(self, head_dim, torch.float64 if double else torch.float32, device)
         sizes = (len(self.frames), self.height, self.width)
         if not spread:
@@ -89,5 +98,5 @@ def spread(turns: Turns, head_dim: int) -> Tensor:
     time, space, _ = (dim // 2 for dim in axis_dims(head_dim))
     by_frame, by_row, by_column = turns.axes.split([frames * time, height * space, width * space])
     shape = (frames, height, width, -1, 2)
-    axes = (by_frame.view(-1, 1, 1, time, 2), by_row.view(-1, 1, space, 2), by_column.view(-1, space, 2))
+    axes = (by_frame.view(frames, 1, 1, time, 2), by_row.view(height, 1, space, 2), by_column.view(width, space, 2))
     return torch.cat([axis.expand(shape) for axis in axes], dim=-2).flatten(0, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from aadkern.checks import dtype as checked_dtype
+from aadkern.checks import shown, whole
 from aadkern.compat.names import bare, in_diffusers_names, translated
 
 if TYPE_CHECKING:
@@ -34,7 +37,9 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None)
     Raises ValueError for what is no such file, and for pickles that hold other things than tensors and plain
     containers: they are never run (``weights_only=True``).
     """
-    path = Path(path)
+    path = _path(path)
+    if weights is not None and not isinstance(weights, str):
+        raise TypeError(f"weights must be a name or None, got {shown(weights)}")
     content = _read(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"path must hold a dictionary, got {type(content).__name__} in {path}")
@@ -52,9 +57,32 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None)
     return from_wan_names(state)
 
 
+def _path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be the path of a .pt file, got {shown(path)}")
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, not to be read, or with a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"path must be the path of a .pt file, got {shown(path)}: {reason}") from error
+    return Path(path)
+
+
+def _state(state: Any) -> Mapping[str, Tensor]:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a state dict, names to tensors, got {shown(state)}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise TypeError(f"state must be a state dict, names to tensors, got {shown(value)} under {shown(name)}")
+    return state
+
+
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"path must be a .pt file, got {path}; for a diffusers folder use CausalWan.from_pretrained")
+        got = shown(str(path))
+        raise FileNotFoundError(f"path must be a .pt file, got {got}; for a diffusers folder use CausalWan.from_pretrained")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -72,13 +100,13 @@ def from_wan_names(state: Mapping[str, Tensor]) -> State:
 
     Raises ValueError for a name that Wan's transformer does not have, or two names that mean one tensor.
     """
-    plain = _renamed(state, {name: bare(name) for name in state})
+    plain = _renamed(_state(state), {name: bare(name) for name in state})
     return plain if in_diffusers_names(plain) else _renamed(plain, translated(list(plain), "diffusers"))
 
 
 def to_wan_names(state: Mapping[str, Tensor]) -> State:
     """A state dict in Wan's own names, from diffusers'. Raises ValueError for a name that Wan's transformer does not have."""
-    return _renamed(state, translated(list(state), "wan"))
+    return _renamed(_state(state), translated(list(state), "wan"))
 
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
@@ -105,7 +133,12 @@ def save_checkpoint(
     The file is ``{weights: {prefix + Wan's name: tensor}}``, on the CPU. It appears whole or not at all. Raises
     ValueError, having written nothing, for names that Wan's transformer does not have.
     """
-    path = Path(path)
+    path = _path(path)
+    if not path.name or path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"path must be a file in a folder that there is, got {shown(str(path))}")
+    for argument, value in (("weights", weights), ("prefix", prefix)):
+        if not isinstance(value, str):
+            raise TypeError(f"{argument} must be a name, got {shown(value)}")
     content = {prefix + name: tensor.detach().cpu() for name, tensor in to_wan_names(state).items()}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -123,15 +156,19 @@ def infer_config(state: Mapping[str, Tensor], *, head_dim: int = 128) -> dict[st
     have no causal form.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    _state(state)
+
+    def shape(name: str, dimensions: int = 2) -> tuple[int, ...]:
         if name not in state:
             raise ValueError(f"state dict must hold a whole Wan transformer in diffusers' names, and lacks {name!r}")
+        if state[name].dim() != dimensions:
+            raise ValueError(f"state dict must hold {name!r} with {dimensions} dimensions, got {list(state[name].shape)}")
         return tuple(state[name].shape)
 
     if any("image_embedder" in name or "add_k_proj" in name for name in state):
         raise ValueError("state dict must be text-to-video weights; these have image embeddings, which CausalWan does not take")
-    dim, channels, *patch = shape("patch_embedding.weight")
-    if dim % head_dim:
+    dim, channels, *patch = shape("patch_embedding.weight", 5)
+    if dim % whole(head_dim, "head_dim", 1):
         raise ValueError(f"head_dim must divide the model's width {dim}, got {head_dim}")
     return {
         "patch_size": tuple(patch),
@@ -164,6 +201,13 @@ def load_model(
     """
     from aadkern.wan import CausalWan
 
+    if dtype is not None:
+        checked_dtype(dtype, "dtype", (torch.float32, torch.float64, torch.float16, torch.bfloat16))
+    whole(head_dim, "head_dim", 1)
+    accepted = [name for name in inspect.signature(CausalWan.__init__).parameters if name != "self"]
+    unknown = sorted(set(config) - set(accepted))
+    if unknown:
+        raise ValueError(f"config must be of {', '.join(accepted)}, got {', '.join(unknown)}")
     state = load_checkpoint(path, weights=weights)
     inferred = infer_config(state, head_dim=head_dim)
     log.info("%s: inferred %s; head_dim and eps are assumed, not in the file", path, inferred)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from aadkern.checks import shown
 from aadkern.compat.block_mask import evaluate
 from aadkern.compat.builders import BUILDERS, PADDING
 from aadkern.compat.flex import Original, flex_attention_for
@@ -71,6 +72,10 @@ def _module(target: ModuleType | str) -> ModuleType:
     if not isinstance(target, str):
         raise TypeError(f"patch: target must be a module, its name or one of {', '.join(PROJECTS)}, got {type(target).__name__}")
     name = PROJECTS.get(target, target)
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(
+            f"patch: target must be a module that can be imported or one of {', '.join(PROJECTS)}, got {shown(target)}"
+        )
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -78,8 +83,8 @@ def _module(target: ModuleType | str) -> ModuleType:
             raise  # the project is there, and lacks something of its own
         known = ", ".join(PROJECTS)
         raise ValueError(
-            f"patch: target must be a module that can be imported or one of {known}, got {target!r}: no module named "
-            f"{error.name!r}; run from the project's folder, or put it on sys.path"
+            f"patch: target must be a module that can be imported or one of {known}, got {shown(target)}: no module named "
+            f"{shown(error.name)}; run from the project's folder, or put it on sys.path"
         ) from error
 
 
@@ -87,14 +92,15 @@ def _flex_of(module: ModuleType) -> Callable[..., Any]:
     flex = vars(module).get("flex_attention")
     if flex is None:
         raise ValueError(
-            f"patch: {module.__name__} must have a global flex_attention, and has none; patch the module that defines the model"
+            f"patch: target {module.__name__} must have a global flex_attention, and has none; "
+            "patch the module that defines the model"
         )
     if hasattr(flex, "_aadkern_handle"):
-        raise ValueError(f"patch: {module.__name__} is patched already; undo that first")
+        raise ValueError(f"patch: target {module.__name__} is patched already; undo that first")
     parameters = _parameters(flex)
     if not set(FLEX_PARAMETERS) <= set(parameters):
         wanted = ", ".join(FLEX_PARAMETERS)
-        raise ValueError(f"patch: {module.__name__}.flex_attention must take {wanted}; it takes ({', '.join(parameters)})")
+        raise ValueError(f"patch: target {module.__name__}.flex_attention must take {wanted}; it takes ({', '.join(parameters)})")
     return flex
 
 
@@ -118,7 +124,7 @@ def _builders_of(module: ModuleType) -> list[tuple[type, str, Callable[..., Any]
                 raise ValueError(f"patch: {cls.__name__}.{name} must call a global create_block_mask, and its module has none")
             found.append((cls, name, original))
     if not found:
-        raise ValueError(f"patch: a class of {module.__name__} must have one of {', '.join(BUILDERS)}, and none has")
+        raise ValueError(f"patch: a class of target {module.__name__} must have one of {', '.join(BUILDERS)}, and none has")
     return found
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aadkern.checks import choice, shown
 from aadkern.compat.handle import Handle
 from aadkern.plans import AttentionPlan, VideoLayout, Window, block_causal
 from aadkern.range_attention.api import attention
+from aadkern.runtime import BACKENDS
 
 
 class AadWanProcessor:
@@ -25,7 +27,7 @@ class AadWanProcessor:
     def __init__(self, plan: AttentionPlan | None = None, backend: str | None = None) -> None:
         if plan is not None and not isinstance(plan, AttentionPlan):
             raise TypeError(f"plan must be an AttentionPlan or None, got {type(plan).__name__}")
-        self.plan, self.backend = plan, backend
+        self.plan, self.backend = plan, choice(backend, "backend", BACKENDS, none=True)
 
     def __call__(
         self,
@@ -78,6 +80,8 @@ def set_processor(
     """
     if isinstance(plan, VideoLayout):
         plan = block_causal(plan, window)
+    elif plan is not None and not isinstance(plan, AttentionPlan):
+        raise TypeError(f"plan must be an AttentionPlan, a VideoLayout or None, got {shown(plan)}")
     elif window is not None:
         raise ValueError(f"window must come with a VideoLayout as plan, got {type(plan).__name__}")
     if any(cls.__module__ == "aadkern.wan.model" for cls in type(model).__mro__):
@@ -94,8 +98,8 @@ def set_processor(
             raise ValueError(f"model's processors must be diffusers' WanAttnProcessor, got {kind}: it may do more than attention")
         if getattr(old, "_parallel_config", None) is not None:
             raise ValueError("model must not be under diffusers' context parallelism, which AadWanProcessor does not serve")
-    shown = "bidirectional" if plan is None else f"a plan of {plan.q_len} queries and {plan.k_len} keys"
-    handle = Handle(f"aadkern.compat.set_processor of {type(model).__name__}: {shown}")
+    under = "bidirectional" if plan is None else f"a plan of {plan.q_len} queries and {plan.k_len} keys"
+    handle = Handle(f"aadkern.compat.set_processor of {type(model).__name__}: {under}")
     for i, attn in enumerate(attentions):
         handle.replace(attn, "processor", processor, f"blocks.{i}.attn1.processor: was {type(attn.processor).__name__}")
     return handle

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aadkern import ops
-from aadkern.fp8 import reference
-from aadkern.runtime import choose_fused_backend
+from aadkern.checks import boolean, choice, tensor
+from aadkern.checks import dtype as checked_dtype
+from aadkern.fp8 import ops, reference
+from aadkern.runtime import FUSED_BACKENDS, choose_fused_backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_MAX_CHANNELS = 16384
@@ -39,12 +40,12 @@ def quantise_rows(
     Raises TypeError for a wrong type or dtype and ValueError for a wrong shape or backend, before any work.
     """
     name = "quantise_rows"
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: x must be a torch.Tensor, got {type(x).__name__}")
+    tensor(x, f"{name}: x")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: x must be float32, float16 or bfloat16, got {x.dtype}")
     if x.dim() < 2 or x.shape[-1] < 1:
         raise ValueError(f"{name}: x must be [..., rows, channels] with at least one channel, got {list(x.shape)}")
+    choice(backend, f"{name}: backend", FUSED_BACKENDS, none=True)
     too_wide = x.shape[-1] > TRITON_MAX_CHANNELS
     chosen = "torch" if backend is None and too_wide else choose_fused_backend(name, backend or "auto", x.device.type)
     if chosen == "triton" and too_wide:
@@ -73,15 +74,23 @@ def scaled_product(
     name = "scaled_product"
     if not isinstance(rows, QuantisedRows):
         raise TypeError(f"{name}: rows must be QuantisedRows, as quantise_rows makes them, got {type(rows).__name__}")
-    for argument, given in (("weight", weight), ("weight_scale", weight_scale)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(given).__name__}")
+    given: dict[str, Tensor | None] = {"rows' values": rows.values, "rows' scale": rows.scale, "weight": weight}
+    for argument, x in (given | {"weight_scale": weight_scale, "bias": bias}).items():
+        if x is None and argument == "bias":
+            continue
+        x = tensor(x, f"{name}: {argument}")
+        if x.device != rows.values.device:
+            raise ValueError(f"{name}: {argument} must be on the rows' device {rows.values.device}, got {x.device}")
+    checked_dtype(rows.dtype, f"{name}: rows' dtype", DTYPES)
+    boolean(fast_accum, f"{name}: fast_accum")
+    if rows.values.dim() < 2:
+        raise ValueError(f"{name}: rows must be [..., rows, channels], got {list(rows.values.shape)}")
     if rows.scale.dtype != torch.float32 or rows.scale.shape != (*rows.values.shape[:-1], 1):
         wanted = f"float32 {[*rows.values.shape[:-1], 1]}"
         raise ValueError(f"{name}: rows must have a scale of {wanted}, got {rows.scale.dtype} {list(rows.scale.shape)}")
-    for argument, tensor in (("rows", rows.values), ("weight", weight)):
-        if tensor.dtype != torch.float8_e4m3fn:
-            raise TypeError(f"{name}: {argument} must be float8_e4m3fn, got {tensor.dtype}")
+    for argument, numbers in (("rows", rows.values), ("weight", weight)):
+        if numbers.dtype != torch.float8_e4m3fn:
+            raise TypeError(f"{name}: {argument} must be float8_e4m3fn, got {numbers.dtype}")
     if weight.dim() != 2 or weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE or not weight.is_contiguous():
         wanted = f"[N, K], contiguous, multiples of {MULTIPLE}"
         raise ValueError(f"{name}: weight must be {wanted}, got {list(weight.shape)} with strides {weight.stride()}")
@@ -91,6 +100,8 @@ def scaled_product(
         raise TypeError(f"{name}: weight_scale must be float32, got {weight_scale.dtype}")
     if tuple(weight_scale.shape) != (1, weight.shape[0]):
         raise ValueError(f"{name}: weight_scale must be [1, {weight.shape[0]}], got {list(weight_scale.shape)}")
+    if bias is not None and bias.dtype not in (*DTYPES, torch.float64):
+        raise TypeError(f"{name}: bias must be floating point, got {bias.dtype}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"{name}: bias must be [{weight.shape[0]}] or None, got {list(bias.shape)}")
     values, scale = rows.values.flatten(0, -2), rows.scale.flatten(0, -2)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from aadkern.checks import boolean, tensor
 from aadkern.fp8.api import QuantisedRows, quantise_rows, scaled_product
 
 
@@ -25,6 +26,7 @@ class Fp8Linear(nn.Module):
         super().__init__()
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        boolean(fast_accum, "fast_accum")
         self.in_features, self.out_features, self.fast_accum = linear.in_features, linear.out_features, fast_accum
         weight = quantise_rows(linear.weight)
         self.weight_e4m3: Tensor
@@ -35,12 +37,16 @@ class Fp8Linear(nn.Module):
 
     def quantised(self, x: Tensor) -> QuantisedRows:
         """What the layer takes in x's place; layers with the same input may share it."""
+        if tensor(x, "x").dim() < 2 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be [..., {self.in_features}], at least two dimensions, got {list(x.shape)}")
+        if x.device != self.weight_e4m3.device:
+            raise ValueError(f"x must be on the layer's device {self.weight_e4m3.device}, got {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("Fp8Linear has no gradient: it is for inference, under torch.no_grad()")
         return quantise_rows(x)
 
     def forward(self, x: Tensor | QuantisedRows) -> Tensor:
-        rows = self.quantised(x) if isinstance(x, Tensor) else x
+        rows = x if isinstance(x, QuantisedRows) else self.quantised(x)
         return scaled_product(rows, self.weight_e4m3, self.weight_scale, self.bias, fast_accum=self.fast_accum)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
@@ -56,5 +62,7 @@ class Fp8Linear(nn.Module):
 
 def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantisedRows:
     """What ``layers`` take as their common input ``x``: quantised once, if all of them are ``Fp8Linear``."""
+    if not layers:
+        raise ValueError("layers must be those that take x, at least one, got none")
     first = layers[0]
     return first.quantised(x) if isinstance(first, Fp8Linear) and all(isinstance(other, Fp8Linear) for other in layers) else x

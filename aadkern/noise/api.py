@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from aadkern import ops
+from aadkern.checks import choice, real, shown, tensor, whole
+from aadkern.noise import ops
 from aadkern.runtime import FUSED_BACKENDS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -27,7 +26,8 @@ def noised_views(
 
         x_sigma = (1 - sigma) x0 + sigma eps,   x_perturbed = x_sigma + delta_std delta,   eps, delta ~ N(0, 1)
 
-    ``x0`` [B, F, C, H, W] clean latents, floating point; ``sigma`` [B] or [B, F] noise levels in [0, 1]; ``delta_std`` the standard
+    ``x0`` [B, F, C, H, W] clean latents, floating point, frames before channels (``CausalWan``'s are [B, C, F, H, W]: transpose
+    them, or the numbers of other elements are drawn); ``sigma`` [B] or [B, F] noise levels in [0, 1]; ``delta_std`` the standard
     deviation of the perturbation: a number, or [B] or [B, F] (0 where a frame must stay, an image-to-video clip's first, say).
     What tensors hold is not checked: on a GPU the host would have to wait for it.
     ``seed``: an integer of 64 bits, or an int64 tensor: one number for the call, or [B] one per sample. The same seed gives the
@@ -48,22 +48,20 @@ def noised_views(
     if isinstance(delta_std, Tensor):
         stds = _per_frame("delta_std", delta_std, x0).to(wide)
     else:
-        stds = x0.new_full((1, 1), _deviation(delta_std), dtype=wide).expand(x0.shape[:2])
+        number = real(delta_std, "noised_views: delta_std", 0.0, torch.finfo(wide).max)
+        stds = x0.new_full((1, 1), number, dtype=wide).expand(x0.shape[:2])
     seeds = _seeds(seed, x0)
-    if not isinstance(first_sample, int) or isinstance(first_sample, bool):
-        raise TypeError(f"noised_views: first_sample must be an int, got {first_sample!r}")
+    first_sample = whole(first_sample, "noised_views: first_sample", 0, 2**32)
     if not 0 <= first_sample < 2**32 - x0.shape[0] or (first_sample and len(seeds) > 1):
         raise ValueError(
             f"noised_views: first_sample must be in [0, 2^32 - batch), and 0 with a seed per sample, got {first_sample}"
         )
-    if backend is not None and backend not in FUSED_BACKENDS:
-        raise ValueError(f"noised_views: backend must be one of {', '.join(FUSED_BACKENDS)}, or None, got {backend!r}")
+    choice(backend, "noised_views: backend", FUSED_BACKENDS, none=True)
     return ops.noised_views(x0.contiguous(), levels, stds, seeds, first_sample, backend or "auto")
 
 
 def _check_clips(x0: Tensor) -> None:
-    if not isinstance(x0, Tensor):
-        raise TypeError(f"noised_views: x0 must be a torch.Tensor, got {type(x0).__name__}")
+    tensor(x0, "noised_views: x0")
     if x0.dtype not in DTYPES:
         raise TypeError(f"noised_views: x0 must be float32, float64, float16 or bfloat16, got {x0.dtype}")
     if x0.dim() != 5:
@@ -75,9 +73,8 @@ def _check_clips(x0: Tensor) -> None:
 def _per_frame(name: str, value: Tensor, x0: Tensor) -> Tensor:
     """A [B] or [B, F] argument as [B, F]."""
     batch, frames = x0.shape[:2]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"noised_views: {name} must be a floating-point tensor, got {got}")
+    if not tensor(value, f"noised_views: {name}").is_floating_point():
+        raise TypeError(f"noised_views: {name} must be a floating-point tensor, got {value.dtype}")
     if value.device != x0.device:
         raise ValueError(f"noised_views: {name} must be on x0's device {x0.device}, got {value.device}")
     if tuple(value.shape) not in ((batch,), (batch, frames)):
@@ -86,19 +83,11 @@ def _per_frame(name: str, value: Tensor, x0: Tensor) -> Tensor:
     return (value[:, None] if value.dim() == 1 else value).expand(batch, frames)
 
 
-def _deviation(value: float) -> float:
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"noised_views: delta_std must be a number or a tensor, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"noised_views: delta_std must be finite and at least 0, got {value}")
-    return float(value)
-
-
 def _seeds(seed: int | Tensor, x0: Tensor) -> Tensor:
     """int64 [1] or [B] on x0's device."""
     batch = x0.shape[0]
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
+        if tensor(seed, "noised_views: seed").dtype != torch.int64:
             raise TypeError(f"noised_views: seed must be an int or an int64 tensor, got {seed.dtype}")
         if seed.device != x0.device:
             raise ValueError(f"noised_views: seed must be on x0's device {x0.device}, got {seed.device}")
@@ -106,7 +95,7 @@ def _seeds(seed: int | Tensor, x0: Tensor) -> Tensor:
             raise ValueError(f"noised_views: seed must be one number or [{batch}], got {list(seed.shape)}")
         return seed.reshape(-1)
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"noised_views: seed must be an int or an int64 tensor, got {type(seed).__name__}")
+        raise TypeError(f"noised_views: seed must be an int or an int64 tensor, got {shown(seed)}")
     if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"noised_views: seed must fit in 64 signed bits, got {seed}")
+        raise ValueError(f"noised_views: seed must fit in 64 signed bits, got {shown(seed)}")
     return torch.full((1,), seed, dtype=torch.int64, device=x0.device)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aadkern import ops
-from aadkern.pooling import reference
+from aadkern.checks import choice, real, shown, tensor
+from aadkern.pooling import ops, reference
 from aadkern.runtime import FUSED_BACKENDS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -37,8 +36,9 @@ def attention_pool(
 
         y = norm(x),  K = y W_k^T + b_k,  V = y W_v^T + b_v,  pooled = softmax(q K^T / sqrt(C / heads)) V, per head and segment
 
-    ``norm`` is "rms", "layer" or None, over C, with ``norm_weight`` [C], for "layer" also ``norm_bias`` [C], and ``eps``.
-    ``w_k`` and ``w_v`` are [C, C] with biases ``b_k`` and ``b_v`` [C], as nn.Linear keeps them, and cut into ``heads``.
+    ``norm`` is "rms", the default, "layer" or None (for ``x`` normed already), over C, with ``norm_weight`` [C], for "layer" also
+    ``norm_bias`` [C], and ``eps``. ``w_k`` and ``w_v`` are [C, C] with biases ``b_k`` and ``b_v`` [C], as nn.Linear keeps them, and
+    cut into ``heads``.
     ``query`` is projected (and normalised) by the caller, so its projection and its norm are the caller's to train; the scale
     1/sqrt(C / heads) is applied here. ``segments=F`` pools each of F equal runs of tokens by itself: one result per latent frame.
 
@@ -127,8 +127,7 @@ def _check(
     segments: int,
     backend: str | None,
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"attention_pool: x must be a torch.Tensor, got {type(x).__name__}")
+    tensor(x, "attention_pool: x")
     if x.dtype not in DTYPES:
         raise TypeError(f"attention_pool: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.dim() != 3 or 0 in x.shape[1:]:
@@ -140,14 +139,10 @@ def _check(
         if count < 1 or whole % count:
             what = "channels" if name == "heads" else "length"
             raise ValueError(f"attention_pool: {name} must divide the {what} {whole} of x, got {count}")
-    if norm not in NORMS:
-        raise ValueError(f'attention_pool: norm must be "rms", "layer" or None, got {norm!r}')
-    if isinstance(eps, Tensor) or not hasattr(eps, "__float__"):
-        raise TypeError(f"attention_pool: eps must be a real number, got {type(eps).__name__}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"attention_pool: eps must be finite and not negative, got {eps}")
-    if backend is not None and backend not in FUSED_BACKENDS:
-        raise ValueError(f"attention_pool: backend must be one of {', '.join(FUSED_BACKENDS)}, or None, got {backend!r}")
+    if norm is not None and (not isinstance(norm, str) or norm not in NORMS):
+        raise ValueError(f'attention_pool: norm must be "rms", "layer" or None, got {shown(norm)}')
+    real(eps, "attention_pool: eps", 0.0)
+    choice(backend, "attention_pool: backend", FUSED_BACKENDS, none=True)
     wanted: dict[str, list[tuple[int | None, ...]]] = {
         "query": [(None, channels)],
         "w_k": [(channels, channels)],
@@ -166,8 +161,7 @@ def _check(
 
 
 def _check_weight(name: str, given: Any, x: Tensor, shapes: list[tuple[int | None, ...]]) -> None:
-    if not isinstance(given, Tensor):
-        raise TypeError(f"attention_pool: {name} must be a torch.Tensor, got {type(given).__name__}")
+    tensor(given, f"attention_pool: {name}")
     if given.dtype not in (x.dtype, torch.float32) or (x.dtype == torch.float64 and given.dtype != x.dtype):
         accepted = f"x's dtype {x.dtype}" + (" or float32" if x.dtype.itemsize < 4 else "")
         raise TypeError(f"attention_pool: {name} must have {accepted}, got {given.dtype}; cast before the call")

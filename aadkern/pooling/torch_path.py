@@ -68,6 +68,23 @@ def forward(
     return pooled, s, lse, statistics.unflatten(1, (x.shape[0], segments))
 
 
+def traceable(
+    x: Tensor, u: Tensor | None, scores: Tensor | None, norm: str | None, eps: float, segments: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``forward`` in one piece and without writing in place: what torch itself can differentiate, forward mode for all backends."""
+    tokens = by_segment(x, segments).to(accumulator(x))
+    factor, mean = row_statistics(tokens, norm, eps)
+    y = centred(tokens, mean, norm) * factor[..., None]
+    if scores is None:
+        assert u is not None
+        s = u @ y.mT
+    else:
+        s = scores.flatten(0, 1)
+    parts = torch.softmax(s, -1) @ y, s, torch.logsumexp(s, -1)
+    pooled, s, lse = (part.unflatten(0, (x.shape[0], segments)) for part in parts)
+    return pooled, s, lse, torch.stack([factor, mean]).unflatten(1, (x.shape[0], segments))
+
+
 def backward(
     dpooled: Tensor,
     x: Tensor,

@@ -8,8 +8,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from aadkern import ops
+from aadkern.checks import boolean, choice, real, tensor
 from aadkern.plans import AttentionPlan
+from aadkern.range_attention import ops
 from aadkern.runtime import BACKENDS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -62,18 +63,33 @@ def attention(
     never falls back. ``deterministic`` asks for gradients that are bitwise the same at every run: "sm90" is slower for it, "triton"
     and "reference" always are, "sdpa" is on the CPU (docs/attention.md); torch.use_deterministic_algorithms asks for it too.
 
-    Returns the output [B, Lq, H, D] in q's dtype and, with ``return_lse``, the natural logarithm of the softmax denominator
-    [B, H, Lq] in float32 (float64 for float64 inputs). A query that sees no key gets output 0, lse -inf and no gradient.
-    Differentiable once in q, k, v, through both outputs. Works under ``torch.compile(fullgraph=True)``. Under autocast, cast the
-    inputs yourself.
+    Returns the output [B, Lq, H, D] in the inputs' dtype and, with ``return_lse``, the natural logarithm of the softmax denominator
+    [B, H, Lq] in float32 (float64 for float64 inputs). A query that sees no key, or only scores of -inf, gets output 0 and lse
+    -inf, and takes no part in gradients; one that sees a score of +inf gets output NaN and lse +inf, of NaN both NaN.
+    Differentiable once in q, k, v, through both outputs, in reverse and in forward mode (``torch.func.jvp``; not by "sm90").
+    Works under ``torch.compile(fullgraph=True)`` and torch.func. Under autocast the inputs are cast as torch's own attention
+    casts: float32, float16 and bfloat16 to autocast's dtype, float64 not at all.
 
     Raises TypeError for a wrong type or dtype and ValueError for a wrong shape, device, scale or backend, before any work.
     """
-    _check(q, k, v, plan, scale, backend, deterministic)
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    _check(q, k, v, plan, return_lse, scale, backend, deterministic)
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     out, lse = ops.range_attention(q, k, v, plan.code, scale, backend or "auto", deterministic)
     return (out, lse) if return_lse else out
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` as autocast hands it to torch's own attention; what is no tensor, or of no dtype of ours, is left to the checks."""
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if _autocasts(device) else x
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -81,19 +97,26 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | None, backend: str | None, deterministic: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    return_lse: bool,
+    scale: float | None,
+    backend: str | None,
+    deterministic: bool,
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"attention: {name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided or x.is_nested:
+            tensor(x, f"attention: {name}")
         if x.dim() != 4:
             raise ValueError(f"attention: {name} must be [batch, length, heads, head_dim], got shape {tuple(x.shape)}")
         if x.dtype not in DTYPES:
             raise TypeError(f"attention: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
         if x.dtype != q.dtype:
-            raise TypeError(
-                f"attention: {name} must have q's dtype {q.dtype}, got {x.dtype}; cast before the call (also under autocast)"
-            )
+            raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {x.dtype}; cast before the call")
         if x.device != q.device:
             raise ValueError(f"attention: {name} must be on q's device {q.device}, got {x.device}")
     if not isinstance(plan, AttentionPlan):
@@ -112,11 +135,8 @@ def _check(
             wanted = f"[{batch}, {plan.k_len}, {heads}, {head_dim}]"
             raise ValueError(f"attention: {name} must have q's batch, heads and head_dim, {wanted}, got {list(x.shape)}")
     if scale is not None:
-        if isinstance(scale, Tensor) or not hasattr(scale, "__float__"):
-            raise TypeError(f"attention: scale must be a real number or None, got {type(scale).__name__}")
-        if not math.isfinite(scale):
-            raise ValueError(f"attention: scale must be finite, got {scale}")
-    if not isinstance(deterministic, bool):
-        raise TypeError(f"attention: deterministic must be True or False, got {deterministic!r}")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"attention: backend must be one of {', '.join(BACKENDS)}, or None, got {backend!r}")
+        real(scale, "attention: scale")
+    boolean(return_lse, "attention: return_lse")
+    boolean(deterministic, "attention: deterministic")
+    if backend is not None:
+        choice(backend, "attention: backend", BACKENDS, none=True)

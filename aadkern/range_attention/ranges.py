@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aadkern.plans import Range
+from aadkern.runs import Range
 
 
 def gather(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:

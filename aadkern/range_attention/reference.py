@@ -5,6 +5,8 @@ Runs in float32, or float64 for float64 inputs, and rounds once at the end. Memo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,13 @@ from aadkern.range_attention.ranges import gather, scatter_add
 
 def _exact(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """p and lse over the last dimension, by the rule for infinite scores: p = exp(score - lse), and 0 where lse is -inf."""
+    lse = torch.logsumexp(scores, dim=-1).masked_fill((scores == math.inf).any(dim=-1), math.inf)
+    p = torch.softmax(scores, dim=-1)
+    return p.masked_fill(lse.isinf()[..., None] & (scores < math.inf), 0.0), lse
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
@@ -26,9 +35,44 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
         if not ranges:
             continue
         scores = scale * torch.einsum("bqhd,bkhd->bhqk", q64[:, q0:q1], gather(k64, ranges))
-        lse[:, :, q0:q1] = torch.logsumexp(scores, dim=-1)
-        out[:, q0:q1] = torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, dim=-1), gather(v64, ranges))
+        p, lse[:, :, q0:q1] = _softmax(scores)
+        out[:, q0:q1] = torch.einsum("bhqk,bkhd->bqhd", p, gather(v64, ranges))
     return out.to(q.dtype), lse
+
+
+def jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse and their tangents: with s' = scale (q' k^T + q k'^T), lse' = sum p s', out' = sum p v' + p (s' - lse') v.
+
+    A tangent that is None is 0. A query that sees no key has tangents 0.
+    """
+    out, lse = forward(q, k, v, plan, scale)
+    q64, k64, v64 = _exact(q), _exact(k), _exact(v)
+    out_tangent, lse_tangent = torch.zeros_like(q64), torch.zeros_like(lse)
+    for (q0, q1), ranges in plan.runs:
+        if not ranges:
+            continue
+        q_run, k_run, v_run = q64[:, q0:q1], gather(k64, ranges), gather(v64, ranges)
+        p = torch.softmax(scale * torch.einsum("bqhd,bkhd->bhqk", q_run, k_run), dim=-1)
+        ds = torch.zeros_like(p)
+        if q_tangent is not None:
+            ds = ds + scale * torch.einsum("bqhd,bkhd->bhqk", _exact(q_tangent)[:, q0:q1], k_run)
+        if k_tangent is not None:
+            ds = ds + scale * torch.einsum("bqhd,bkhd->bhqk", q_run, gather(_exact(k_tangent), ranges))
+        mean = (p * ds).sum(dim=-1, keepdim=True)
+        lse_tangent[:, :, q0:q1] = mean[..., 0]
+        out_tangent[:, q0:q1] = torch.einsum("bhqk,bkhd->bqhd", p * (ds - mean), v_run)
+        if v_tangent is not None:
+            out_tangent[:, q0:q1] += torch.einsum("bhqk,bkhd->bqhd", p, gather(_exact(v_tangent), ranges))
+    return out, lse, out_tangent.to(q.dtype), lse_tangent
 
 
 def backward(
@@ -50,11 +94,11 @@ def backward(
             continue
         q_run, do_run = q64[:, q0:q1], do64[:, q0:q1]
         k_run, v_run = gather(k64, ranges), gather(v64, ranges)
-        p = torch.softmax(scale * torch.einsum("bqhd,bkhd->bhqk", q_run, k_run), dim=-1)
+        p, lse_run = _softmax(scale * torch.einsum("bqhd,bkhd->bhqk", q_run, k_run))
         dp = torch.einsum("bqhd,bkhd->bhqk", do_run, v_run)
         ds = dp - (p * dp).sum(dim=-1, keepdim=True)
         if dlse is not None:
-            ds = ds + dlse[:, :, q0:q1, None]
+            ds = ds + dlse[:, :, q0:q1].masked_fill(lse_run == -math.inf, 0.0)[..., None]
         ds = scale * p * ds
         dq[:, q0:q1] = torch.einsum("bhqk,bkhd->bqhd", ds, k_run)
         scatter_add(dk, torch.einsum("bhqk,bqhd->bkhd", ds, q_run), ranges)

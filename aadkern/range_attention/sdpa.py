@@ -5,6 +5,8 @@ The default on the CPU. The fused calls return the log-sum-exp that the backward
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,8 @@ from aadkern.plans import AttentionPlan
 from aadkern.range_attention.ranges import gather, scatter_add
 
 aten = torch.ops.aten
+JVP_ELEMENTS = 1 << 24  # 64 MB of float32
+ROWS = 256  # whose scores are made at once where rows are settled one by one
 
 
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -55,7 +59,70 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
         out_run, lse_run = _dense_forward(q_run, k_run, v_run, scale)
         out[:, q0:q1] = out_run.transpose(1, 2)
         lse[:, :, q0:q1] = lse_run
+    if q.device.type == "cpu" and lse.numel():
+        least, most = lse.abs().aminmax()
+        if not (least.item() > 0 and most.item() < math.inf):
+            _settle_rows(out, lse, q, k, plan, scale)
     return out, lse
+
+
+def jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse and their tangents; a tangent that is None is 0. The fused kernels know no forward mode: p is formed for it, in
+    float32 (float64 for float64), of at most ``JVP_ELEMENTS`` scores at a time."""
+    out, lse = forward(q, k, v, plan, scale)
+    total = lse.dtype
+    out_tangent, lse_tangent = torch.zeros(q.shape, dtype=q.dtype, device=q.device), torch.zeros_like(lse)
+    for (q0, q1), ranges in plan.runs:
+        if not ranges or q.numel() == 0:
+            continue
+        k_run, v_run = (_heads_first(gather(x, ranges)).to(total) for x in (k, v))
+        of_k, of_v = (None if x is None else _heads_first(gather(x, ranges)).to(total) for x in (k_tangent, v_tangent))
+        step = max(1, JVP_ELEMENTS // (q.shape[0] * q.shape[2] * k_run.shape[2]))
+        for a in range(q0, q1, step):
+            rows = slice(a, min(a + step, q1))
+            q_rows = _heads_first(q[:, rows]).to(total)
+            p = torch.exp(scale * (q_rows @ k_run.mT) - lse[:, :, rows, None])
+            # Where s' would be 0 throughout, as where only v has a tangent, nothing is made of it.
+            parts = [] if q_tangent is None else [_heads_first(q_tangent[:, rows]).to(total) @ k_run.mT]
+            parts += [] if of_k is None else [q_rows @ of_k.mT]
+            tangent = torch.zeros_like(q_rows) if of_v is None else p @ of_v
+            if parts:
+                ds = scale * sum(parts)
+                mean = (p * ds).sum(-1)
+                lse_tangent[:, :, rows] = mean
+                tangent = tangent + (p * (ds - mean[..., None])) @ v_run
+            out_tangent[:, rows] = tangent.transpose(1, 2)
+    return out, lse, out_tangent, lse_tangent
+
+
+def _settle_rows(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, plan: AttentionPlan, scale: float) -> None:
+    """Give rows with infinite scores, or a score of NaN, the out and lse of the contract (aadkern/ops.py).
+
+    torch 2.13's kernel gives some of them a finite result: lse 0 and out 0 where all scores are -inf, or all are NaN; out 0 beside
+    lse +inf. All have an lse of 0 or one that is not finite, which hardly any other row has, so only such are looked at.
+    """
+    for (q0, q1), ranges in plan.runs:
+        doubtful = (lse[:, :, q0:q1] == 0) | ~lse[:, :, q0:q1].isfinite()
+        for b, h in doubtful.any(-1).nonzero().tolist() if ranges else ():
+            keys = gather(k, ranges)[b, :, h].to(lse.dtype)
+            for rows in (q0 + doubtful[b, h].nonzero().flatten()).split(ROWS):
+                scores = scale * (q[b, rows, h].to(lse.dtype) @ keys.mT)
+                settled = lse[b, h, rows]
+                nothing, above = (scores == -math.inf).all(-1), (scores == math.inf).any(-1)
+                for where, value in ((nothing, -math.inf), (scores.isnan().any(-1), math.nan), (above, math.inf)):
+                    settled = settled.masked_fill(where, value)
+                lse[b, h, rows] = settled
+                out_rows = out[b, rows, h].masked_fill(nothing[:, None], 0.0)
+                out[b, rows, h] = out_rows.masked_fill((settled.isnan() | above)[:, None], math.nan)
 
 
 def backward(
@@ -71,6 +138,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. Where several runs see a key, its gradient is summed in float32."""
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
+    nothing = lse == -math.inf
+    lse = lse.masked_fill(nothing, math.inf)  # p = exp(score - lse) is 0 then, also of a score of -inf
+    dlse = None if dlse is None else dlse.masked_fill(nothing, 0.0)
     dq = q.new_empty(q.shape)
     dk, dv = torch.zeros(k.shape, dtype=total, device=k.device), torch.zeros(v.shape, dtype=total, device=v.device)
     for (q0, q1), ranges in plan.runs:

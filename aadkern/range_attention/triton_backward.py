@@ -93,8 +93,10 @@ def stats_kernel(
         dlse_head = head_base(dlse, batch, head, dlse_stride_b, dlse_stride_h)
         total -= tl.load(dlse_head + rows.to(tl.int64) * dlse_stride_l, mask=rows < q_len, other=0.0)
     at = tl.cast(bh, tl.int64) * q_len + rows
-    tl.store(delta + at, total, mask=rows < q_len)
-    tl.store(lse_log2 + at, tl.load(lse + at, mask=rows < q_len) * LOG2_E, mask=rows < q_len)
+    row_lse = tl.load(lse + at, mask=rows < q_len)
+    nothing = row_lse == float("-inf")  # in view, or all scores -inf: p = exp2(score - inf) is 0 then
+    tl.store(delta + at, tl.where(nothing, 0.0, total), mask=rows < q_len)
+    tl.store(lse_log2 + at, tl.where(nothing, float("inf"), row_lse * LOG2_E), mask=rows < q_len)
 
 
 @triton.jit

@@ -227,6 +227,7 @@ def forward_kernel(
     seen = total != 0.0
     acc = acc / tl.where(seen, total, 1.0)[:, None]
     log_sum = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
+    log_sum = tl.where(top == float("inf"), float("inf"), log_sum)  # there p, total and out are NaN
     out_head = head_base(out, batch, head, out_stride_b, out_stride_h)
     store_tile(acc, out_head, q_start, q_end, out_stride_l, BLOCK_Q, HEAD_DIM, BLOCK_D, WIDE)
     rows = q_start + tl.arange(0, BLOCK_Q)
@@ -246,13 +247,13 @@ def check_served(q: torch.Tensor) -> None:
         raise ValueError(f"backend 'triton' serves head_dim up to {TRITON_MAX_HEAD_DIM}, got {q.shape[3]}; 'sdpa' serves it")
 
 
-def pick(configs: dict[tuple[str, int], Tile], q: torch.Tensor) -> Tile:
+def pick(configs: dict[tuple[str, int], Tile], q: torch.Tensor, fp32: dict[int, Tile] = CONFIGS_FP32) -> Tile:
     """The configuration for a device, dtype and head_dim."""
     if INTERPRETED:
         return INTERPRETER
     block_d = max(64, padded(q.shape[3]))
     if q.dtype == torch.float32:
-        return CONFIGS_FP32[block_d]
+        return fp32[block_d]
     return configs[device_class(torch.cuda.get_device_capability(q.device)), block_d]
 
 

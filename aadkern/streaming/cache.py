@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aadkern.checks import boolean, choice, shown, whole
+from aadkern.checks import device as checked_device
+from aadkern.checks import dtype as checked_dtype
 from aadkern.plans import AttentionPlan, Window
 from aadkern.streaming.context import sink_shift
 from aadkern.streaming.passes import ReplayPass, RingPass
+from aadkern.streaming.rope import axis_dims
 
 if TYPE_CHECKING:
     from aadkern.wan.model import CausalWan
 
 ROPE_MODES = ("absolute", "relative")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class StreamingCache:
@@ -75,12 +80,15 @@ class StreamingCache:
         sizes = {"layers": layers, "batch": batch, "heads": heads, "head_dim": head_dim}
         sizes |= {"tokens_per_frame": tokens_per_frame, "max_chunk_frames": max_chunk_frames}
         for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
+            whole(size, name, 1)
         if not isinstance(window, Window):
-            raise TypeError(f"window must be a Window, got {window!r}")
-        if rope not in ROPE_MODES:
-            raise ValueError(f"rope must be one of {', '.join(ROPE_MODES)}, got {rope!r}")
+            raise TypeError(f"window must be a Window, got {shown(window)}")
+        choice(rope, "rope", ROPE_MODES)
+        boolean(merged, "merged")
+        if rope == "relative":
+            axis_dims(head_dim)
+        frame_period = None if frame_period is None else whole(frame_period, "frame_period", 1)
+        dtype, device = checked_dtype(dtype, "dtype", DTYPES), checked_device(device, "device")
         capacity = _capacity(window, max_chunk_frames, capacity_frames, merged)
         self.layers, self.batch, self.heads, self.head_dim = layers, batch, heads, head_dim
         self.tokens_per_frame, self.window, self.rope, self.frame_period = tokens_per_frame, window, rope, frame_period
@@ -114,6 +122,9 @@ class StreamingCache:
         merged: bool = False,
     ) -> StreamingCache:
         """A cache that fits ``model`` and latents [batch, C, F, height, width]; dtype and device default to its own."""
+        for name in ("patch_embedding", "config", "tokens_per_frame"):
+            if not hasattr(model, name) or isinstance(model, type):
+                raise TypeError(f"model must be a CausalWan, got {shown(type(model))}")
         weight = model.patch_embedding.weight
         config: Any = model.config
         return cls(
@@ -125,8 +136,8 @@ class StreamingCache:
             window,
             max_chunk_frames=max_chunk_frames,
             capacity_frames=capacity_frames,
-            dtype=dtype or weight.dtype,
-            device=device or weight.device,
+            dtype=weight.dtype if dtype is None else dtype,
+            device=weight.device if device is None else device,
             rope=config.rope,
             frame_period=config.rope_periods[0] if config.rope_periods else None,
             merged=merged,
@@ -162,8 +173,8 @@ class StreamingCache:
 
         Later frames stay committed until a pass under ``torch.no_grad`` writes there.
         """
-        if not isinstance(frame, int) or isinstance(frame, bool) or not 0 <= frame <= self._history:
-            raise ValueError(f"frame must be a whole number in [0, {self._history}], what is committed, got {frame!r}")
+        if whole(frame, "frame") > self._history:
+            raise ValueError(f"frame must be a whole number in [0, {self._history}], what is committed, got {frame}")
         self._frame, self._oldest = frame, 0
         self._written = None
 
@@ -174,6 +185,8 @@ class StreamingCache:
         ``resume`` ends it. Raises ValueError for frames that are not in the ring.
         """
         first, end = self.held
+        whole(frame, "frame")
+        whole(oldest, "oldest")
         if not 0 <= frame < end or (frame >= self.window.sink and not first <= oldest <= frame):
             raise ValueError(f"frame and oldest must be of the sink or held, in [{first}, {end}), got {frame} and {oldest}")
         self._frame, self._oldest = frame, oldest
@@ -181,6 +194,8 @@ class StreamingCache:
 
     def resume(self, frame: int) -> None:
         """After ``revisit``: stand before ``frame`` again, where the stream had come to."""
+        if whole(frame, "frame") > self._newest:
+            raise ValueError(f"frame must be in [0, {self._newest}], what was written, got {frame}")
         self._frame = self._history = frame
         self._written, self._oldest = None, 0
 
@@ -194,6 +209,8 @@ class StreamingCache:
     def begin(self, frames: int, clean_frames: int = 0) -> RingPass | ReplayPass:
         """The model's side: one pass over a chunk of ``frames`` frames, or over ``clean_frames`` clean ones and the chunk after
         them; called with a layer it gives that one's attention."""
+        whole(frames, "frames", 1)
+        whole(clean_frames, "clean_frames")
         start, end = self._frame, self._frame + frames
         chunks = self._chunks(frames, clean_frames)
         views = [self._view(*chunk) for chunk in chunks]
@@ -288,8 +305,8 @@ def _capacity(window: Window, max_chunk: int, asked: int | None, merged: bool) -
             raise ValueError("capacity_frames must be given, as window has no limit: the frames to be streamed")
         return window.sink + (-(-recent // max_chunk) + merged) * max_chunk
     least = max(window.sink + 1, max_chunk)
-    if not isinstance(asked, int) or isinstance(asked, bool) or asked < least:
-        raise ValueError(f"capacity_frames must be at least {least}, for sink and largest chunk, got {asked!r}")
+    if whole(asked, "capacity_frames") < least:
+        raise ValueError(f"capacity_frames must be at least {least}, for sink and largest chunk, got {asked}")
     return asked
 
 

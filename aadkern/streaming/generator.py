@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aadkern.checks import boolean, choice, real, shown, tensor, whole
 from aadkern.streaming.cache import StreamingCache
 from aadkern.streaming.graphs import PassGraphs
 
@@ -57,14 +58,15 @@ class StreamingGenerator:
         cuda_graphs: bool = False,
         inference_mode: bool = True,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be callable, got {type(model).__name__}")
+        if not callable(model) or isinstance(model, type):
+            raise TypeError(f"model must be callable as a CausalWan is, got {shown(model)}")
         if not isinstance(cache, StreamingCache):
             raise TypeError(f"cache must be a StreamingCache, got {type(cache).__name__}")
         if cache.frame:
             raise ValueError(f"cache must be empty, got one at frame {cache.frame}: reset() it")
-        if predicts not in PREDICTS:
-            raise ValueError(f"predicts must be one of {', '.join(PREDICTS)}, got {predicts!r}")
+        choice(predicts, "predicts", PREDICTS)
+        boolean(cuda_graphs, "cuda_graphs")
+        boolean(inference_mode, "inference_mode")
         if cuda_graphs and cache.keys.device.type != "cuda":
             raise ValueError(f"cuda_graphs must be False for a cache on {cache.keys.device}, got {cuda_graphs}")
         self.model, self.cache, self.predicts = model, cache, predicts
@@ -89,17 +91,22 @@ class StreamingGenerator:
         Raises ValueError, having changed nothing, for a text of another batch, for ``recache`` with ``restart``, and with
         ``recache`` for chunks of unequal sizes of which the ring has not kept all that are in view.
         """
+        boolean(recache, "recache")
+        boolean(restart, "restart")
         if recache and restart:
             raise ValueError("recache must be False with restart, which leaves nothing in view to make anew")
-        if text is not None and not isinstance(text, Tensor):
-            raise TypeError(f"text must be a tensor [B, T, text_dim] or None, got {type(text).__name__}")
+        if text is not None:
+            tensor(text, "text")
         if text is not None and (text.dim() != 3 or text.shape[0] != self.cache.batch):
             raise ValueError(f"text must be [{self.cache.batch}, T, text_dim] for this cache, got {list(text.shape)}")
         if text is not None and not hasattr(self.model, "text_cache"):
             raise TypeError(f"text must be None for a model without text_cache, as {type(self.model).__name__} is")
         oldest, kept = self._in_view() if recache else (0, [])
         with self._without_gradient():
-            self._text: Any = None if text is None else self.model.text_cache(text)  # type: ignore[attr-defined]
+            try:
+                self._text: Any = None if text is None else self.model.text_cache(text)  # type: ignore[attr-defined]
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"text must be what the model's text_cache takes: {error}") from error
             here = self.cache.frame
             try:
                 for start, clean in kept:
@@ -150,41 +157,68 @@ class StreamingGenerator:
 
         ``noise(chunk, step)`` gives standard normal noise [B, C, f, H, W] of chunk 1, 2, ... and its denoising step 0, 1,
         ...; chunks are as large as their noise. ``first_frame`` [B, C, 1, H, W], clean: the video starts with it, as a
-        chunk of its own, and it is not yielded; it is taken when this is called.
+        chunk of its own, and it is not yielded. It is copied when this is called, and the video starts with the first chunk that
+        is asked for: chunks that nobody asks for leave no trace.
 
-        Raises ValueError for a negative count, a first frame of another length or after the start, and noise of another shape than
-        the chunk before it.
+        Raises ValueError for a negative count, a first frame of another length, after the start or for no chunk, and for noise of
+        another shape than the chunk before it or the step before it; TypeError for noise that is no floating-point tensor.
         """
         if not callable(noise):
-            raise TypeError(f"noise must be a function of chunk and step, got {type(noise).__name__}")
-        if count is not None and not isinstance(count, int):
-            raise TypeError(f"count must be a whole number or None, got {count!r}")
-        if count is not None and count < 0:
-            raise ValueError(f"count must be at least 0 or None, got {count}")
+            raise TypeError(f"noise must be a function of chunk and step, got {shown(noise)}")
+        if count is not None:
+            whole(count, "count")
         if first_frame is not None:
-            if first_frame.dim() != 5 or first_frame.shape[2] != 1:
+            self._check_latents(first_frame, "first_frame")
+            if first_frame.shape[2] != 1:
                 raise ValueError(f"first_frame must be [B, C, 1, H, W], got {list(first_frame.shape)}")
-            if self._made:
-                raise ValueError(f"first_frame must be None after the start, {self._made} chunks were made: reset() first")
-            self._clean, self._clean_text = first_frame, self._text
-        return self._chunks(noise, count)
+            self._check_start()
+            if count == 0:
+                raise ValueError("first_frame must be None for no chunk, got one with count 0")
+            first_frame = first_frame.detach().clone()
+        return self._chunks(noise, count, first_frame)
 
-    def _chunks(self, noise: Noise, count: int | None) -> Iterator[Tensor]:
+    def _chunks(self, noise: Noise, count: int | None, first_frame: Tensor | None) -> Iterator[Tensor]:
         for _ in itertools.count() if count is None else range(count):
             with self._without_gradient():
-                chunk = self._next(noise)
+                chunk = self._next(noise, first_frame)
+            first_frame = None
             yield chunk.clone()  # the caller's own, and no inference tensor
 
-    def _next(self, noise: Noise) -> Tensor:
+    def _check_start(self) -> None:
+        if self._made:
+            raise ValueError(f"first_frame must be None after the start, {self._made} chunks were made: reset() first")
+
+    def _check_latents(self, x: Tensor, name: str) -> None:
+        device = self.cache.keys.device
+        if not tensor(x, name).is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}")
+        if x.dim() != 5 or x.shape[0] != self.cache.batch or 0 in x.shape:
+            raise ValueError(f"{name} must be [{self.cache.batch}, C, f, H, W] for this cache, got {list(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on the cache's device {device}, got {x.device}")
+
+    def _drawn(self, noise: Noise, chunk: int, step: int, like: Tensor | None) -> Tensor:
+        """Noise for a step of a chunk: as large as ``like`` where that is a step, else with any number of frames."""
+        with torch.inference_mode(False):  # the caller's tensors stay what they are elsewhere
+            x = noise(chunk, step)
+        self._check_latents(x, f"noise({chunk}, {step})")
+        if like is not None and (x.shape[:2], x.shape[3:]) != (like.shape[:2], like.shape[3:]):
+            before = [*like.shape[:2], "f", *like.shape[3:]]
+            raise ValueError(f"noise must give {before} as the frames before, got {list(x.shape)}")
+        if step and like is not None and x.shape[2] != like.shape[2]:
+            raise ValueError(f"noise must give {like.shape[2]} frames in step {step} as in the steps before, got {x.shape[2]}")
+        return x
+
+    def _next(self, noise: Noise, first_frame: Tensor | None) -> Tensor:
         number = self._made + 1
         levels = self._first_levels if self._first else self._levels
-        x = _drawn(noise, number, 0)
-        before = None if self._clean is None else self._clean.shape
-        if before is not None and (x.shape[:2], x.shape[3:]) != (before[:2], before[3:]):
-            raise ValueError(f"noise must give {[*before[:2], 'f', *before[3:]]} as the frames before, got {list(x.shape)}")
+        x = self._drawn(noise, number, 0, self._clean if first_frame is None else first_frame)
+        if first_frame is not None:
+            self._check_start()
+            self._clean, self._clean_text = first_frame, self._text
         for step, level in enumerate(levels):
             if step:
-                x = _mix(x, _drawn(noise, number, step), level)
+                x = _mix(x, self._drawn(noise, number, step, x), level)
             out = self._first_pass(x, level) if step == 0 else self._denoise(x, level)
             x = out.to(x.dtype) if self.predicts == "x0" else _x0(x, out, level)
         self._made, self._first, self._clean, self._clean_text = number, False, x, self._text
@@ -233,18 +267,13 @@ class StreamingGenerator:
 
 
 def _falling(name: str, levels: Sequence[float]) -> tuple[float, ...]:
-    if isinstance(levels, (int, float, str)):
-        raise TypeError(f"{name} must be a sequence of noise levels, got {levels!r}")
-    levels = tuple(levels)
+    if isinstance(levels, (str, bytes)) or not isinstance(levels, Sequence):
+        raise TypeError(f"{name} must be a sequence of noise levels, got {shown(levels)}")
+    levels = tuple(real(level, f"{name}[{i}]") for i, level in enumerate(levels))
     falling = all(a > b for a, b in itertools.pairwise(levels))
     if not levels or not falling or not all(0 < level <= 1 for level in levels):
-        raise ValueError(f"{name} must be falling noise levels in (0, 1], got {levels}")
+        raise ValueError(f"{name} must be falling noise levels in (0, 1], got {shown(levels)}")
     return levels
-
-
-def _drawn(noise: Noise, chunk: int, step: int) -> Tensor:
-    with torch.inference_mode(False):  # the caller's tensors stay what they are elsewhere
-        return noise(chunk, step)
 
 
 def _x0(x: Tensor, flow: Tensor, level: float) -> Tensor:

@@ -9,20 +9,34 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from aadkern.checks import shown, three, whole
+
 THETA = 10000.0
+MOST_CHANNELS = 65536  # of a head: beyond any, and a table of angles still fits
 
 Periods = tuple[int | None, int, int]
 """Frames (None: no period), rows and columns after which rotary positions repeat."""
 
 
+def checked_periods(periods: Any, name: str) -> Periods | None:
+    """``periods`` as three numbers of at least 1, the first perhaps None; or None."""
+    if periods is None:
+        return None
+    three(periods, name, "None or (frames or None, rows, columns)")
+    frames, rows, columns = periods
+    frames = None if frames is None else whole(frames, f"{name}[0]", 1)
+    return frames, whole(rows, f"{name}[1]", 1), whole(columns, f"{name}[2]", 1)
+
+
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
     """Channels of a head that turn with the frame, the row and the column: (44, 42, 42) of 128, (8, 4, 4) of 16."""
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim must be even and at least 2, got {head_dim}")
+    if not isinstance(head_dim, int) or not 2 <= head_dim <= MOST_CHANNELS or head_dim % 2:
+        raise ValueError(f"head_dim must be even and in [2, {MOST_CHANNELS}], got {shown(head_dim)}")
     space = 2 * (head_dim // 6)
     return head_dim - 2 * space, space, space
 

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from aadkern.blocks import Turns, gated_residual, modulated_norm, qk_norm_rope
 from aadkern.fp8 import shared_input
+from aadkern.range_attention.api import attention
+from aadkern.streaming.context import everything
 from aadkern.streaming.passes import LayerAttention
 
 
@@ -125,4 +128,13 @@ class CausalWanBlock(WanTransformerBlock):
         if sample_of is not None:
             k, v = k[sample_of], v[sample_of]
         q = self._heads_first(attn.norm_q(attn.to_q(h)).to(v.dtype).flatten(1, 2))
-        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        return attn.to_out[0](_dense_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, H, L, D], [B, H, T, D] -> [B, H, L, D]: torch's fused attention, and ours where there are tangents, for which torch's
+    raises (2.13)."""
+    if all(unpack_dual(y).tangent is None for y in (q, k, v)):
+        return F.scaled_dot_product_attention(q, k, v)
+    plan = everything(q.shape[2], k.shape[2])
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan).transpose(1, 2)

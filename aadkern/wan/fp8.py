@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from aadkern.checks import boolean, shown
 from aadkern.fp8 import Fp8Linear
 from aadkern.fp8.api import DTYPES, MULTIPLE
 from aadkern.wan.model import CausalWan
@@ -79,6 +81,15 @@ def quantise(model: CausalWan, sample: Mapping[str, Any] | None = None, *, fast_
         raise TypeError(f"model must be a CausalWan, got {type(model).__name__}")
     if sample is not None and not isinstance(sample, Mapping):
         raise TypeError(f"sample must be a dictionary of the model's arguments, got {type(sample).__name__}")
+    accepted = inspect.signature(CausalWan.forward).parameters
+    unknown = [name for name in sample or () if name == "self" or name not in accepted]
+    if unknown:
+        wanted = ", ".join(name for name in accepted if name != "self")
+        raise ValueError(f"sample must hold arguments of the model, {wanted}, got {shown(unknown[0])}")
+    for name in ("hidden_states", "timestep"):
+        if sample is not None and name not in sample:
+            raise ValueError(f"sample must hold {name}, got {', '.join(sample) or 'nothing'}")
+    boolean(fast_accum, "fast_accum")
     if sample is not None and sample.get("cache") is not None:
         raise ValueError("sample must be without a cache, which a call changes: give a plan or nothing in its place")
     linears = dict(_linears(model))

@@ -18,13 +18,16 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from aadkern.blocks import RotaryGrid, Turns, modulated_norm
+from aadkern.checks import choice, shown, whole
 from aadkern.fp8 import Fp8Linear
 from aadkern.plans import AttentionPlan
 from aadkern.runtime import FUSED_BACKENDS, choose_fused_backend
-from aadkern.streaming.cache import ROPE_MODES, StreamingCache
+from aadkern.streaming.cache import StreamingCache
 from aadkern.streaming.context import CausalContext, ClipAttention, everything
 from aadkern.streaming.graphs import PassGraphs, PassInputs
 from aadkern.streaming.passes import LayerAttention, RingPass
+from aadkern.streaming.rope import checked_periods
+from aadkern.wan.arguments import blocks_to_run, check_clip, check_configuration, check_exact, check_text, check_ways, frame_indices
 from aadkern.wan.block import CausalWanBlock, TextCache, TimeCache, wide_dtype
 
 CLEAN_FIRST_FRAME = "give the image as a clean first latent frame"
@@ -67,16 +70,14 @@ class CausalWan(WanTransformer3DModel):
         rope: str = "absolute",
         rope_periods: tuple[int | None, int, int] | None = None,
     ) -> None:
-        if len(patch_size) != 3 or patch_size[0] != 1:
-            raise ValueError(f"patch_size must be (1, rows, columns): frames have own timesteps, got {tuple(patch_size)}")
+        sizes = {"num_attention_heads": num_attention_heads, "attention_head_dim": attention_head_dim, "num_layers": num_layers}
+        sizes |= {"in_channels": in_channels, "out_channels": out_channels, "text_dim": text_dim, "freq_dim": freq_dim}
+        check_configuration(patch_size, sizes | {"ffn_dim": ffn_dim}, cross_attn_norm, qk_norm, eps, rope)
         for name, value in (("image_dim", image_dim), ("added_kv_proj_dim", added_kv_proj_dim)):
             if value is not None:
-                raise ValueError(f"{name} must be None: image embeddings are not supported; {CLEAN_FIRST_FRAME}, got {value}")
-        if rope not in ROPE_MODES:
-            raise ValueError(f"rope must be one of {', '.join(ROPE_MODES)}, got {rope!r}")
-        if rope_periods is not None and (len(rope_periods) != 3 or min(rope_periods[0] or 1, *rope_periods[1:]) < 1):
-            wanted = "None or (frames or None, rows, columns) of at least 1"
-            raise ValueError(f"rope_periods must be {wanted}, got {rope_periods}")
+                got = shown(value)
+                raise ValueError(f"{name} must be None: image embeddings are not supported; {CLEAN_FIRST_FRAME}, got {got}")
+        periods = checked_periods(rope_periods, "rope_periods")
         super().__init__(
             patch_size=patch_size,
             num_attention_heads=num_attention_heads,
@@ -99,13 +100,11 @@ class CausalWan(WanTransformer3DModel):
         for block in self.blocks:
             block.__class__ = CausalWanBlock  # same parameters, own forward: building 14B twice takes minutes
         self._patch, self._head_dim = (int(patch_size[1]), int(patch_size[2])), attention_head_dim
-        self._rope_periods = None if rope_periods is None else (rope_periods[0], rope_periods[1], rope_periods[2])
-        self._frame_period = None if rope_periods is None else rope_periods[0]
+        self._rope_periods, self._frame_period = periods, None if periods is None else periods[0]
 
     def set_block_backend(self, backend: str) -> None:
         """What serves norms, rotary positions and gates: "reference", "torch", "triton", or "auto", the best for the device."""
-        if backend not in ("auto", *FUSED_BACKENDS):
-            raise ValueError(f"backend must be auto or one of {', '.join(FUSED_BACKENDS)}, got {backend!r}")
+        choice(backend, "backend", ("auto", *FUSED_BACKENDS))
         for module in (self, *self.blocks):
             module.block_backend = None if backend == "auto" else backend  # type: ignore[assignment]
 
@@ -114,9 +113,7 @@ class CausalWan(WanTransformer3DModel):
 
         Raises ValueError for another shape.
         """
-        dim = self.config["text_dim"]
-        if encoder_hidden_states.dim() != 3 or encoder_hidden_states.shape[2] != dim:
-            raise ValueError(f"encoder_hidden_states must be [B, T, {dim}], got {list(encoder_hidden_states.shape)}")
+        check_text(encoder_hidden_states, self.config["text_dim"])
         embedder = self.condition_embedder.text_embedder
         text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))
         blocks: Any = self.blocks
@@ -124,11 +121,9 @@ class CausalWan(WanTransformer3DModel):
 
     def time_cache(self, timestep: Tensor) -> TimeCache:
         """The embeddings of noise levels ``timestep`` [B] or [B, F], once for all passes at them: give it in its place."""
-        if not isinstance(timestep, Tensor):
-            raise TypeError(f"timestep must be a tensor [B] or [B, F], got {type(timestep).__name__}")
-        if timestep.dim() not in (1, 2):
+        check_exact(timestep)
+        if timestep.dim() not in (1, 2) or not timestep.numel():
             raise ValueError(f"timestep must be [B] or [B, F], got {list(timestep.shape)}")
-        _check_exact(timestep)
         return TimeCache(timestep, *self._time(timestep, 1 if timestep.dim() == 1 else timestep.shape[1]))
 
     def compile_blocks(self, **options: Any) -> None:
@@ -163,6 +158,7 @@ class CausalWan(WanTransformer3DModel):
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of height x width: 1560 for 60 x 104. ValueError where patches do not tile it."""
         rows, columns = self._patch
+        height, width = whole(height, "height"), whole(width, "width")
         if height < rows or width < columns or height % rows or width % columns:
             raise ValueError(f"height and width must be multiples of ({rows}, {columns}), got ({height}, {width})")
         return (height // rows) * (width // columns)
@@ -195,8 +191,9 @@ class CausalWan(WanTransformer3DModel):
         kind of positions), or None for bidirectional. Under an ``AttentionPlan`` positions are absolute in either
         mode. ``cache``, instead: the frames are one chunk, which sees the cached frames in view and itself;
         ``StreamingCache`` tells the protocol. ``cache_only``: only write the cache, without gradient, and stop after
-        the last layer's keys and values; returns None. ``first_frame``: the index of the clip's first frame; a
-        sequence for equal segments that each start at their own: teacher forcing's [clean, noisy] is (0, 0).
+        the last layer's keys and values; returns None. ``first_frame``: the index of the clip's first frame. Under
+        a teacher-forcing plan (``plan.is_teacher_forcing``) both halves are that clip, so each starts there. A sequence is for
+        equal segments that each start at their own.
         ``taps``: ascending block indices, whose outputs [B, F * tokens_per_frame, dim] are returned in a list
         instead; later blocks do not run. ``condition_of``: for several views of the same samples; row i of ``hidden_states`` takes
         row condition_of[i] of ``timestep`` and ``encoder_hidden_states``, whose embeddings, keys and values are computed once.
@@ -208,12 +205,13 @@ class CausalWan(WanTransformer3DModel):
         object. Raises ValueError or TypeError naming the argument, before any work.
         """
         times = timestep.timestep if isinstance(timestep, TimeCache) else timestep
-        batch, _, frames, height, width = self._check_clip(hidden_states, times, encoder_hidden_states, condition_of)
+        batch, frames, height, width = check_clip(self, hidden_states, times, encoder_hidden_states, condition_of)
+        check_ways(plan, cache, graphs, first_frame, cache_only, clean_frames, return_dict)
         if encoder_hidden_states_image is not None:
             raise ValueError(f"encoder_hidden_states_image must be None; {CLEAN_FIRST_FRAME}")
-        if attention_kwargs:
-            raise ValueError(f"attention_kwargs must be empty: no processor takes them, got {attention_kwargs}")
-        last = self._check_taps(taps)
+        if attention_kwargs is not None and (not isinstance(attention_kwargs, dict) or attention_kwargs):
+            raise ValueError(f"attention_kwargs must be empty: no processor takes them, got {shown(attention_kwargs)}")
+        last = blocks_to_run(taps, len(self.blocks))
         if cache_only and (cache is None or taps is not None):
             raise ValueError("cache_only must come with a cache and without taps")
         if clean_frames and (cache is None or cache_only or taps is not None or times.dim() == 1):
@@ -222,7 +220,7 @@ class CausalWan(WanTransformer3DModel):
         grid = (frames, height // self._patch[0], width // self._patch[1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not cache_only):
             attention_of = self._attention_of(batch, grid, plan, cache, first_frame, clean_frames)
-            positions = _positions(first_frame if cache is None else cache.frame, frames)
+            positions = frame_indices(first_frame if cache is None else cache.frame, frames, plan)
             turns = self._turns(RotaryGrid(positions, *grid[1:], self._rope_periods), hidden_states.device, cache is not None)
             run = partial(
                 self._run, last=last, taps=taps, cache_only=cache_only, condition_of=condition_of, clean_frames=clean_frames
@@ -283,43 +281,6 @@ class CausalWan(WanTransformer3DModel):
                 tapped.append(x.flatten(1, 2))
         return tapped if taps is not None else self._head(x, temb, (frames - clean_frames, *turns.sizes[1:]))
 
-    def _check_clip(
-        self, x: Tensor, timestep: Tensor, text: Tensor | TextCache | None, condition_of: Sequence[int] | None
-    ) -> tuple[int, int, int, int, int]:
-        channels = self.config["in_channels"]
-        if x.dim() != 5 or x.shape[1] != channels or x.shape[2] < 1:
-            raise ValueError(f"hidden_states must be [B, {channels}, F, H, W] with F at least 1, got {list(x.shape)}")
-        batch, _, frames, height, width = x.shape
-        samples = batch
-        if condition_of is not None:
-            samples = timestep.shape[0] if timestep.dim() else 0
-            if len(condition_of) != batch or not all(0 <= sample < samples for sample in condition_of):
-                raise ValueError(f"condition_of must be {batch} rows of timestep, in [0, {samples}), got {list(condition_of)}")
-        tokens = frames * self.tokens_per_frame(height, width)
-        if tuple(timestep.shape) not in ((samples,), (samples, frames), (samples, tokens)):
-            shapes = f"[{samples}], [{samples}, {frames}] or [{samples}, {tokens}]"
-            raise ValueError(f"timestep must be {shapes} for hidden_states {list(x.shape)}, got {list(timestep.shape)}")
-        _check_exact(timestep)
-        dim = self.config["text_dim"]
-        if isinstance(text, TextCache):
-            shape, heads = text.layers[0][0].shape, self.config["num_attention_heads"]
-            if len(text.layers) != len(self.blocks) or shape[0] != samples or shape[1::2] != (heads, self._head_dim):
-                ours = f"{len(self.blocks)} layers, batch {samples}, {heads} heads of {self._head_dim}"
-                theirs = f"{len(text.layers)}, {shape[0]}, {shape[1]} of {shape[3]}"
-                raise ValueError(f"encoder_hidden_states must be a text cache of {ours}, got {theirs}")
-        elif text is not None and (text.dim() != 3 or text.shape[0] != samples or text.shape[2] != dim):
-            raise ValueError(f"encoder_hidden_states must be [{samples}, T, {dim}] or None, got {list(text.shape)}")
-        return batch, channels, frames, height, width
-
-    def _check_taps(self, taps: Sequence[int] | None) -> int:
-        """The number of blocks to run."""
-        layers = len(self.blocks)
-        if taps is None:
-            return layers
-        if not taps or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < layers:
-            raise ValueError(f"taps must be ascending block indices in [0, {layers}), at least one, got {tuple(taps)}")
-        return taps[-1] + 1
-
     def _attention_of(
         self,
         batch: int,
@@ -334,7 +295,7 @@ class CausalWan(WanTransformer3DModel):
         n = height * width
         rope: str = self.config["rope"]
         if cache is not None:
-            if plan is not None or first_frame != 0:
+            if plan is not None or not isinstance(first_frame, int) or first_frame:
                 raise ValueError("plan and first_frame must not be given with a cache, which knows both")
             ours = (len(self.blocks), batch, n, rope, self._frame_period)
             theirs = (cache.layers, cache.batch, cache.tokens_per_frame, cache.rope, cache.frame_period)
@@ -346,8 +307,6 @@ class CausalWan(WanTransformer3DModel):
         elif isinstance(plan, CausalContext):
             if (plan.layout.frames, plan.layout.tokens_per_frame) != (frames, n):
                 raise ValueError(f"plan must be a context of {frames} frames of {n} tokens, got {plan.layout}")
-        elif not isinstance(plan, AttentionPlan):
-            raise TypeError(f"plan must be an AttentionPlan, a CausalContext or None, got {type(plan).__name__}")
         elif (plan.q_len, plan.k_len) != (frames * n, frames * n):
             lengths = f"q_len {plan.q_len}, k_len {plan.k_len}"
             raise ValueError(f"plan must be over {frames} frames of {n} tokens, {frames * n}, got {lengths}")
@@ -394,22 +353,6 @@ class CausalWan(WanTransformer3DModel):
         return patches.reshape(x.shape[0], -1, frames, height * rows, width * columns)
 
 
-def _check_exact(timestep: Tensor) -> None:
-    if timestep.dtype in (torch.bfloat16, torch.float16):
-        # FSDP's cast_forward_inputs does this unasked.
-        raise ValueError(f"timestep must be float32: 937.5 would be 936 in bfloat16, got {timestep.dtype}")
-
-
 def _text_of(text: Tensor | TextCache | None, layer: int) -> Tensor | tuple[Tensor, Tensor] | None:
     """What block ``layer`` takes as its text."""
     return text.layers[layer] if isinstance(text, TextCache) else text
-
-
-def _positions(first_frame: int | Sequence[int], frames: int) -> range | tuple[int, ...]:
-    """The frame index of each frame."""
-    if isinstance(first_frame, int):
-        return range(first_frame, first_frame + frames)
-    if not first_frame or frames % len(first_frame):
-        raise ValueError(f"first_frame must cut {frames} frames into equal segments, got {len(first_frame)} starts")
-    length = frames // len(first_frame)
-    return tuple(start + i for start in first_frame for i in range(length))
