@@ -83,6 +83,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {"digits": digits, "clips": clips}
 PROFILES: dict[str, list[str]] = {
     "quick": [
         "pretrain.steps=900",
+        "dmd.steps=60",
         "ode={steps: 250, pairs: 384}",
         "evaluate={every: 0, clips: 64, final_clips: 128}",
     ],
