@@ -4,6 +4,7 @@
 #   TORCH    what pip is asked for when the environment has no torch yet    (torch==2.13.0 and the Triton made for it)
 #            its CPU build: TORCH="torch==2.13.0 triton==3.7.1 --extra-index-url https://download.pytorch.org/whl/cpu"
 #   PROFILE  quick or full: which demo                                      (quick)
+#   SEED     of the demo, whose run is then runs/demo-SEED                  (0, runs/demo)
 #   BENCH    arguments of the benchmark, for example BENCH="--case 7x3"      (none)
 #   JOBS     test processes                                                 (one per core, at most 8)
 PYTHON ?= python3
@@ -53,8 +54,8 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(BUILT_FROM)
 	@"$(BIN)/python" -m aadkern._build
 	@touch "$@"
 
-demo: $(STAMP)  ## train the three stages on moving digits, stream, write runs/demo/report.html (PROFILE=quick|full)
-	@"$(BIN)/aad" demo profile=$(PROFILE)
+demo: $(STAMP)  ## train the three stages on moving digits, stream, write runs/demo/report.html (PROFILE=quick|full SEED=n)
+	@"$(BIN)/aad" demo profile=$(PROFILE) $(if $(SEED),seed=$(SEED) out=runs/demo-$(SEED))
 
 test: $(STAMP)  ## all tests but the slow ones
 	@$(call RUN_TESTS,-m "not slow")

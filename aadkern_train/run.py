@@ -54,7 +54,8 @@ class Run:
         """Whom stages I and II distil, under a guidance scale."""
         models, null = self.recipe.models, self.world.null
         if models.teacher == "exact":
-            return Teacher(self.world.teacher, guidance, null)  # type: ignore[attr-defined]
+            exact = self.world.teacher.to(self.processes.device)  # type: ignore[attr-defined]
+            return Teacher(exact, guidance, null)
         return self.networks.teacher(models.teacher, guidance, self.layout)
 
     @property
