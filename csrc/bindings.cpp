@@ -1,5 +1,5 @@
 // The launches of csrc/attention as torch operators, on LibTorch's stable ABI: the only file that sees a torch header, and one binary
-// for every torch from 2.11 on. aadkern/ops.py holds the schemas; aadkern/range_attention/sm90.py checks, copies and allocates.
+// for every torch from 2.11 on. aadkern/range_attention/ops.py holds the schemas; aadkern/range_attention/sm90.py checks, copies and allocates.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
