@@ -151,7 +151,7 @@ _Loader.add_implicit_resolver(
 def _parse(key: str, text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of month 13; a thousand brackets
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{key}: cannot read {text!r} as YAML: {problem}") from None
 
@@ -302,7 +302,7 @@ def _member(base: type[Choice], current: Any, values: dict[str, Any], texts: Map
 def _strict(kind: type[C], values: Mapping[str, Any]) -> C:
     try:
         return kind.model_validate_json(json.dumps(values), strict=True)
-    except TypeError as error:
+    except (TypeError, RecursionError) as error:
         raise ConfigError(f"settings must be plain values: {error}") from None
 
 
