@@ -10,7 +10,6 @@ import pytest
 from aadkern_train.engine.config import Config
 from aadkern_train.engine.run_folder import Progress, RunFolder
 
-
 PARTS = ["checkpoints", "config.yaml", "lock", "samples", "weights"]
 
 
