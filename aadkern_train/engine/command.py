@@ -43,8 +43,13 @@ def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
 
 
 def _tell(name: str, text: str, status: int) -> int:
-    print(f"aad {name}: {' '.join(text.split())}", file=sys.stderr)
+    print(f"aad {name}: {_one_line(text)}", file=sys.stderr)
     return status
+
+
+def _one_line(text: str) -> str:
+    """Words one space apart; what a terminal would obey, and what is no Unicode, as Python writes it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def _drop_stdout() -> None:
@@ -61,4 +66,4 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} ({self.prog} --help tells more)\n")
+        self.exit(2, f"{self.prog}: {_one_line(message)} ({self.prog} --help tells more)\n")
