@@ -58,7 +58,7 @@ def test_ctrl_c_and_a_kill_leave_what_was_made(run, tmp_path, end):
     command = [sys.executable, "-m", "aadkern_train.cli", *words]
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         try:
-            deadline, seen = time.monotonic() + 240, 0
+            deadline, seen = time.monotonic() + 600, 0
             while seen < 20:
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.05)

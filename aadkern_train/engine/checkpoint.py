@@ -263,15 +263,17 @@ def _dcp_load(tensors: dict[str, Tensor], path: Path, processes: Processes) -> N
 
 
 def _unwrapped(work: Callable[[], object]) -> None:
-    """DCP's errors as what they were: it makes a BaseException of them all, of Ctrl-C too. What ended in torch's own file writer
-    is an OSError here, since nothing else ends there."""
+    """DCP's errors as what they were: it makes a BaseException of them all, of Ctrl-C too. torch's file writer says a RuntimeError
+    of a full disk, behind which the true one stands."""
     try:
         _quietly(work)
     except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, RuntimeError):
-            raise OSError(None, str(cause).partition("\n")[0]) from error
-        raise cause from error
+        cause = behind = next(iter(error.failures.values()))[0]
+        while behind is not None and not isinstance(behind, OSError):
+            behind = behind.__cause__ or behind.__context__
+        if behind is None and isinstance(cause, RuntimeError):
+            behind = OSError(None, str(cause).partition("\n")[0])
+        raise (behind or cause) from None
 
 
 def _quietly(work: Callable[[], object]) -> None:

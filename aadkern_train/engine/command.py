@@ -12,6 +12,7 @@ from typing import NoReturn
 
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, or name another place"),
+    errno.EIO: "see whether the disk is full or broken, or name another place",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, or name another place"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -30,10 +31,10 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     except SafetensorError as error:  # it says of a full disk "... (os error 28)"
         number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else None, str(error), str(path)) from error
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 @contextlib.contextmanager
