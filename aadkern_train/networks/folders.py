@@ -91,6 +91,7 @@ def write_folder(path: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], to
         net.save_config(waiting)
     config = read_json(waiting / "config.json")
     config.pop("_name_or_path", None)  # where its first weights came from, here: it would tell runs in two places apart
+    config["_class_name"] = config["_class_name"].removeprefix("FSDP")  # fully_shard gives the class another name
     replace_file(waiting / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     held: list[list[str]] = []
     filling: dict[str, Tensor] = {}
