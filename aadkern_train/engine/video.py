@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,8 @@ class GrowingVideo:
     def __exit__(self, *error: object) -> None:
         if self._container is None:
             return
+        import av
+
         container, self._container = self._container, None
         failed: Exception | None = None
         for finish in (lambda: self.count and container.mux(self._stream.encode(None)), container.close):
@@ -140,21 +143,23 @@ class GrowingVideo:
             with atomic_path(self.path) as partial:
                 self.count = _remux(self.path, partial)  # Ctrl-C may have come between a frame and its counting
         except OSError:  # no room for a second file: the first one plays
-            self.count = _packets(self.path)
+            with av.open(str(self.path)) as grown:
+                self.count = sum(1 for _ in _whole(grown))
         if failed is not None and error[:1] in ((), (None,)):  # else what ended the block is raised
             with naming(self.path):
                 raise failed
 
 
-def _packets(path: Path) -> int:
-    """Frames of a file, as far as it is whole."""
+def _whole(container: Any) -> Iterator[Any]:
+    """The encoded frames of a file up to the first that is cut off, as a full disk and a kill leave it."""
     import av
 
-    count = 0
-    with av.open(str(path)) as file, contextlib.suppress(av.FFmpegError):
-        for packet in file.demux(video=0):
-            count += packet.dts is not None
-    return count
+    with contextlib.suppress(av.FFmpegError):
+        for packet in container.demux(video=0):
+            if packet.is_corrupt:
+                return
+            if packet.dts is not None:  # the last one only says that there are no more
+                yield packet
 
 
 def _remux(source: Path, target: Path) -> int:
@@ -164,11 +169,10 @@ def _remux(source: Path, target: Path) -> int:
     count = 0
     with av.open(str(source)) as old, av.open(str(target), "w", format="mp4", options={"movflags": "+faststart"}) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
-        for packet in old.demux(video=0):
-            if packet.dts is not None:  # the last one only says that there are no more
-                packet.stream = stream
-                new.mux(packet)
-                count += 1
+        for packet in _whole(old):
+            packet.stream = stream
+            new.mux(packet)
+            count += 1
     return count
 
 
