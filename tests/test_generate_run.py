@@ -115,7 +115,7 @@ def test_without_room_for_a_second_file_the_growing_one_stays(tmp_path, monkeypa
         ("--then 3", "then must be CHUNK:PROMPT"),
         ("--prompt nonsense", "nonsense"),
         ("--image /dev/null", "image must be a file"),
-        ("--image {run}/run.json", "path must"),
+        ("--image {run}/run.json", "prompt must be given with an image"),
         ("--out {run}", "out must end in"),
         ("--out /proc/none/a.gif", "path must lie in a folder"),
         ("--out {run}/run.json/a.mp4", "path must lie in a folder"),

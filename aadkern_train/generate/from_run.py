@@ -88,7 +88,8 @@ def generate(
     world = recipe.data.open(frames=recipe.frames, seed=recipe.seed, folder=folder, clips=image is None)
     condition = condition_for(world, recipe, prompt, image, index)
     later = {chunk: world.embed([words]) for chunk, words in changes(then, chunks).items()}
-    frames = made(recipe, world, weights, condition, later, turn, chunks, seed)
+    network: Any = load(weights).eval().requires_grad_(False)
+    frames = made(recipe, world, network, condition, later, turn, chunks, seed)
     write(out, fps, world, frames)
     return out
 
@@ -108,10 +109,9 @@ def condition_for(world: World, recipe: Recipe, prompt: str | None, image: Path 
 
 
 def made(
-    recipe: Recipe, world: World, weights: Path, condition: Condition, later: dict[int, Tensor], turn: str, chunks: int, seed: int
+    recipe: Recipe, world: World, network: Any, condition: Condition, later: dict[int, Tensor], turn: str, chunks: int, seed: int
 ) -> Iterator[Tensor]:
     """The given frame, if any, and then each chunk as it is made, [1, f, C, H, W]."""
-    network: Any = load(weights).eval().requires_grad_(False)
     size, draws = max(recipe.chunks), Draws(seed, "generate")
 
     def noise(number: int, step: int) -> Tensor:
