@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aadkern_train.engine.command import OneLineParser, status_of
+
 TRAIN_MODULES = {
     "diffusers": "diffusers",
     "pydantic": "pydantic",
@@ -21,28 +23,33 @@ TRAIN_MODULES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. User errors are one line on stderr and status 2."""
-    args = parser().parse_args(argv)
+    """Run one command; returns the exit status. What a user or a disk does wrong is one line on stderr and status 2; losses that
+    leave the numbers are one with status 1."""
+    args, more = parser().parse_known_args(argv)
     warnings.formatwarning = lambda message, *_: f"aad {args.command}: {message}\n"
-    if args.command not in ("info", "bench"):
-        missing = [package for module, package in TRAIN_MODULES.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            print(f"aad {args.command}: needs {', '.join(missing)}: pip install 'aadkern[train]'", file=sys.stderr)
-            return 2
-    try:
-        status = args.run(args)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"aad {args.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        goes_on = ", and resume=RUN goes on from it" if args.command in ("demo", "train") else ""
-        print(f"aad {args.command}: interrupted; what was saved stays{goes_on}", file=sys.stderr)
-        return 130
-    return status or 0
+
+    def command() -> int:
+        with_words(args, more)
+        if args.command not in ("info", "bench"):
+            missing = [package for module, package in TRAIN_MODULES.items() if importlib.util.find_spec(module) is None]
+            if missing:
+                raise ValueError(f"needs {', '.join(missing)}: pip install 'aadkern[train]'")
+        return args.run(args) or 0
+
+    return status_of(command, args.command, "resume=RUN goes on from it" if args.command in ("demo", "train") else "")
+
+
+def with_words(args: argparse.Namespace, more: list[str]) -> None:
+    """Words that stand behind an option join those before it: argparse takes those of one place only."""
+    foreign = [word for word in more if word.startswith("-") or not hasattr(args, "words")]
+    if foreign:
+        raise ValueError(f"unrecognized arguments: {' '.join(foreign)} (aad {args.command} --help tells more)")
+    if more:
+        args.words = [*args.words, *more]
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
+    top = OneLineParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
     commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo,train,generate,report,bench}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
@@ -50,13 +57,17 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train all stages on moving digits, stream, and write a report")
     demo.add_argument(
-        "settings", nargs="*", metavar="key=value", help="profile=quick|full, out=DIR (runs/demo), or any setting of the recipe"
+        "words", nargs="*", metavar="key=value", help="profile=quick|full, out=DIR (runs/demo), or any setting of the recipe"
     )
     demo.set_defaults(run=run_demo)
 
     train = commands.add_parser("train", help="train a recipe: digits, or clips data.path=FOLDER")
-    train.add_argument("recipe", nargs="?", help="digits or clips; left out with resume=RUN")
-    train.add_argument("settings", nargs="*", metavar="key=value", help="out=DIR, resume=RUN, overwrite=true, or any setting")
+    train.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE key=value",
+        help="digits or clips, left out with resume=RUN; out=DIR, overwrite=true (what is there is moved aside), or any setting",
+    )
     train.add_argument("--show", action="store_true", help="print the settings and stop")
     train.set_defaults(run=run_train)
 
@@ -162,13 +173,13 @@ def split_settings(settings: Sequence[str], names: Sequence[str]) -> tuple[dict[
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """Moving digits through all stages; a demo that was interrupted goes on, a finished or other one is replaced."""
+    """Moving digits through all stages; a demo that was interrupted goes on, a finished or other one is moved aside."""
     from aadkern_train.recipes import PROFILES, make_recipe, read_recipe
     from aadkern_train.report import read_run, summary, text_table
     from aadkern_train.trainer import run_recipe
 
-    own, rest = split_settings(args.settings, ("profile", "out"))
-    profile, path = own.get("profile", "quick"), Path(own.get("out", "runs/demo"))
+    own, rest = split_settings(args.words, ("profile", "out"))
+    profile, path = own.get("profile", "quick"), folder_of("out", own.get("out", "runs/demo"))
     if profile not in PROFILES:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
     recipe = make_recipe("digits", [*PROFILES[profile], *rest])
@@ -185,13 +196,17 @@ def run_train(args: argparse.Namespace) -> None:
     from aadkern_train.recipes import make_recipe, read_recipe
     from aadkern_train.trainer import run_recipe
 
-    settings, recipe_name = list(args.settings), args.recipe
-    if recipe_name is not None and "=" in recipe_name:
-        settings, recipe_name = [recipe_name, *settings], None
-    own, rest = split_settings(settings, ("out", "resume", "overwrite"))
-    resume = own.get("resume")
+    names = [word for word in args.words if "=" not in word]
+    if len(names) > 1:
+        raise ValueError(f"recipe must be one word, settings key=value, got {' '.join(names)}")
+    recipe_name = names[0] if names else None
+    own, rest = split_settings([word for word in args.words if "=" in word], ("out", "resume", "overwrite"))
+    overwrite = switch("overwrite", own.get("overwrite", "false"))
+    resume = folder_of("resume", own["resume"]) if "resume" in own else None
     if resume is not None:
-        recipe = read_recipe(Path(resume) / "config.yaml")
+        if overwrite or "out" in own:
+            raise ValueError(f"resume goes on in {resume} itself; leave out {'overwrite' if overwrite else 'out'}")
+        recipe = read_recipe(resume / "config.yaml")
         if recipe_name not in (None, recipe.recipe):
             raise ValueError(f"{resume} is a run of {recipe.recipe!r}, not of {recipe_name!r}")
         if apply_overrides(recipe, rest) != recipe:
@@ -201,10 +216,16 @@ def run_train(args: argparse.Namespace) -> None:
     if args.show:
         print(to_yaml(recipe))
         return
-    folder = Path(resume or own.get("out", f"runs/{recipe.recipe}"))
-    report = run_recipe(recipe, folder, resume=resume is not None, overwrite=switch("overwrite", own.get("overwrite", "false")))
+    folder = resume or folder_of("out", own.get("out", f"runs/{recipe.recipe}"))
+    report = run_recipe(recipe, folder, resume=resume is not None, overwrite=overwrite)
     if report is not None:
         print(f"The report: {report}")
+
+
+def folder_of(name: str, text: str) -> Path:
+    if not text.strip():
+        raise ValueError(f"{name} must be a folder, got {text!r}")
+    return Path(text)
 
 
 def switch(name: str, text: str) -> bool:
@@ -258,8 +279,10 @@ def rows_and_columns(size: str) -> tuple[int, int]:
 
 
 def run_report(args: argparse.Namespace) -> None:
+    from aadkern_train.engine.run_folder import RunFolder
     from aadkern_train.report import write_report
 
+    RunFolder.open(args.folder)  # there is a run at all
     print(write_report(args.folder))
 
 

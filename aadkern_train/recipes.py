@@ -92,10 +92,11 @@ PROFILES: dict[str, list[str]] = {
 }
 
 
-def make_recipe(name: str, words: Sequence[str] = ()) -> Recipe:
+def make_recipe(name: str | None, words: Sequence[str] = ()) -> Recipe:
     """A recipe by name, changed by ``key.sub=value`` words. Raises ValueError for a name or a word that does not fit."""
     if name not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+        came = "none" if name is None else repr(name)
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {came}")
     plain = [word for word in words if not word.startswith("plugins=")]
     named = [_plugins(word.partition("=")[2]) for word in words if word.startswith("plugins=")]
     return apply_overrides(RECIPES[name](), [*named[-1:], *plain])
@@ -105,7 +106,7 @@ def _plugins(text: str) -> str:
     """Loads the files of a list in YAML, since what they register is what other words speak of; the word with absolute paths."""
     try:
         files = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         files = None
     files = [files] if isinstance(files, str) else files
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
@@ -118,9 +119,28 @@ def read_recipe(file: Path) -> Recipe:
     if not file.is_file():
         raise ValueError(f"{file.parent} holds no run (no {file.name})")
     try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {error}") from None
-    if isinstance(values, dict):
-        load_plugins(values.get("plugins") or ())
-    return from_yaml(Recipe, file)
+        return recipe_of(file.read_text(), file)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} cannot be read: {error}; {RESTORE}") from None
+
+
+RESTORE = "put the run's settings back (run.json in its weights' folders has them under \"recipe\"), or start a new run"
+
+
+def recipe_of(text: str, source: Path) -> Recipe:
+    """Settings as a file of a run has them, in YAML or JSON, the plugins loaded first. Raises ConfigError, naming the file, where
+    they do not fit."""
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} cannot be read as YAML: {error}; {RESTORE}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} must hold a mapping of settings, got {str(values)[:60]!r}; {RESTORE}")
+    plugins = values.get("plugins") or ()
+    if not isinstance(plugins, (list, tuple)) or not all(isinstance(file, str) for file in plugins):
+        raise ConfigError(f"{source}: plugins must be a list of Python files, got {plugins!r}; {RESTORE}")
+    load_plugins(plugins)
+    try:
+        return from_yaml(Recipe, text)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}; {RESTORE}") from None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aadkern.spans import span
 from aadkern_train.engine.checkpoint import Checkpoints
+from aadkern_train.engine.files import naming, read_json
 from aadkern_train.engine.processes import start
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.run_folder import Progress, RunFolder
@@ -46,14 +47,18 @@ class Progressed:
 def run_recipe(recipe: Recipe, path: Path, *, resume: bool = False, overwrite: bool = False) -> Path | None:
     """Train ``recipe`` into the folder ``path`` and write its report; returns the report's path on the main process."""
     with start() as processes:
-        if resume:
-            folder = RunFolder.open(path, active=processes.is_main)
-        else:
-            processes.on_main(lambda: RunFolder.create(path, recipe, overwrite) and None)
-            folder = RunFolder(path, active=processes.is_main)
-        train(Run(recipe, processes, folder))
-        folder.close()
-        return write_report(path) if processes.is_main else None
+        folder = RunFolder(path, active=processes.is_main)
+
+        def begin() -> None:
+            nonlocal folder
+            folder = RunFolder.open(path, hold=True) if resume else RunFolder.create(path, recipe, overwrite, hold=True)
+
+        processes.on_main(begin)
+        try:
+            train(Run(recipe, processes, folder))
+            return write_report(path) if processes.is_main else None
+        finally:
+            folder.close()
 
 
 def stages_of(run: Run) -> list[str]:
@@ -69,6 +74,8 @@ def make_stage(run: Run, name: str) -> Stage:
 
 def train(run: Run) -> dict[str, Any]:
     """Run every stage that is not finished yet; returns what metrics.json holds."""
+    if run.folder.metrics_file.exists():
+        read_metrics(run)  # broken, it is told of now, not at the end of a stage
     checkpoints = Checkpoints(run.folder.checkpoints, run.processes, keep=run.recipe.keep_checkpoints)
     for name in stages_of(run):
         if not run.folder.weights(name).exists():
@@ -108,7 +115,9 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints) -> None:
             if settings.every and done % settings.every == 0 and done < stage.steps:
                 measure_now(run, stage, progressed, done)
             if done % run.recipe.checkpoint_every == 0 or progressed.stopped_at >= 0:
+                run.processes.on_main(run.folder.check_held)
                 checkpoints.save(stage.name, done, state, run.recipe)
+    run.processes.on_main(run.folder.check_held)
     finish(run, stage, progressed)
 
 
@@ -116,7 +125,8 @@ def check_finite(stage: str, step: int, values: dict[str, float]) -> None:
     """A run that has left the finite numbers does not go on silently; its last checkpoint is still whole."""
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"{stage}, step {step}: {', '.join(bad)} is not finite; the last checkpoint is untouched")
+        what = f"{stage}, step {step}: {', '.join(bad)} is not finite; the last checkpoint is untouched"
+        raise FloatingPointError(f"{what}. Start a new run with a smaller learning rate (the lr of {stage}'s optimisers)")
 
 
 def measure_now(run: Run, stage: Stage, progressed: Progressed, done: int) -> None:
@@ -171,15 +181,27 @@ def plain(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(run: Run) -> dict[str, Any]:
-    """What metrics.json holds so far."""
+    """What metrics.json holds so far. Raises ValueError where it cannot be read."""
     if run.folder.metrics_file.exists():
-        return json.loads(run.folder.metrics_file.read_text())
+        return check_metrics(run.folder.metrics_file)
     empty: dict[str, Any] = {"recipe": run.recipe.recipe, "seed": run.recipe.seed, "stages": {}, "reference": {}}
     empty |= {"steps": {}, "titles": {}, "seconds": 0.0, "seconds_per_stage": {}, "machine": machine(run)}
     empty["metrics"] = {key: dataclasses.asdict(metric) for key, metric in run.world.metrics.items()}
     shown = run.condition(range(run.recipe.evaluate.show), "test").to("cpu")
     empty["captions"] = run.world.describe(shown)
     return empty
+
+
+def check_metrics(file: Path) -> dict[str, Any]:
+    """metrics.json with all that stages write into it."""
+    try:
+        found = read_json(file)
+        for name in ("stages", "reference", "steps", "titles", "seconds_per_stage"):
+            if not isinstance(found.get(name), dict):
+                raise ValueError(f"{file} must hold {name}, and does not")
+    except ValueError as error:
+        raise ValueError(f"{error}; put it back, or remove it: the figures of the stages that are finished are then lost") from None
+    return found
 
 
 def machine(run: Run) -> dict[str, Any]:
@@ -196,5 +218,6 @@ def save_sample(run: Run, name: str, x: Tensor) -> None:
         return
     rgb = run.world.to_rgb(x[: run.recipe.evaluate.show])
     rgb = rgb.numpy() if isinstance(rgb, torch.Tensor) else np.asarray(rgb)
-    np.save(run.folder.samples / f"{name}.npy", rgb)
+    with naming(run.folder.samples / f"{name}.npy"):
+        np.save(run.folder.samples / f"{name}.npy", rgb)
     write_video(run.folder.samples / f"{name}.gif", np.concatenate(list(rgb), axis=2), fps=6, scale=max(1, 64 // rgb.shape[2]))

@@ -63,6 +63,8 @@ def test_a_sharded_network_is_written_whole_and_the_same_bytes_twice(tmp_path, m
     assert sha(tmp_path / "a") == sha(tmp_path / "b")
     assert same(load(tmp_path / "a").net.state_dict(), expected)
     assert same(CausalWan.from_pretrained(tmp_path / "a").state_dict(), expected), "diffusers reads it by itself"
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["_class_name"] == "CausalWan" and str(tmp_path) not in (tmp_path / "a" / "config.json").read_text()
     told = facts(tmp_path / "a")
     assert told["stage"] == "mine" and told["recipe"]["recipe"] == "digits"
     if len(files) > 1:

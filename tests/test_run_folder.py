@@ -10,6 +10,8 @@ import pytest
 from aadkern_train.engine.config import Config
 from aadkern_train.engine.run_folder import Progress, RunFolder
 
+PARTS = ["checkpoints", "config.yaml", "lock", "samples", "weights"]
+
 
 class Settings(Config):
     steps: int = 3
@@ -29,12 +31,53 @@ def test_an_existing_run_is_not_overwritten_unasked(tmp_path):
     run.close()
     (run.path / "notes.txt").write_text("mine")
     (run.samples / "clip.gif").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"holds a run; go on with resume=.*run, or replace it with overwrite=true"):
+    with pytest.raises(ValueError, match=r"holds a run; go on with resume=.*run, or start anew with overwrite=true"):
         RunFolder.create(run.path, Settings())
     assert RunFolder.open(run.path).read_log() == [{"stage": "ode", "step": 1, "loss": 0.5}]
-    fresh = RunFolder.create(run.path, Settings(), overwrite=True)
-    assert fresh.read_log() == [] and not (fresh.samples / "clip.gif").exists() and fresh.config(Settings).steps == 3
-    assert (run.path / "notes.txt").read_text() == "mine"
+    assert (run.path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("*.old*"))
+
+
+def test_an_overwritten_run_is_moved_aside_whole_and_named(tmp_path, capsys):
+    (tmp_path / "run.old-1").write_text("a file of that name")
+    for number in (2, 3):
+        run = RunFolder.create(tmp_path / "run", Settings(steps=number), overwrite=True, hold=True)
+        run.log("ode", 1, loss=0.5)
+        (run.path / "notes.txt").write_text("mine")
+        run.close()
+    fresh = RunFolder.create(tmp_path / "run", Settings(), overwrite=True, hold=True)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"{tmp_path}/run: the run that was here is kept as {tmp_path}/run.old-{number}" for number in (2, 3)]
+    assert fresh.config(Settings).steps == 3 and sorted(p.name for p in fresh.path.iterdir()) == PARTS
+    fresh.log("ode", 1, loss=0.1)
+    assert [line.get("kind") for line in fresh.read_log()] == ["note", None]
+    fresh.close()
+    for number in (2, 3):
+        kept = tmp_path / f"run.old-{number}"
+        assert RunFolder.open(kept).config(Settings).steps == number and (kept / "notes.txt").read_text() == "mine"
+        assert RunFolder.open(kept).read_log()[-1]["loss"] == 0.5 and not (kept / "lock").exists()
+
+
+def test_a_linked_run_moves_where_it_lies_and_ones_own_folder_stays(tmp_path, monkeypatch):
+    RunFolder.create(tmp_path / "large disk" / "run", Settings(steps=9))
+    (tmp_path / "run").symlink_to(tmp_path / "large disk" / "run")
+    assert RunFolder.create(tmp_path / "run", Settings(), overwrite=True).config(Settings).steps == 3
+    assert (tmp_path / "run").is_symlink() and RunFolder.open(tmp_path / "large disk" / "run.old-1").config(Settings).steps == 9
+    monkeypatch.chdir(tmp_path / "run")
+    for path in (".", tmp_path / "run"):
+        with pytest.raises(ValueError, match="is the folder that you are in"):
+            RunFolder.create(path, Settings(), overwrite=True)
+
+
+def test_a_run_that_was_killed_while_it_began_can_begin_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    for left in ("lock", "lock.3f.tmp", "config.yaml.tmp"):
+        (tmp_path / "run" / left).touch()
+    RunFolder.create(tmp_path / "run", Settings(steps=5))
+    (tmp_path / "run" / "lock").unlink()
+    (tmp_path / "run" / "samples").rmdir()
+    again = RunFolder.open(tmp_path / "run", hold=True)
+    assert again.samples.is_dir() and again.config(Settings).steps == 5
+    again.close()
 
 
 def test_folders_that_are_no_runs(tmp_path):

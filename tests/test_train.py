@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def log_of(path: Path) -> list[dict]:
-    lines = RunFolder(path).read_log()
+    """The log without times, and without the notes that a run was killed and taken over."""
+    lines = [line for line in RunFolder(path).read_log() if "taken over" not in str(line.get("text"))]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
@@ -116,6 +118,13 @@ def test_killed_runs_resume_bit_for_bit(finished, tmp_path):
     done = subprocess.run(command(f"resume={path}"), env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert_same_weights(finished, path)
+    found = (file for part in ("weights", "pairs") for file in (finished / part).rglob("*"))
+    files = sorted(file.relative_to(finished) for file in found if file.is_file())
+    assert len(files) > 20
+    for file in files:
+        assert sha256((finished / file).read_bytes()).digest() == sha256((path / file).read_bytes()).digest(), file
+    taken = [line for line in RunFolder(path).read_log() if "taken over from process" in str(line.get("text"))]
+    assert len(taken) == 2 and all(line["kind"] == "note" for line in taken) and not (path / "lock").exists()
     assert log_of(path) == log_of(finished)
     ours, theirs = (json.loads((p / "metrics.json").read_text()) for p in (path, finished))
     assert ours["stages"] == theirs["stages"] and ours["reference"] == theirs["reference"]

@@ -2,7 +2,8 @@
 
     write <stage>/step-N.tmp (shards, state.json), fsync -> rename to <stage>/step-N -> replace `latest` -> prune
 
-Only `latest` is believed, and it moves last, so a kill at any moment leaves the previous checkpoint. A directory is
+Only `latest` is believed, and it moves last, so a kill at any moment leaves the previous checkpoint. Whoever writes another
+whole one's name into it goes back to that one; without it the stage begins anew. A directory is
 never written twice: torch.distributed.checkpoint (DCP) would load a mix of two saves without an error. Tensors go
 through DCP, which reshards, so a checkpoint of two processes resumes on one; plain values go to state.json, floats
 exactly. DCP's metadata is a pickle, and loading a pickle can run code, so only folders of this user are loaded.
@@ -22,10 +23,11 @@ from typing import Any, Protocol
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from aadkern_train.engine.config import Config, config_hash, differences
-from aadkern_train.engine.files import replace_file, sync
+from aadkern_train.engine.files import naming, read_json, replace_file, sync
 from aadkern_train.engine.processes import Processes
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -80,7 +82,8 @@ class Checkpoints:
         target = self.folder / stage / f"step-{step}"
         waiting = target.with_name(target.name + ".tmp")
         self.processes.on_main(lambda: self._make_room(target, waiting))
-        _dcp_save(tensors, waiting, self.processes)
+        with naming(waiting):
+            _dcp_save(tensors, waiting, self.processes)
         header = {"stage": stage, "step": step, "config": None if config is None else config.model_dump(mode="json")}
 
         def commit() -> None:
@@ -117,14 +120,20 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint in {self.folder}")
         if not trust:
             _check_owner(saved.path)
+        broken = _broken(saved.path)
+        if broken is not None:
+            raise CheckpointError(f"{broken}; {self._instead()}")
         if config is not None and not allow_changes:
             _check_config(saved, config, ignore)
         tensors, own_values = _split(state)
-        values = json.loads((saved.path / "state.json").read_text())["values"]
+        values = read_json(saved.path / "state.json")["values"]
         _check_tensors(saved.path, tensors)
         if set(values) != set(own_values):
             raise CheckpointError(f"{saved.path}: values differ from this run's: {_some(set(values) ^ set(own_values))}")
-        _dcp_load(tensors, saved.path, self.processes)
+        try:
+            _dcp_load(tensors, saved.path, self.processes)
+        except Exception as error:  # bytes altered within a file: the pickles in it raise anything
+            raise CheckpointError(f"{saved.path} cannot be loaded: {error}; {self._instead()}") from error
         for name, part in state.items():
             _restore(name, part, tensors, values)
         return saved
@@ -133,17 +142,31 @@ class Checkpoints:
         pointer = self.folder / "latest"
         if not pointer.exists():
             return None
-        line = pointer.read_text().strip()
+        line = pointer.read_text(errors="replace").strip()
         stage, _, name = line.partition("/")
         if not STAGE_NAME.fullmatch(stage) or not re.fullmatch(r"step-\d+", name):
-            raise CheckpointError(f"{pointer} says {line!r}; expected <stage>/step-<number>, a folder beside it")
+            expected = "expected <stage>/step-<number>, a folder beside it"
+            raise CheckpointError(f"{pointer} says {line[:100]!r}; {expected}; {self._instead()}")
         path = self.folder / stage / name
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise CheckpointError(f"{pointer} leads outside of the run folder, to {path.resolve()}; refused")
         if not (path / "state.json").is_file():
-            raise CheckpointError(f"{pointer} names {path}, which is not a checkpoint (no state.json)")
-        header = json.loads((path / "state.json").read_text())
+            raise CheckpointError(f"{pointer} names {path}, which is not a checkpoint (no state.json); {self._instead()}")
+        try:
+            header = _header(path)
+        except ValueError as error:
+            raise CheckpointError(f"{error}; {self._instead()}") from error
         return Saved(header["stage"], header["step"], path, header["config"])
+
+    def _instead(self) -> str:
+        """What to do where the checkpoint that `latest` names, or `latest` itself, is broken."""
+        pointer = self.folder / "latest"
+        whole = [path for path in self.folder.glob("*/step-*") if _step_of(path) >= 0 and _owned(path) and _broken(path) is None]
+        anew = f"without {pointer} the stage begins anew"
+        if not whole:
+            return f"no other whole checkpoint is there; {anew}"
+        newest = max(whole, key=lambda path: ((path / "state.json").stat().st_mtime_ns, _step_of(path)))
+        return f"`echo {newest.relative_to(self.folder)} > {pointer}` goes back to the newest whole one; {anew}"
 
     def _clean(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -232,17 +255,68 @@ def _restore(name: str, part: nn.Module | Stateful, tensors: Mapping[str, Tensor
 
 def _dcp_save(tensors: dict[str, Tensor], path: Path, processes: Processes) -> None:
     writer = dcp.FileSystemWriter(path, single_file_per_rank=True, sync_files=True)
-    _quietly(lambda: dcp.save(tensors, storage_writer=writer, no_dist=processes.size == 1))
+    _unwrapped(lambda: dcp.save(tensors, storage_writer=writer, no_dist=processes.size == 1))
 
 
 def _dcp_load(tensors: dict[str, Tensor], path: Path, processes: Processes) -> None:
-    _quietly(lambda: dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=processes.size == 1))
+    _unwrapped(lambda: dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=processes.size == 1))
+
+
+def _unwrapped(work: Callable[[], object]) -> None:
+    """DCP's errors as what they were: it makes a BaseException of them all, of Ctrl-C too. torch's file writer says a RuntimeError
+    of a full disk, behind which the true one stands."""
+    try:
+        _quietly(work)
+    except CheckpointException as error:
+        cause = behind = next(iter(error.failures.values()))[0]
+        while behind is not None and not isinstance(behind, OSError):
+            behind = behind.__cause__ or behind.__context__
+        if behind is None and isinstance(cause, RuntimeError):
+            behind = OSError(None, str(cause).partition("\n")[0])
+        raise (behind or cause) from None
 
 
 def _quietly(work: Callable[[], object]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(single process|TypedStorage).*")
         work()
+
+
+def _header(path: Path) -> dict[str, Any]:
+    header = read_json(path / "state.json")
+    missing = {"stage", "step", "config", "values"} - header.keys()
+    if missing:
+        raise ValueError(f"{path / 'state.json'} must hold {', '.join(sorted(missing))}, and does not")
+    return header
+
+
+def _broken(path: Path) -> str | None:
+    """Why a checkpoint cannot be loaded; None: it is whole, as far as its parts' names and lengths tell."""
+    try:
+        _header(path)
+        metadata = dcp.FileSystemReader(path).read_metadata()
+        ends: dict[str, int] = {}
+        for part in (metadata.storage_data or {}).values():
+            ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    except (OSError, ValueError) as error:
+        return str(error)
+    except Exception as error:  # a pickle that was cut off or altered raises anything
+        return f"{path / '.metadata'} cannot be read: {type(error).__name__}: {error}"
+    for name, end in ends.items():
+        file = path / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size < end:
+            return f"{file} is cut off: {file.stat().st_size} of {end} bytes are there"
+    return None
+
+
+def _owned(path: Path) -> bool:
+    try:
+        _check_owner(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _check_owner(path: Path) -> None:

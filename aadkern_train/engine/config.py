@@ -67,7 +67,7 @@ class Choice(Config):
     @classmethod
     def chosen(cls, kind: Any, key: str = "") -> type[Choice]:
         """The class registered under a kind; ``key`` names the section in the ConfigError for an unknown one."""
-        if kind not in cls.members:
+        if not isinstance(kind, str) or kind not in cls.members:
             place = f"{key}.kind" if key else "kind"
             raise ConfigError(f"{place}={kind!r}: must be one of {', '.join(cls.members)}")
         return cls.members[kind]
@@ -131,11 +131,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load, but `1e-4` is a number: YAML 1.1 wants `1.0e-4`."""
+    """safe_load, but `1e-4` is a number: YAML 1.1 wants `1.0e-4`. A date is text."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("float", "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -150,10 +150,12 @@ _Loader.add_implicit_resolver(
 
 def _parse(key: str, text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value)  # plain values only: no bytes, no sets, nothing that holds itself
+        return value
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{key}: cannot read {text!r} as YAML: {problem}") from None
+        raise ConfigError(f"{key}: cannot read {text[:80]!r} as YAML: {problem}") from None
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,8 @@ def _put(config: Config, values: dict[str, Any], key: str, value: Any) -> str:
     """
     kind: Kind = type(config)
     written, first = key, key.partition(".")[0]
-    if config.opened and first not in type(config).model_fields and first in values[config.opened]:
+    opened = values.get(config.opened or "")
+    if isinstance(opened, dict) and first not in type(config).model_fields and first in opened:
         key = f"{config.opened}.{key}"
     place: Any = values
     current: Any = config
@@ -247,6 +250,8 @@ def _put(config: Config, values: dict[str, Any], key: str, value: Any) -> str:
         if place.get(name) is None:
             place[name] = {}
         place = place[name]
+        if not isinstance(place, dict):
+            raise ConfigError(f"{written}: {name} must be a section, an earlier setting made it {place!r}")
     if isinstance(kind, type) and last not in kind.model_fields:
         raise _unknown(type(config), config, written)
     merges = kind is not None and _within(kind, current, place, last)[0] is not None
@@ -265,7 +270,8 @@ def _validated(kind: type[C], config: C | None, values: dict[str, Any], texts: M
     except pydantic.ValidationError as error:
         wrong = [entry for entry in error.errors() if entry["type"] != "extra_forbidden"]
         failed = [prefix + _place(kind, entry["loc"])[0] + "." for entry in wrong]
-        as_text = {key: texts[key] for key in texts if any(place.startswith(f"{key}.") for place in failed)}
+        own = [key for key in texts if key.startswith(prefix) and any(place.startswith(f"{key}.") for place in failed)]
+        as_text = {key: texts[key] for key in own if not any(other.startswith(f"{key}.") for other in own)}
         if as_text:
             try:
                 return _strict(kind, _with_texts(values, {key.removeprefix(prefix): text for key, text in as_text.items()}))
@@ -302,7 +308,7 @@ def _member(base: type[Choice], current: Any, values: dict[str, Any], texts: Map
 def _strict(kind: type[C], values: Mapping[str, Any]) -> C:
     try:
         return kind.model_validate_json(json.dumps(values), strict=True)
-    except TypeError as error:
+    except (TypeError, RecursionError) as error:
         raise ConfigError(f"settings must be plain values: {error}") from None
 
 

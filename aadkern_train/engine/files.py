@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 
 def sync(path: Path) -> None:
@@ -18,14 +24,29 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block names ``path`` where it names no file, as those of writing to a full disk do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+    except SafetensorError as error:  # it says of a full disk "... (os error 28)"
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path to write to; it replaces path when the block ends, and is removed if the block fails."""
     waiting = path.with_name(path.name + ".tmp")
     try:
-        yield waiting
-        sync(waiting)
-        os.replace(waiting, path)
-        sync(path.parent)
+        with naming(path):
+            yield waiting
+            sync(waiting)
+            os.replace(waiting, path)
+            sync(path.parent)
     finally:
         waiting.unlink(missing_ok=True)
 
@@ -34,3 +55,16 @@ def replace_file(path: Path, content: str | bytes) -> None:
     """Puts content at path, atomically and durably."""
     with atomic_path(path) as waiting:
         waiting.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError, naming the file, where it holds none, FileNotFoundError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content

@@ -32,6 +32,11 @@ a forward with backward: 6 % of a 90 ms step, 15 to 20 % of a rollout with chunk
 T = TypeVar("T")
 
 
+class MainProcessError(RuntimeError, ValueError):
+    """What ended the main process's part of a common work, told to the other ranks. A ValueError too, since the command line tells
+    those in one line, and the main process has told the rest."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of this run: rank of size, this rank's device, and the 1-D mesh "data" over all ranks."""
@@ -71,7 +76,7 @@ class Processes:
         return out
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Runs work on the main rank; every rank gets its (picklable) result, or a RuntimeError for its error."""
+        """Runs work on the main rank; every rank gets its (picklable) result, or a MainProcessError for its error."""
         if self.size == 1:
             return work()
         outcome: list[object] = [None, None]
@@ -86,7 +91,7 @@ class Processes:
         if error is not None:
             raise error
         if outcome[1] is not None:
-            raise RuntimeError(outcome[1])
+            raise MainProcessError(outcome[1])
         return outcome[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:

@@ -1,13 +1,15 @@
 """A run's folder, its log, and its progress bar.
 
 RUN/config.yaml  log.jsonl  metrics.json  report.html  checkpoints/<stage>/step-N  checkpoints/latest
-RUN/weights/<stage>/  pairs/<stage>.safetensors  samples/<name>.gif
+RUN/weights/<stage>/  pairs/<stage>.safetensors  samples/<name>.gif  lock, while a process trains into it
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-import shutil
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,20 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from aadkern_train.engine.config import Config, from_yaml, to_yaml
-from aadkern_train.engine.files import replace_file
-
-PARTS = (
-    "config.yaml",
-    "log.jsonl",
-    "metrics.json",
-    "report.html",
-    "checkpoints",
-    "pairs",
-    "weights",
-    "samples",
-    "world",
-)
-"""Everything that a run writes into its folder; overwriting removes these and nothing else."""
+from aadkern_train.engine.files import naming, replace_file, sync
+from aadkern_train.engine.lock import NAME as LOCK
+from aadkern_train.engine.lock import Lock
 
 C = TypeVar("C", bound=Config)
 
@@ -49,37 +40,57 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self._log: TextIO | None = None
+        self._lock: Lock | None = None
+        self._notes: list[str] = []
 
     @classmethod
-    def create(cls, path: Path | str, config: Config, overwrite: bool = False, active: bool = True) -> RunFolder:
-        """Starts a new run in an absent or empty folder and writes config.yaml.
+    def create(
+        cls, path: Path | str, config: Config, overwrite: bool = False, active: bool = True, hold: bool = False
+    ) -> RunFolder:
+        """Starts a new run in an absent or empty folder and writes config.yaml; with ``hold`` it is locked until ``close``.
 
-        Raises ValueError for a folder that holds a run (overwrite=True removes that run's files first, and only those),
-        or that holds other files.
+        Raises ValueError for a folder that holds a run (overwrite=True moves it aside, whole, to the first free one of PATH.old-1,
+        -2, ..., and says so), or that holds other files; HeldError, with ``hold``, for a run that another process trains.
         """
         run = cls(path, active)
         if not active:
             return run
-        if run.path.exists() and not run.path.is_dir():
-            raise ValueError(f"{run.path} is a file; a run needs a folder")
-        if run.config_file.exists() and not overwrite:
-            raise ValueError(f"{run.path} holds a run; go on with resume={run.path}, or replace it with overwrite=true")
-        if run.path.exists() and not run.config_file.exists() and any(run.path.iterdir()):
-            raise ValueError(f"{run.path} holds other files and is no run; name a new or empty folder")
-        run._remove_parts()
-        run.samples.mkdir(parents=True, exist_ok=True)
-        run.checkpoints.mkdir(exist_ok=True)
-        (run.path / "weights").mkdir(exist_ok=True)
-        replace_file(run.config_file, to_yaml(config))
+        run._check_new(overwrite)
+        run.path.mkdir(parents=True, exist_ok=True)
+        if hold:
+            run._lock = Lock.take(run.path, run.note)
+        try:
+            run._check_new(overwrite)  # another one may have begun it until the lock was taken
+            if run.config_file.exists():
+                run._move_aside(hold)
+            replace_file(run.config_file, to_yaml(config))
+            run._make_parts()
+        except BaseException:
+            run.close()
+            raise
         return run
 
     @classmethod
-    def open(cls, path: Path | str, active: bool = True) -> RunFolder:
-        """An existing run, to go on with or to read. Raises ValueError where there is none."""
+    def open(cls, path: Path | str, active: bool = True, hold: bool = False) -> RunFolder:
+        """An existing run, to go on with (``hold`` locks it until ``close``) or to read. Raises ValueError where there is none,
+        HeldError, with ``hold``, where another process trains it."""
         run = cls(path, active)
         if not run.config_file.is_file():
             raise ValueError(f"{run.path} holds no run (no config.yaml)")
+        if active and hold:
+            run._lock = Lock.take(run.path, run.note)
+            run._make_parts()
         return run
+
+    def check_held(self) -> None:
+        """Raises HeldError where another process has taken over a run that this one held."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def note(self, text: str) -> None:
+        """Says on stderr what befell the run; the next line of the log has it before it as a note."""
+        print(f"{self.path}: {text}", file=sys.stderr, flush=True)
+        self._notes.append(text)
 
     def config(self, kind: type[C]) -> C:
         """The run's settings. Raises ConfigError when they do not fit the class."""
@@ -97,10 +108,14 @@ class RunFolder:
         """Appends one line {"stage", "step", ...values} to log.jsonl, at once on disk's way (flushed)."""
         if not self.active:
             return
-        if self._log is None:
-            self._log = self.log_file.open("a")
-        self._log.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        self._log.flush()
+        notes = [{"stage": stage, "step": step, "kind": "note", "text": text} for text in self._notes]
+        with naming(self.log_file):
+            if self._log is None:
+                self._log = self.log_file.open("a")
+            for line in (*notes, {"stage": stage, "step": step, **values}):
+                self._log.write(json.dumps(line) + "\n")
+            self._log.flush()
+        self._notes.clear()
 
     def read_log(self) -> list[dict[str, Any]]:
         """The lines of the log; a last line cut by a kill is left out."""
@@ -112,7 +127,7 @@ class RunFolder:
         """Cuts from the log what came after the checkpoint (stage, step), atomically: the resumed run logs it again."""
         if not self.active or not self.log_file.exists():
             return
-        self.close()
+        self._close_log()
         lines = _log_lines(self.log_file)
         of_stage = [index for index, (_, line) in enumerate(lines) if line["stage"] == stage]
         up_to = [index for index in of_stage if lines[index][1]["step"] <= step]
@@ -125,29 +140,69 @@ class RunFolder:
             replace_file(path, json.dumps(value, indent=1) + "\n")
 
     def close(self) -> None:
-        """Closes the log; the next line opens it again."""
+        """Closes the log, which the next line opens again, and gives the lock back."""
+        self._close_log()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _close_log(self) -> None:
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):  # what could not be written was told when it was logged
+                self._log.close()
             self._log = None
 
-    def _remove_parts(self) -> None:
-        for name in PARTS:
-            part = self.path / name
-            if part.is_dir() and not part.is_symlink():
-                shutil.rmtree(part)
-            else:
-                part.unlink(missing_ok=True)
+    def _check_new(self, overwrite: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; a run needs a folder")
+        if self.config_file.exists() and not overwrite:
+            raise ValueError(f"{self.path} holds a run; go on with resume={self.path}, or start anew with overwrite=true")
+        if self.config_file.exists() and Path.cwd().is_relative_to(self.path.resolve()):
+            raise ValueError(f"{self.path} would be moved aside, and is the folder that you are in; start from outside")
+        if self.path.exists() and not self.config_file.exists() and any(not _begun(file.name) for file in self.path.iterdir()):
+            raise ValueError(f"{self.path} holds other files and is no run; name a new or empty folder")
+
+    def _make_parts(self) -> None:
+        for part in (self.samples, self.checkpoints, self.path / "weights"):
+            part.mkdir(exist_ok=True)
+
+    def _move_aside(self, hold: bool) -> None:
+        """Renames the folder, its lock in it, and makes a new one in its place."""
+        here = self.path.resolve()  # of a link the folder moves, and the link leads to the new one
+        for number in itertools.count(1):
+            kept = here.with_name(f"{here.name}.old-{number}")
+            with contextlib.suppress(FileExistsError):
+                kept.mkdir()  # the name is this process's alone; a rename onto an empty folder replaces it
+                break
+        try:
+            os.rename(here, kept)
+        except OSError:
+            kept.rmdir()
+            raise
+        sync(kept.parent)
+        self.note(f"the run that was here is kept as {kept}")
+        if self._lock is not None:
+            self._lock.release(kept)
+            self._lock = None
+        here.mkdir()
+        if hold:
+            self._lock = Lock.take(self.path, self.note)
+
+
+def _begun(name: str) -> bool:
+    """Whether a process that began a run, and was killed before its config.yaml stood, left this."""
+    return name in ("config.yaml.tmp", LOCK) or name.startswith(f"{LOCK}.")
 
 
 def _log_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Each whole line of a log and its values, up to the first that a kill cut."""
     lines = []
-    for text in path.read_text().splitlines(keepends=True):
+    for text in path.read_text(errors="replace").splitlines(keepends=True):
         try:
             values = json.loads(text)
         except json.JSONDecodeError:
             break
-        if not text.endswith("\n"):
+        if not text.endswith("\n") or not isinstance(values, dict) or not {"stage", "step"} <= values.keys():
             break
         lines.append((text, values))
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from aadkern_train.engine.files import atomic_path
+from aadkern_train.engine.files import atomic_path, naming
 
 if TYPE_CHECKING:
     import av
@@ -62,12 +63,23 @@ def frame_rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
+def check_place(path: Path) -> None:
+    """Makes a file's folder. Raises ValueError where it cannot be made, or the file cannot be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"path must lie in a folder, {path.parent} cannot be made one: {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"path must be a file that can be written, got {path}")
+
+
 class GrowingVideo:
     """An mp4 that plays while it grows: ``with GrowingVideo(path, 16) as video: video.write(frames)``, as often as wanted.
 
     The first frames replace what was at ``path``. Until the end it is a fragmented mp4, a fragment for each frame, which a
     player can open at any time and which is whole even if the process dies, but for the newest frame. When the block ends, in
-    an error and on Ctrl-C too, the same encoded frames become an ordinary file with its index in front. Memory does not grow.
+    an error and on Ctrl-C too, the same encoded frames become an ordinary file with its index in front; where the disk has no room
+    for that second file, the one that grew stays as it is. Memory does not grow.
 
     Raises ValueError for another suffix than ``.mp4``, a place that cannot be written to, or an ``fps`` outside (0, 240], and
     from ``write`` as ``as_frames`` does, and for frames of another size than the first.
@@ -77,12 +89,7 @@ class GrowingVideo:
         self.path, self.rate, self.count = Path(path), frame_rate(fps), 0
         if self.path.suffix.lower() != ".mp4":
             raise ValueError(f"path must end in .mp4 to grow, got {self.path.name!r}")
-        try:  # now, and not when the first frames are made
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"path must lie in a folder, {self.path.parent} cannot be made one: {error.strerror}") from error
-        if self.path.is_dir() or not os.access(self.path.parent, os.W_OK):
-            raise ValueError(f"path must be a file that can be written, got {self.path}")
+        check_place(self.path)  # now, and not when the first frames are made
         self._container: Any = None
         self._stream: Any = None
 
@@ -96,9 +103,14 @@ class GrowingVideo:
             self._open(*array.shape[1:3])
         elif array.shape[1:3] != (self._stream.height, self._stream.width):
             raise ValueError(f"frames must be {self._stream.height} by {self._stream.width} as before, got {list(array.shape)}")
-        for frame in _frames(array, self.rate, self.count):
-            self._container.mux(self._stream.encode(frame))
-            self.count += 1
+        with naming(self.path):
+            for frame in _frames(array, self.rate, self.count):
+                self._container.mux(self._stream.encode(frame))
+                self.count += 1
+
+    def holds(self) -> str:
+        """What was made, in words."""
+        return f"{self.path} holds {self.count} frames" if self.count else "nothing was written"
 
     def _open(self, height: int, width: int) -> None:
         import av
@@ -107,24 +119,47 @@ class GrowingVideo:
         if codec == "libx264":
             options["tune"] = "zerolatency"  # no frame waits in the encoder for later ones
         flags = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
-        container = av.open(str(self.path), "w", format="mp4", options=flags)
-        self._stream = container.add_stream(codec, rate=self.rate, options=options)
+        with naming(self.path):
+            self._container = av.open(str(self.path), "w", format="mp4", options=flags)
+        self._stream = self._container.add_stream(codec, rate=self.rate, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-        self._container = container
 
     def __exit__(self, *error: object) -> None:
         if self._container is None:
             return
+        import av
+
         container, self._container = self._container, None
+        failed: Exception | None = None
+        for finish in (lambda: self.count and container.mux(self._stream.encode(None)), container.close):
+            try:
+                finish()
+            except (OSError, ValueError) as problem:  # a full disk
+                failed = failed or problem
         if not self.count:  # stopped within the first frame
-            with contextlib.suppress(OSError, ValueError):
-                container.close()
             self.path.unlink(missing_ok=True)
             return
-        container.mux(self._stream.encode(None))
-        container.close()
-        with atomic_path(self.path) as partial:
-            self.count = _remux(self.path, partial)  # Ctrl-C may have come between a frame and its counting
+        try:
+            with atomic_path(self.path) as partial:
+                self.count = _remux(self.path, partial)  # Ctrl-C may have come between a frame and its counting
+        except OSError:  # no room for a second file: the first one plays
+            with av.open(str(self.path)) as grown:
+                self.count = sum(1 for _ in _whole(grown))
+        if failed is not None and error[:1] in ((), (None,)):  # else what ended the block is raised
+            with naming(self.path):
+                raise failed
+
+
+def _whole(container: Any) -> Iterator[Any]:
+    """The encoded frames of a file up to the first that is cut off, as a full disk and a kill leave it."""
+    import av
+
+    with contextlib.suppress(av.FFmpegError):
+        for packet in container.demux(video=0):
+            if packet.is_corrupt:
+                return
+            if packet.dts is not None:  # the last one only says that there are no more
+                yield packet
 
 
 def _remux(source: Path, target: Path) -> int:
@@ -134,11 +169,10 @@ def _remux(source: Path, target: Path) -> int:
     count = 0
     with av.open(str(source)) as old, av.open(str(target), "w", format="mp4", options={"movflags": "+faststart"}) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
-        for packet in old.demux(video=0):
-            if packet.dts is not None:  # the last one only says that there are no more
-                packet.stream = stream
-                new.mux(packet)
-                count += 1
+        for packet in _whole(old):
+            packet.stream = stream
+            new.mux(packet)
+            count += 1
     return count
 
 

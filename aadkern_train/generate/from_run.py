@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.recipe import Recipe
-from aadkern_train.engine.video import SUFFIXES, GrowingVideo, frame_rate, write_video
+from aadkern_train.engine.video import SUFFIXES, GrowingVideo, check_place, frame_rate, write_video
 from aadkern_train.generate.prompts import changes
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.folders import facts, load
 from aadkern_train.networks.rollout import TURNS, streaming, turn_to
-from aadkern_train.recipes import read_recipe
+from aadkern_train.recipes import read_recipe, recipe_of
 from aadkern_train.worlds.base import World
 
 LONGEST_GIF = 4000  # frames: a gif is written at the end, from frames held in memory
@@ -74,11 +75,12 @@ def generate(
         raise ValueError(f"turn must be one of {', '.join(TURNS)}, got {turn!r}")
     if out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"out must end in {' or '.join(SUFFIXES)}, got {out}")
+    check_place(out)
     if image is not None and not image.is_file():
         raise ValueError(f"image must be a file, got {image}")
     frame_rate(fps)
     weights = find_weights(checkpoint)
-    recipe = Recipe.model_validate(facts(weights)["recipe"])
+    recipe = recipe_of(json.dumps(facts(weights)["recipe"]), weights / "run.json")
     size = max(recipe.chunks)
     if out.suffix.lower() == ".gif" and chunks * size > LONGEST_GIF:
         raise ValueError(f"out must be an mp4 for more than {LONGEST_GIF} frames, got {out.name} for {chunks * size}")
@@ -86,7 +88,8 @@ def generate(
     world = recipe.data.open(frames=recipe.frames, seed=recipe.seed, folder=folder, clips=image is None)
     condition = condition_for(world, recipe, prompt, image, index)
     later = {chunk: world.embed([words]) for chunk, words in changes(then, chunks).items()}
-    frames = made(recipe, world, weights, condition, later, turn, chunks, seed)
+    network: Any = load(weights).eval().requires_grad_(False)
+    frames = made(recipe, world, network, condition, later, turn, chunks, seed)
     write(out, fps, world, frames)
     return out
 
@@ -106,10 +109,9 @@ def condition_for(world: World, recipe: Recipe, prompt: str | None, image: Path 
 
 
 def made(
-    recipe: Recipe, world: World, weights: Path, condition: Condition, later: dict[int, Tensor], turn: str, chunks: int, seed: int
+    recipe: Recipe, world: World, network: Any, condition: Condition, later: dict[int, Tensor], turn: str, chunks: int, seed: int
 ) -> Iterator[Tensor]:
     """The given frame, if any, and then each chunk as it is made, [1, f, C, H, W]."""
-    network: Any = load(weights).eval().requires_grad_(False)
     size, draws = max(recipe.chunks), Draws(seed, "generate")
 
     def noise(number: int, step: int) -> Tensor:
@@ -140,9 +142,15 @@ def write(out: Path, fps: float, world: World, parts: Iterator[Tensor]) -> None:
         return rgb.repeat(scale, axis=1).repeat(scale, axis=2)
 
     if out.suffix.lower() == ".mp4":
-        with GrowingVideo(out, fps) as video:
-            for part in parts:
-                video.write(pictures(part))
+        video = GrowingVideo(out, fps)
+        try:
+            with video:
+                for part in parts:
+                    video.write(pictures(part))
+        except BaseException:
+            say(f"\nstopped; {video.holds()}")
+            raise
+        say(video.holds())
         return
     held: list[np.ndarray] = []
     try:
@@ -151,3 +159,8 @@ def write(out: Path, fps: float, world: World, parts: Iterator[Tensor]) -> None:
     finally:
         if held:
             write_video(out, np.concatenate(held), fps)
+            say(f"{out} holds {sum(map(len, held))} frames")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

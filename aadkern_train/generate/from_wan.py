@@ -196,8 +196,8 @@ def generate_wan(
     """Stream a video from a causal Wan model and write it to ``out``, an mp4 that plays while it grows; returns ``out``.
 
     ``checkpoint`` and ``parts`` are ``find_parts``'s. With ``image`` the video starts from it, as a chunk of one latent frame;
-    without, it is text to video. A line on stderr tells the seconds of each chunk. On Ctrl-C what is made so far is finished
-    into a whole file, and KeyboardInterrupt is raised on.
+    without, it is text to video. A line on stderr tells the seconds of each chunk. On Ctrl-C and on a full disk what is made so
+    far stays as a file that plays, and the error is raised on.
 
     Raises ValueError or FileNotFoundError, before any weights are loaded, for parts that are missing or do not fit, and for
     settings that they do not allow.
@@ -256,7 +256,7 @@ def _stream(
 
 def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: GrowingVideo, chunks: int) -> None:
     """Decode each chunk as it is made and append it to the video, telling how long it took."""
-    count, interrupted = 0, False
+    count, stopped = 0, None
     with video:
         try:
             if first is not None:
@@ -274,17 +274,14 @@ def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: 
                 share = (decoded - made) / seconds
                 rate = f"{seconds:.2f} s ({share:.0%} of it VAE), {len(frames) / seconds:.1f} frames a second"
                 print(f"\rchunk {count}/{chunks}: {rate}   ", end="", file=sys.stderr, flush=True)
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, OSError) as error:
+            stopped = error
     if count:
         print(file=sys.stderr)
-    if interrupted:
-        _say(
-            f"stopped in chunk {count or 1}; "
-            + (f"{video.path} holds {video.count} frames" if video.count else "nothing was written")
-        )
-        raise KeyboardInterrupt
-    _say(f"{video.path}: {video.count} frames, {video.count / float(video.rate):.1f} s")
+    if stopped is not None:
+        _say(f"stopped in chunk {count or 1}; {video.holds()}")
+        raise stopped
+    _say(f"{video.holds()}, {video.count / float(video.rate):.1f} s")
 
 
 def _uint8(pixels: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import safetensors
 import torch
 
+from aadkern_train.engine.files import read_json
 from aadkern_train.networks.folders import facts
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
@@ -92,7 +92,7 @@ def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
 
 def _check_index(folder: Path) -> None:
     file = folder / "model_index.json"
-    if file.is_file() and (_json(file).get("transformer_2") or [None])[0] is not None:
+    if file.is_file() and (read_json(file).get("transformer_2") or [None])[0] is not None:
         raise ValueError(
             f"checkpoint must have one transformer, {folder} has two (Wan 2.2 A14B), one for each range of noise levels"
         )
@@ -142,17 +142,7 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder.name} must be a folder with config.json, found none at {folder}")
-    return _json(file)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} must be readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json(file)
 
 
 def _get(config: Mapping[str, Any], name: str, folder: Path) -> Any:
@@ -169,7 +159,7 @@ def _check_weights(folder: Path, *stems: str) -> Shapes:
     shards = [folder / name for name in names if (folder / name).is_file()][:1]
     for index in (folder / f"{name}.index.json" for name in names):
         if not shards and index.is_file():
-            shards = [folder / name for name in sorted(set(_get(_json(index), "weight_map", folder).values()))]
+            shards = [folder / name for name in sorted(set(_get(read_json(index), "weight_map", folder).values()))]
     if not shards:
         raise FileNotFoundError(f"{folder.name} must hold weights ({names[0]} or its shards), found none in {folder}")
     for shard in shards:

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from aadkern.wan import CausalWan
-from aadkern_train.engine.files import replace_file, sync
+from aadkern_train.engine.files import naming, read_json, replace_file, sync
 from aadkern_train.engine.processes import Processes, whole
 from aadkern_train.networks.denoiser import Denoiser
 
 STEM = "diffusion_pytorch_model"  # diffusers' name
 SHARD_BYTES = 5_000_000_000
+ANEW = "a stage's weights are made anew where their folder is removed and the run resumed"
+# What diffusers raises for files that lack or a configuration that does not fit, and for weights of other shapes (RuntimeError).
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, safetensors.SafetensorError)
 
 
 def load(path: Path) -> Denoiser:
@@ -33,20 +36,25 @@ def load(path: Path) -> Denoiser:
     Raises ValueError where the folder is none, cannot be read, or lacks weights, which diffusers would draw at random.
     """
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path} must be a network's folder in diffusers' format, it has no config.json")
+        raise ValueError(f"{path} must be a network's folder in diffusers' format, it has no config.json; {ANEW}")
     try:
+        read_json(path / "config.json")
         net, told = CausalWan.from_pretrained(path, local_files_only=True, output_loading_info=True)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} must be a network's folder in diffusers' format, it cannot be read: {error}") from None
+    except UNREADABLE as error:
+        raise ValueError(f"{path} must be a network's folder in diffusers' format, it cannot be read: {error}; {ANEW}") from None
     if told["missing_keys"]:
-        raise ValueError(f"{path} must hold all weights of its network, it lacks {', '.join(sorted(told['missing_keys'])[:3])}")
+        lacks = ", ".join(sorted(told["missing_keys"])[:3])
+        raise ValueError(f"{path} must hold all weights of its network, it lacks {lacks}; {ANEW}")
     return Denoiser(net.train(), facts(path).get("predicts", "flow"))
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """What ``run.json`` in a network's folder says; nothing where there is none."""
+    """What ``run.json`` in a network's folder says; nothing where there is none. Raises ValueError where it cannot be read."""
     file = path / "run.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        return read_json(file) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{error}; {ANEW}") from None
 
 
 def export(path: Path, net: nn.Module, processes: Processes, told: Mapping[str, Any]) -> None:
@@ -79,7 +87,12 @@ def write_folder(path: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], to
     waiting = path.with_name(path.name + ".tmp")
     shutil.rmtree(waiting, ignore_errors=True)
     waiting.mkdir(parents=True)
-    net.save_config(waiting)
+    with naming(waiting / "config.json"):
+        net.save_config(waiting)
+    config = read_json(waiting / "config.json")
+    config.pop("_name_or_path", None)  # where its first weights came from, here: it would tell runs in two places apart
+    config["_class_name"] = config["_class_name"].removeprefix("FSDP")  # fully_shard gives the class another name
+    replace_file(waiting / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     held: list[list[str]] = []
     filling: dict[str, Tensor] = {}
     size = total = 0
@@ -87,8 +100,9 @@ def write_folder(path: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], to
     def close() -> None:
         held.append(list(filling))
         # One entry of metadata: safetensors writes several in an order that changes from process to process.
-        save_file(filling, waiting / f"{len(held)}.safetensors", metadata={"format": "pt"})
-        sync(waiting / f"{len(held)}.safetensors")
+        with naming(waiting / f"{len(held)}.safetensors"):
+            save_file(filling, waiting / f"{len(held)}.safetensors", metadata={"format": "pt"})
+            sync(waiting / f"{len(held)}.safetensors")
         filling.clear()
 
     for name, tensor in tensors:

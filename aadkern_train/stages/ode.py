@@ -9,6 +9,7 @@ causal teacher instead).
 from __future__ import annotations
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -100,7 +101,11 @@ class OdeInitialisation(Stage):
                     save_file({"latents": whole.cpu().contiguous(), "sigmas": torch.tensor(self.levels)}, waiting)
 
             run.processes.on_main(write)
-        stored = load_file(path)
+        try:
+            stored = load_file(path)
+            stored = {name: stored[name] for name in ("latents", "sigmas")}
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; remove it, and resume=RUN makes the pairs anew") from error
         if stored["sigmas"].tolist() != torch.tensor(self.levels).tolist() or len(stored["latents"]) != count:
             raise ValueError(f"{path} holds pairs of other settings; remove it to make new ones")
         return stored["latents"]
