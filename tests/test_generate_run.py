@@ -18,6 +18,7 @@ import pytest
 from aadkern_train.cli import main
 from aadkern_train.engine import video
 from aadkern_train.engine.video import GrowingVideo, read_video
+from aadkern_train.networks.folders import write_folder
 from aadkern_train.run import Run
 from tests.test_command_line import answer
 from tests.test_run_lock import ENVIRONMENT
@@ -33,8 +34,6 @@ def run(tmp_path_factory):
     run = Run.alone(small_recipe("chunks=[1,4,4]", "window=9"), path)
     (path / "weights").mkdir(parents=True)
     denoiser = run.networks.plain(None)
-    from aadkern_train.networks.folders import write_folder
-
     told = {"recipe": run.recipe.model_dump(mode="json"), "predicts": "x0", "streams": True}
     write_folder(path / "weights" / "dmd", denoiser.net, denoiser.net.state_dict().items(), told)
     return path / "weights" / "dmd"
@@ -150,3 +149,15 @@ def test_memory_stays_flat_over_many_chunks(run, tmp_path, monkeypatch, capsys):
     assert re.search(rf"holds {1 + 4 * chunks} frames", capsys.readouterr().err)
     growth = max(seen[len(seen) // 2 :]) - seen[len(seen) // 2]
     assert growth < 10, f"{growth:.1f} MB more in the second half of {chunks} chunks: {seen[:: len(seen) // 10]}"
+
+
+def test_a_run_without_captions_takes_no_prompt(tmp_path, capsys):
+    run = Run.alone(small_recipe("data.captions=false"), tmp_path)
+    denoiser = run.networks.plain(None)
+    told = {"recipe": run.recipe.model_dump(mode="json"), "predicts": "x0", "streams": True}
+    write_folder(run.folder.weights("dmd"), denoiser.net, denoiser.net.state_dict().items(), told)
+    words = ["generate", "--checkpoint", str(run.folder.weights("dmd")), "--chunks", "2", "--out", str(tmp_path / "a.mp4")]
+    assert main([*words, "--prompt", "a two moving left"]) == 2
+    assert "prompt must be left out: this run's clips have no captions" in capsys.readouterr().err
+    assert main([*words, "--then", "2:moving left"]) == 2
+    assert main(words) == 0
