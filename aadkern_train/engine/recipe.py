@@ -177,10 +177,6 @@ class Recipe(Config):
         """The student's noise levels."""
         return StepPlan(self.first_levels or self.levels, self.levels)
 
-    def stage(self, name: str) -> Any:
-        """The settings of a stage."""
-        return self.stages[name]
-
     def trained(self, source: str) -> str | None:
         """The stage that really gives a start's weights: a stage of 0 steps is left out, so what starts from it starts where it
         would have. None: a network of its own."""
