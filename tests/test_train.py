@@ -50,6 +50,18 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert not different, different[:5]
 
 
+def assert_same_bytes(a: Path, b: Path) -> None:
+    """Every file under weights/ and pairs/, configurations too."""
+
+    def digests(path: Path) -> dict[str, str]:
+        files = [file for part in ("weights", "pairs") for file in (path / part).rglob("*") if file.is_file()]
+        return {str(file.relative_to(path)): sha256(file.read_bytes()).hexdigest() for file in files}
+
+    left, right = digests(a), digests(b)
+    assert left.keys() == right.keys() and len(left) > 10
+    assert not [name for name in left if left[name] != right[name]]
+
+
 def log_of(path: Path) -> list[dict]:
     """The log without times, and without the notes that a run was killed and taken over."""
     lines = [line for line in RunFolder(path).read_log() if "taken over" not in str(line.get("text"))]
@@ -118,11 +130,7 @@ def test_killed_runs_resume_bit_for_bit(finished, tmp_path):
     done = subprocess.run(command(f"resume={path}"), env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert_same_weights(finished, path)
-    found = (file for part in ("weights", "pairs") for file in (finished / part).rglob("*"))
-    files = sorted(file.relative_to(finished) for file in found if file.is_file())
-    assert len(files) > 20
-    for file in files:
-        assert sha256((finished / file).read_bytes()).digest() == sha256((path / file).read_bytes()).digest(), file
+    assert_same_bytes(finished, path)
     taken = [line for line in RunFolder(path).read_log() if "taken over from process" in str(line.get("text"))]
     assert len(taken) == 2 and all(line["kind"] == "note" for line in taken) and not (path / "lock").exists()
     assert log_of(path) == log_of(finished)

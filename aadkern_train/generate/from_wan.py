@@ -281,7 +281,7 @@ def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: 
     if stopped is not None:
         _say(f"stopped in chunk {count or 1}; {video.holds()}")
         raise stopped
-    _say(f"{video.holds()}, {video.count / float(video.rate):.1f} s")
+    _say(f"{video.path}: {video.count} frames, {video.count / float(video.rate):.1f} s")
 
 
 def _uint8(pixels: Tensor) -> Tensor:
