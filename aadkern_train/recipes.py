@@ -86,6 +86,8 @@ PROFILES: dict[str, list[str]] = {
     "quick": [
         "pretrain.steps=900",
         "ode={steps: 250, pairs: 384}",
+        "dmd_continued.steps=86",
+        "adversarial={steps: 45, discriminator_first: 30}",
         "evaluate={every: 0, clips: 64, final_clips: 128}",
     ],
     "full": [],
