@@ -48,7 +48,8 @@ def unpatched():
     yield
     assert compat_model.flex_attention is flex_attention
     assert all(
-        name in vars(CausalModel) and "aadkern" not in vars(CausalModel)[name].__func__.__code__.co_filename for name in BUILDERS
+        name in vars(CausalModel) and vars(CausalModel)[name].__func__.__code__.co_filename == compat_model.__file__
+        for name in BUILDERS
     )
 
 
