@@ -304,7 +304,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "StreamingGenerator.chunks": (drawn, lambda: dict(noise=noise, count=2, first_frame=torch.randn(1, 2, 1, 2, 2))),
     "StreamingGenerator.set_text": (
         lambda **given: generator().set_text(**given),
-        lambda: dict(text=torch.ones(1, 3, 6), recache=True),
+        lambda: dict(text=torch.ones(1, 3, 6), recache=True, restart=False),
     ),
     "CausalWan": (
         CausalWan,

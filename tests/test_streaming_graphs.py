@@ -305,8 +305,12 @@ def test_what_cannot_be_replayed_is_refused():
 def test_first_frames_and_noise_must_fit():
     generator = generator_for(small_model("absolute"), True)
     frame, noise = torch.randn(2, 3, 1, 2, 4, dtype=torch.float64), noise_table()
-    for wrong in (frame[:1], frame[:, :2], frame[..., :2]):
-        with pytest.raises(ValueError, match=r"noise must give \["):
+    for wrong, says in (
+        (frame[:1], "first_frame must be "),
+        (frame[:, :2], "noise must give "),
+        (frame[..., :2], "noise must give "),
+    ):
+        with pytest.raises(ValueError, match=rf"{says}\["):
             next(generator.chunks(noise, first_frame=wrong))
     with pytest.raises(ValueError, match=r"text must be \[2, T, text_dim\] for this cache, got \[3, 5, 6\]"):
         generator.set_text(torch.randn(3, 5, 6))

@@ -106,6 +106,7 @@ def test_only_the_very_capability_is_served(capability, served, monkeypatch):
     from aadkern import _build
 
     monkeypatch.setattr(_build, "load_cuda", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = runtime._reason_against_sm90("cuda:1")
     assert (reason is None) == served
