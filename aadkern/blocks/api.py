@@ -57,7 +57,8 @@ def qk_norm_rope(
         raise ValueError(f"{name}: k must have the grid's {tokens} tokens, got {k.shape[1]}")
     _check_destination(q_out, "q_out", q)
     _check_destination(k_out, "k_out", k)
-    if (q_out is not None or k_out is not None) and not torch.compiler.is_compiling():  # which cannot ask where tensors lie
+    # A graph that is traced, and torch.func, cannot ask where tensors lie; under the latter the operator refuses destinations.
+    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         _check_apart(q, k, q_out, k_out)
     _check_eps(name, eps)
     chosen = _choose(name, backend, k, k.shape[2] * k.shape[3])

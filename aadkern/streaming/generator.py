@@ -71,6 +71,8 @@ class StreamingGenerator:
             raise ValueError(f"cuda_graphs must be False for a cache on {cache.keys.device}, got {cuda_graphs}")
         self.model, self.cache, self.predicts = model, cache, predicts
         self._without_gradient = torch.inference_mode if inference_mode else torch.no_grad
+        self._kept: list[tuple[int, Tensor]] = []  # the chunks in view, clean, and where each starts
+        self._clean: Tensor | None = None  # the last chunk, whose clean keys and values are still to be written
         self._options: dict[str, Any] = {"cache": cache, "graphs": PassGraphs()} if cuda_graphs else {"cache": cache}
         self._levels = _falling("levels", levels)
         self._first_levels = self._levels if first_levels is None else _falling("first_levels", first_levels)
@@ -147,10 +149,10 @@ class StreamingGenerator:
         self.cache.reset()
         self._made = 0
         self._first = True  # whether the next chunk is the first of its video
-        self._kept: list[tuple[int, Tensor]] = []  # the chunks in view, clean, and where each starts
+        self._kept = []
         self._times: dict[tuple[tuple[int, float], ...], Any] = {}
-        self._clean: Tensor | None = None  # the last chunk, whose clean keys and values are still to be written
-        self._clean_text = None  # and the text that it was made from
+        self._clean = None
+        self._clean_text = None  # the text that the last chunk was made from
 
     def chunks(self, noise: Noise, count: int | None = None, *, first_frame: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the next ``count`` chunks [B, C, f, H, W], or chunks without end; a later call goes on where this one stopped.
