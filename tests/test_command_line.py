@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from aadkern_train import trainer
 from aadkern_train.cli import main
+from aadkern_train.engine.command import status_of
 from aadkern_train.engine.config import from_yaml
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.recipes import digits
@@ -160,3 +161,30 @@ def test_junk_options_of_generate_and_report_neither(examples, capsys, tmp_path,
 
     generate()
     report()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: 9 bytes"
+        ),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    def work():
+        raise error
+
+    assert status_of(work, "train") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("aad train: out of memory: ") and said.count("\n") == 1 and "accumulate" in said
+
+
+def test_other_faults_of_ours_are_raised_on():
+    def work():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        status_of(work, "train")

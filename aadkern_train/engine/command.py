@@ -17,6 +17,10 @@ ADVICE = {
 }
 
 
+TOO_LARGE = ("out of memory", "can't allocate memory", "storage size calculation overflowed", "numel: integer multiplication")
+"""What torch says, as RuntimeErrors, of tensors that no machine or none here can hold."""
+
+
 def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
     """The exit status of ``work``, the command ``name``: 2 for what a user or a disk did wrong, 1 for losses that left the numbers,
     130 for Ctrl-C. ``goes_on`` is how what was interrupted goes on. What else is raised is this package's fault, and raised on.
@@ -39,6 +43,11 @@ def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
         return _tell(name, what if advice is None else f"{what}; {advice}{saved}", 2)
     except FloatingPointError as error:
         return _tell(name, str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in TOO_LARGE):
+            raise
+        said = str(error).partition("\n")[0] or "no more is there"
+        return _tell(name, f"out of memory: {said}; smaller sizes need less, or a batch in parts (STAGE.accumulate=N){saved}", 2)
     except ValueError as error:
         return _tell(name, str(error), 2)
 
