@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.flow import integrate_ode, sigma_schedule
-from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.rollout import TURNS, stream, streaming, turn_to
 from aadkern_train.run import Run
 
@@ -57,9 +56,7 @@ def real_clips(run: Run, count: int, frames: int, split: str = "test") -> Tensor
 
 def measured(run: Run, x: Tensor, split: str = "test") -> dict[str, Any]:
     """The world's metrics of clips [N, F, C, H, W] made under the first N conditions of a split."""
-    condition = run.world.condition(range(len(x)), split)
-    if not run.recipe.given_frames:
-        condition = Condition(None, condition.text)
+    condition = run.condition(range(len(x)), split).to("cpu")
     return run.world.measure(x, condition, real_clips(run, x.shape[0], x.shape[1]))
 
 
@@ -114,18 +111,15 @@ BEFORE, AFTER = 3, 6  # chunks streamed before and after captions change
 def steering(run: Run, network: Any, count: int) -> dict[str, list[float]]:
     """How soon streams follow captions that change on the way: for each way of turning, how well each following chunk does, in
     percent. Empty in a world whose captions cannot ask for another course."""
-    old = run.condition(range(count), "test")
-    new = run.world.turned(old.to("cpu"))
+    new = run.world.turned(run.condition(range(count), "test").to("cpu"))
     if new is None:
         return {}
     size, shape, device = max(run.recipe.chunks), run.world.frame_shape, run.processes.device
-    sizes = [size] * (BEFORE + AFTER)
     draws, given = run.draws("evaluate", 0), run.recipe.given_frames
 
     def turned(samples: range, turn: str) -> Tensor:
         def noise(number: int, step: int) -> Tensor:
-            drawn = draws.normal(f"noise {number} {step}", samples, (sizes[number - 1], *shape), device=device)
-            return drawn.transpose(1, 2)
+            return draws.normal(f"noise {number} {step}", samples, (size, *shape), device=device).transpose(1, 2)
 
         before, after = run.condition(samples, "test"), new.rows(list(samples)).to(device)
         stream = streaming(network, len(samples), shape, run.window, run.recipe.steps, before.text)

@@ -66,12 +66,9 @@ class Run:
     @cached_property
     def layout(self) -> VideoLayout:
         """The training clip's layout."""
-        return self.layout_of(self.recipe.chunks)
-
-    def layout_of(self, chunks: tuple[int, ...]) -> VideoLayout:
         _, height, width = self.world.frame_shape
         patch = self.recipe.network.patch
-        return VideoLayout(chunks, (height // patch) * (width // patch))
+        return VideoLayout(self.recipe.chunks, (height // patch) * (width // patch))
 
     @property
     def clean_frames(self) -> int:

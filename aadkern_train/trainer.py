@@ -86,6 +86,12 @@ def train(run: Run) -> dict[str, Any]:
         report["reference"] = metrics
         for name, x in clips.items():
             save_sample(run, name, x)
+        steered = next((name for name in reversed(stages_of(run)) if name in report["stages"]), None)
+        if steered is not None:  # of the last stage that streams alone: three streams of nine chunks
+            count = min(run.recipe.evaluate.final_clips, run.recipe.evaluate.batch)
+            turned = steering(run, run.networks.make(steered, frozen=True), count)
+            if turned:
+                report["steering"] = {"stage": steered, "change": "captions ask for another course", "ways": turned}
         run.folder.write_json(run.folder.metrics_file, report)
     return report
 
@@ -159,9 +165,6 @@ def finish(run: Run, stage: Stage, progressed: Progressed) -> None:
         report["titles"][stage.name] = stage.settings.title or stage.title or stage.name.replace("_", " ")
         if metrics:
             report["stages"][stage.name] = metrics
-            turned = steering(run, network, min(run.recipe.evaluate.final_clips, run.recipe.evaluate.batch))
-            if turned:
-                report["steering"] = {"stage": stage.name, "change": "captions ask for another course", "ways": turned}
         for suffix, x in clips.items():
             save_sample(run, f"{stage.name}_{suffix}" if suffix else stage.name, x)
         run.folder.write_json(run.folder.metrics_file, report)

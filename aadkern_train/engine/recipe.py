@@ -5,6 +5,7 @@ The recipes themselves, with their figures and reasons, are in ``recipes.py``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -64,10 +65,10 @@ class WorldSettings(Choice):
         """Whether its clips have captions."""
         return False
 
+    @abstractmethod
     def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> Any:
         """The world of these settings (``worlds.base.World``), for training clips of ``frames``; what it must keep lies in
         ``folder``. Without ``clips`` it need not be able to give any: for streaming into a world whose data are elsewhere."""
-        raise NotImplementedError
 
 
 class StageSettings(Choice):
@@ -132,7 +133,7 @@ class Recipe(Config):
             raise ValueError(f"chunks must start with the first frame's own chunk of 1 and have another, got {list(self.chunks)}")
         if not self.chunks:
             raise ValueError("chunks must have at least one chunk, got none")
-        assert self.view and self.steps  # each says what it does not accept
+        _ = self.view, self.steps  # each says what it does not accept; no assert, which python -O leaves out
         if self.window < self.sink + max(self.chunks):
             raise ValueError(f"window must hold the sink and a chunk, {self.sink + max(self.chunks)} frames, got {self.window}")
         self.data.check(self)
