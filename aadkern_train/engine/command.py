@@ -43,13 +43,13 @@ def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
         return _tell(name, what if advice is None else f"{what}; {advice}{saved}", 2)
     except FloatingPointError as error:
         return _tell(name, str(error), 1)
+    except ValueError as error:
+        return _tell(name, str(error), 2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in TOO_LARGE):
             raise
         said = str(error).partition("\n")[0] or "no more is there"
         return _tell(name, f"out of memory: {said}; smaller sizes need less, or a batch in parts (STAGE.accumulate=N){saved}", 2)
-    except ValueError as error:
-        return _tell(name, str(error), 2)
 
 
 def _tell(name: str, text: str, status: int) -> int:
