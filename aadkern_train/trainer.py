@@ -74,11 +74,10 @@ def make_stage(run: Run, name: str) -> Stage:
 
 def train(run: Run) -> dict[str, Any]:
     """Run every stage that is not finished yet; returns what metrics.json holds."""
-    if run.folder.metrics_file.exists():
-        read_metrics(run)  # broken, it is told of now, not at the end of a stage
+    read_metrics(run)  # broken, it is told of now, not at the end of a stage
     checkpoints = Checkpoints(run.folder.checkpoints, run.processes, keep=run.recipe.keep_checkpoints)
     for name in stages_of(run):
-        if not run.folder.weights(name).exists():
+        if not run.processes.on_main(run.folder.weights(name).exists):
             train_stage(run, make_stage(run, name), checkpoints)
     report = read_metrics(run)
     if run.recipe.evaluate.final_clips and not report["reference"]:
@@ -185,8 +184,8 @@ def plain(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def read_metrics(run: Run) -> dict[str, Any]:
     """What metrics.json holds so far. Raises ValueError where it cannot be read."""
-    if run.folder.metrics_file.exists():
-        return check_metrics(run.folder.metrics_file)
+    if run.processes.on_main(run.folder.metrics_file.exists):
+        return run.processes.on_main(lambda: check_metrics(run.folder.metrics_file))
     empty: dict[str, Any] = {"recipe": run.recipe.recipe, "seed": run.recipe.seed, "stages": {}, "reference": {}}
     empty |= {"steps": {}, "titles": {}, "seconds": 0.0, "seconds_per_stage": {}, "machine": machine(run)}
     empty["metrics"] = {key: dataclasses.asdict(metric) for key, metric in run.world.metrics.items()}

@@ -76,7 +76,11 @@ class Processes:
         return out
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Runs work on the main rank; every rank gets its (picklable) result, or a MainProcessError for its error."""
+        """Runs work on the main rank; every rank gets its (picklable) result, or a MainProcessError for its error.
+
+        What the disk holds is asked here too: two ranks that look for themselves may find different things while one writes, and
+        then wait for each other for ever. ``work`` must not make ranks meet (no second ``on_main`` within).
+        """
         if self.size == 1:
             return work()
         outcome: list[object] = [None, None]

@@ -82,9 +82,8 @@ class Networks:
 
     def _random(self) -> Path:
         path = self.folder.weights("random")
-        if not path.exists():
-            text_dim = PLAIN_TEXT_DIM if self.null is None else self.null.shape[-1]
-            self.processes.on_main(lambda: write_random(path, self.recipe, self.frame_shape, text_dim))
+        text_dim = PLAIN_TEXT_DIM if self.null is None else self.null.shape[-1]
+        self.processes.on_main(lambda: path.exists() or write_random(path, self.recipe, self.frame_shape, text_dim))
         return path
 
 

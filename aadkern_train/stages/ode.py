@@ -86,7 +86,7 @@ class OdeInitialisation(Stage):
         """
         run, count = self.run, self.settings.pairs
         path = run.folder.pairs(self.name)
-        if not path.exists():
+        if not run.processes.on_main(path.exists):
             teacher, mine = run.teacher(self.settings.guidance), run.processes.local_slice(range(count))
             parts = []
             with Progress(f"{self.name} pairs", len(mine), active=run.processes.is_main) as progress:
