@@ -38,9 +38,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it replaces path when the block ends, and is removed if the block fails."""
-    waiting = path.with_name(path.name + ".tmp")
+def atomic_path(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """A temporary path to write to; it replaces path when the block ends, and is removed if the block fails. Where several
+    processes may write one path, ``suffix`` must be each one's own."""
+    waiting = path.with_name(path.name + suffix)
     try:
         with naming(path):
             yield waiting

@@ -1,0 +1,1 @@
+"""Prepared data: captions and latents, embedded and encoded once, kept in shards that are read by position."""
