@@ -21,6 +21,7 @@ from aadkern_train.engine.processes import accumulating
 from aadkern_train.engine.recipe import Count, Rate, Recipe, StageSettings, Whole
 from aadkern_train.learning.learner import Learner, gradient_of
 from aadkern_train.learning.optim import OptimConfig
+from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.discriminator import Discriminator
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, register
@@ -47,6 +48,7 @@ class AdversarialRefinement(Stage):
         layers: tuple[int, ...] = (1, 2, 3)  # tapped blocks (paper: 19, 29, 39 of 40)
         queries: Count = 1
         relativistic: bool = False
+        views: Literal[4, 2] = 4  # 2: real clips and fake ones in two backwards, half the memory of one; exact
         penalty: Annotated[float, Field(ge=0)] = 16.0  # lambda (paper: 20); lambda * delta^2 is what counts: 1 (paper: 0.05)
         # Standard deviation of the perturbation (paper: 0.05). At 0.25 the discriminator learns to overlook the blur of one step,
         # by which it would else tell real from fake, and judges motion.
@@ -60,18 +62,33 @@ class AdversarialRefinement(Stage):
 
         def check(self, name: str, recipe: Recipe) -> None:
             super().check(name, recipe)
-            if any(not 0 <= layer < recipe.network.layers for layer in self.layers):
-                raise ValueError(f"{name}.layers must be blocks below {recipe.network.layers}, got {list(self.layers)}")
+            if self.relativistic and self.views == 2:
+                raise ValueError(f"{name}.views must be 4 with {name}.relativistic, which compares real with fake logits, got 2")
+            if recipe.origin(self.source(recipe)) is None:
+                self.check_layers(name, recipe.network.layers)
+
+        def source(self, recipe: Recipe) -> str | None:
+            """Whose weights the discriminator starts from: the paper's causal ablation takes stage II's generator, its
+            bidirectional one the teacher."""
+            return self.start if self.backbone == "causal" else recipe.models.backbone
+
+        def check_layers(self, name: str, depth: int) -> None:
+            """That the tapped blocks are there."""
+            if any(not 0 <= layer < depth for layer in self.layers):
+                raise ValueError(f"{name}.layers must be blocks below {depth}, got {list(self.layers)}")
+
+    @classmethod
+    def check(cls, run: Run, name: str, settings: Settings) -> None:
+        settings.check_layers(name, run.networks.layers(settings.source(run.recipe)))
 
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)
-        # The paper's causal ablation starts the discriminator from stage II's generator, its bidirectional one from the teacher.
-        discriminator = self._discriminator(settings.start if settings.backbone == "causal" else run.networks.backbone())
+        discriminator = run.networks.make(settings.source(run.recipe), around=self._discriminator)
         self.learners["generator"] = Learner(
             run.networks.make(settings.start), settings.generator, self.steps, clip=settings.clip, ema=settings.ema
         )
         self.learners["discriminator"] = Learner(
-            run.networks.sharded(discriminator),
+            discriminator,
             settings.discriminator,
             settings.discriminator_first + -(-self.steps // settings.generator_per_discriminator),
             clip=settings.clip,
@@ -83,8 +100,8 @@ class AdversarialRefinement(Stage):
         """Frames that the discriminator sees without noise."""
         return self.run.recipe.given_frames if self.settings.image_clean else 0
 
-    def _discriminator(self, source: str | None) -> Discriminator:
-        settings, denoiser = self.settings, self.run.networks.plain(source)
+    def _discriminator(self, denoiser: Denoiser) -> Discriminator:
+        settings = self.settings
         deepest = max(settings.layers)
         for unused in (*denoiser.net.blocks[deepest + 1 :], denoiser.net.proj_out):
             unused.requires_grad_(False)
