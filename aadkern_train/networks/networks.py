@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Networks:
                 if name not in self.recipe.stages:
                     self._checked(Path(name), setting)
 
+        self._check_teacher()
         self.processes.on_main(look)
 
     def layers(self, name: str | None) -> int:
@@ -94,7 +95,9 @@ class Networks:
         """A frozen network as a teacher of clips of this layout."""
         models, cuda = self.recipe.models, self.processes.device.type == "cuda"
         if models.offload_teacher and not cuda:
-            raise ValueError(f"models.offload_teacher must be false on {self.processes.device.type}, it frees a GPU's memory, got true")
+            raise ValueError(
+                f"models.offload_teacher must be false on {self.processes.device.type}, it frees a GPU's memory, got true"
+            )
         bf16 = models.teacher_dtype == "bf16" or (models.teacher_dtype == "auto" and cuda)
         storage = torch.bfloat16 if bf16 else None
         network, plan = self.make(name, frozen=True, storage=storage, offload=models.offload_teacher), bidirectional(layout)
@@ -109,6 +112,10 @@ class Networks:
         """Writes a network that this run trained, with the run's settings beside it."""
         settings = {"recipe": self.recipe.model_dump(mode="json"), "predicts": denoiser.predicts, **facts}
         export(path, denoiser.net, self.processes, settings)
+
+    def _check_teacher(self) -> None:
+        if self.recipe.models.offload_teacher and self.processes.device.type != "cuda":
+            raise ValueError("models.offload_teacher must be false without CUDA, as it frees a GPU's memory, got true")
 
     def _settings(self) -> dict[str, str]:
         """The settings that name a network, but for a teacher that nobody set and no stage trains."""

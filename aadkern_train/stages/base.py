@@ -49,7 +49,8 @@ class Stage(ABC):
     @classmethod
     def check(cls, run: Run, name: str, settings: Any) -> None:
         """Raises ValueError, naming the setting, where stage ``name`` does not fit the run's networks: called before any stage
-        begins, when none of them need be there."""
+        begins, when weights of earlier ones need not be there."""
+        return None
 
     @abstractmethod
     def train_step(self, step: int) -> dict[str, float]:
