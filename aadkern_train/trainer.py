@@ -25,6 +25,7 @@ from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.run_folder import Progress, RunFolder
 from aadkern_train.engine.video import write_video
 from aadkern_train.evaluation import Measured, evaluate, references, steering
+from aadkern_train.networks.networks import recompute_blocks
 from aadkern_train.report import write_report
 from aadkern_train.run import Run
 from aadkern_train.stages.base import KINDS, Stage
@@ -69,12 +70,26 @@ def stages_of(run: Run) -> list[str]:
 def make_stage(run: Run, name: str) -> Stage:
     """A stage of the recipe, its networks made."""
     settings = run.recipe.stages[name]
-    return KINDS[settings.kind](run, name, settings)
+    stage = KINDS[settings.kind](run, name, settings)
+    if settings.checkpointing == "blocks":
+        for learner in stage.learners.values():
+            recompute_blocks(learner.module)
+    return stage
+
+
+def check_networks(run: Run) -> None:
+    """That networks from folders fit one another and their stages. Raises ValueError, naming the setting, before any is loaded."""
+    run.networks.check()
+    for name in stages_of(run):
+        if not run.folder.weights(name).exists():
+            settings = run.recipe.stages[name]
+            KINDS[settings.kind].check(run, name, settings)
 
 
 def train(run: Run) -> dict[str, Any]:
     """Run every stage that is not finished yet; returns what metrics.json holds."""
     read_metrics(run)  # broken, it is told of now, not at the end of a stage
+    check_networks(run)
     checkpoints = Checkpoints(run.folder.checkpoints, run.processes, keep=run.recipe.keep_checkpoints)
     for name in stages_of(run):
         if not run.processes.on_main(run.folder.weights(name).exists):

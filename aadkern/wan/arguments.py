@@ -65,6 +65,11 @@ def check_text(text: Any, dim: int, samples: int | None = None) -> None:
 
 def check_clip(model: CausalWan, x: Any, timestep: Any, text: Any, condition_of: Sequence[int] | None) -> tuple[int, int, int, int]:
     """The latents' batch, frames, height and width, if noise levels and text fit them."""
+    if isinstance(text, TextCache) and text.text is not None:
+        if len(text.layers) not in (0, len(model.blocks)):
+            lengths = f"{len(model.blocks)} layers, got one that a model of {len(text.layers)} has filled"
+            raise ValueError(f"encoder_hidden_states must be a lazy text cache of {lengths}")
+        text = text.text
     channels = model.config["in_channels"]
     if not tensor(x, "hidden_states").is_floating_point():
         raise TypeError(f"hidden_states must be floating point, got {x.dtype}")

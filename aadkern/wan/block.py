@@ -26,9 +26,33 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class TextCache:
-    """Each block's cross-attention keys and values [B, H, T, D] of one text: made by ``CausalWan.text_cache``."""
+    """Each block's cross-attention keys and values [B, H, T, D] of one text: made by ``CausalWan.text_cache``, or ``lazy``."""
 
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[tuple[Tensor, Tensor] | None]
+    text: Tensor | None = None  # [B, T, text_dim], of a lazy one
+
+    @classmethod
+    def lazy(cls, text: Tensor) -> TextCache:
+        """Empty: each block fills its own entry in its first pass without gradient, which is when FSDP has its weights gathered.
+
+        A pass with gradient takes the text itself and leaves the entries alone, as the weights that make them learn. For the
+        passes of one model while its weights do not change.
+        """
+        return cls([], text)
+
+
+@dataclass(frozen=True, eq=False)
+class TextEntry:
+    """A block's place in a lazy cache, and the embedded text [B, T, dim] that fills it."""
+
+    layers: list[tuple[Tensor, Tensor] | None]
+    layer: int
+    embedded: Tensor
+
+    def fill(self, block: CausalWanBlock) -> tuple[Tensor, Tensor]:
+        """The block's keys and values, made now."""
+        made = self.layers[self.layer] = block.text_keys_values(self.embedded)
+        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +79,14 @@ class CausalWanBlock(WanTransformerBlock):
         modulation: Tensor,
         turns: Turns,
         attend: LayerAttention,
-        text: Tensor | tuple[Tensor, Tensor] | None = None,
+        text: Tensor | tuple[Tensor, Tensor] | TextEntry | None = None,
         sample_of: Tensor | None = None,
         store_only: bool = False,
         skip_frames: int = 0,
     ) -> Tensor | None:
         """x [B, F, n, dim]: n tokens in each of F frames; modulation [B, F or 1, n or 1, 6, dim]; text [B, T, dim], or its
-        ``text_keys_values``, or with ``sample_of`` [B] that of fewer samples, of which row i of x takes sample_of[i].
+        ``text_keys_values`` or their place in a lazy cache, or with ``sample_of`` [B] that of fewer samples, of which row i of x
+        takes sample_of[i].
 
         ``turns`` are those of the tokens' positions; ``attend`` maps q, k, v [B, F n, H, D] to
         [B, F n, H, D], and its ``key_slot`` is where the keys are wanted, if anywhere. ``store_only`` hands k and v to
@@ -79,6 +104,8 @@ class CausalWanBlock(WanTransformerBlock):
         if skip_frames:
             q, x = q[:, skip_frames * x.shape[2] :], x[:, skip_frames:]
             rows = rows[:, skip_frames * (rows.shape[1] // modulation.shape[1]) :]
+        if isinstance(text, TextEntry):
+            text = text.fill(self)
         return complete(self, x, attend(q, k, v), rows, text, sample_of)  # type: ignore[no-any-return]
 
     def project(self, x: Tensor, modulation: Tensor, queries: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:

@@ -16,6 +16,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from aadkern.blocks import RotaryGrid, Turns, modulated_norm
 from aadkern.checks import choice, shown, whole
@@ -28,7 +30,7 @@ from aadkern.streaming.graphs import PassGraphs, PassInputs
 from aadkern.streaming.passes import LayerAttention, RingPass
 from aadkern.streaming.rope import checked_periods
 from aadkern.wan.arguments import blocks_to_run, check_clip, check_configuration, check_exact, check_text, check_ways, frame_indices
-from aadkern.wan.block import CausalWanBlock, TextCache, TimeCache, wide_dtype
+from aadkern.wan.block import CausalWanBlock, TextCache, TextEntry, TimeCache, wide_dtype
 
 CLEAN_FIRST_FRAME = "give the image as a clean first latent frame"
 
@@ -111,9 +113,12 @@ class CausalWan(WanTransformer3DModel):
     def text_cache(self, encoder_hidden_states: Tensor) -> TextCache:
         """The cross-attention keys and values of text [B, T, text_dim], once for all passes: give them in its place.
 
+        Of a model under FSDP, whose weights are gathered in its own forward alone, a lazy cache, which the first pass fills.
         Raises ValueError for another shape.
         """
         check_text(encoder_hidden_states, self.config["text_dim"])
+        if self._is_sharded():
+            return TextCache.lazy(encoder_hidden_states)
         embedder = self.condition_embedder.text_embedder
         text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))
         blocks: Any = self.blocks
@@ -124,7 +129,14 @@ class CausalWan(WanTransformer3DModel):
         check_exact(timestep)
         if timestep.dim() not in (1, 2) or not timestep.numel():
             raise ValueError(f"timestep must be [B] or [B, F], got {list(timestep.shape)}")
+        if self._is_sharded():
+            raise ValueError("timestep must be given to each pass of a model under FSDP, whose weights are gathered in those alone")
         return TimeCache(timestep, *self._time(timestep, 1 if timestep.dim() == 1 else timestep.shape[1]))
+
+    def _is_sharded(self) -> bool:
+        """Whether FSDP holds the model or a part of it, or it is a part of what FSDP holds."""
+        held = any(isinstance(part, FSDPModule) for part in self.modules())
+        return held or any(isinstance(p, DTensor) for p in self.parameters())
 
     def compile_blocks(self, **options: Any) -> None:
         """Run what each block does before and after its attention through ``torch.compile`` with these ``options``.
@@ -225,6 +237,8 @@ class CausalWan(WanTransformer3DModel):
             run = partial(
                 self._run, last=last, taps=taps, cache_only=cache_only, condition_of=condition_of, clean_frames=clean_frames
             )
+            if graphs is not None and _is_lazy(encoder_hidden_states):
+                raise ValueError("encoder_hidden_states must be a text or its text_cache with graphs, got a lazy cache")
             if graphs is None:
                 flow = run(hidden_states, timestep, encoder_hidden_states, turns, attention_of)
             else:
@@ -260,15 +274,13 @@ class CausalWan(WanTransformer3DModel):
             temb, modulation = timestep.embedded, timestep.modulation
         else:
             temb, modulation = self._time(timestep, frames)
-        if isinstance(text, Tensor):
-            embedder = self.condition_embedder.text_embedder
-            text = embedder(text.to(embedder.linear_1.weight.dtype))
+        texts = self._texts(text, last)
         sample_of = None if condition_of is None else torch.tensor(condition_of, device=x.device)
         if sample_of is not None:
             temb, modulation = temb[sample_of], modulation[sample_of]
         tapped: list[Tensor] = []
         for i, block in zip(range(last), self.blocks, strict=False):
-            arguments = (x, modulation, turns, attention_of(i), _text_of(text, i), sample_of)
+            arguments = (x, modulation, turns, attention_of(i), texts[i], sample_of)
             if cache_only and i == last - 1:
                 return block(*arguments, True)
             if clean_frames and i == last - 1:
@@ -280,6 +292,22 @@ class CausalWan(WanTransformer3DModel):
             if taps is not None and i in taps:
                 tapped.append(x.flatten(1, 2))
         return tapped if taps is not None else self._head(x, temb, (frames - clean_frames, *turns.sizes[1:]))
+
+    def _texts(self, text: Tensor | TextCache | None, last: int) -> Sequence[Tensor | tuple[Tensor, Tensor] | TextEntry | None]:
+        """What each of the first ``last`` blocks takes as its text."""
+        if isinstance(text, TextCache) and text.text is None:
+            return text.layers
+        entries = text.layers if isinstance(text, TextCache) and not torch.is_grad_enabled() else None
+        if entries is not None:
+            entries += [None] * (len(self.blocks) - len(entries))
+            if None not in entries[:last]:
+                return entries
+        told = text.text if isinstance(text, TextCache) else text
+        if told is None:
+            return [None] * last
+        embedder = self.condition_embedder.text_embedder
+        told = embedder(told.to(embedder.linear_1.weight.dtype))
+        return [told] * last if entries is None else [entries[i] or TextEntry(entries, i, told) for i in range(last)]
 
     def _attention_of(
         self,
@@ -353,6 +381,5 @@ class CausalWan(WanTransformer3DModel):
         return patches.reshape(x.shape[0], -1, frames, height * rows, width * columns)
 
 
-def _text_of(text: Tensor | TextCache | None, layer: int) -> Tensor | tuple[Tensor, Tensor] | None:
-    """What block ``layer`` takes as its text."""
-    return text.layers[layer] if isinstance(text, TextCache) else text
+def _is_lazy(text: Tensor | TextCache | None) -> bool:
+    return isinstance(text, TextCache) and text.text is not None

@@ -94,10 +94,32 @@ def discriminator_objective(
     parts[0].copy_((-torch.sigmoid(-real) if pull is None else -pull) / real.numel())
     parts[1].copy_((torch.sigmoid(fake) if pull is None else pull) / real.numel())
     penalty = logits.new_zeros(())
-    if len(chosen):
-        for own, twin, own_gradient, twin_gradient in zip((real, fake), twins, parts[:2], parts[2:], strict=True):
-            penalty = penalty + share * perturbation_penalty(own[chosen], twin)
-            push = 2 * weight * share * (own[chosen] - twin) / twin.numel()
-            own_gradient.index_add_(0, chosen, push)
-            twin_gradient.copy_(-push)
+    for own, twin, own_gradient, twin_gradient in zip((real, fake), twins, parts[:2], parts[2:], strict=True):
+        penalty = penalty + _penalise(own, twin, chosen, weight, share, own_gradient, twin_gradient)
     return DiscriminatorObjective(discriminator_loss(real, fake, relativistic), penalty, gradient)
+
+
+@torch.no_grad()
+def side_objective(
+    logits: Tensor, count: int, chosen: Tensor, *, real: bool, weight: float, share: float = 1.0
+) -> DiscriminatorObjective:
+    """The same of one side alone: ``logits`` [count + c] of ``real`` clips, or of fake ones, and of the chosen twins. Unless it is
+    relativistic, the loss is the sum of the two sides', each with a backward of its own."""
+    own, twin = logits.split([count, len(chosen)])
+    sign, gradient = (-1.0 if real else 1.0), torch.empty_like(logits)
+    own_gradient, twin_gradient = gradient.split([count, len(chosen)])
+    own_gradient.copy_(sign * torch.sigmoid(sign * own) / own.numel())
+    penalty = _penalise(own, twin, chosen, weight, share, own_gradient, twin_gradient)
+    return DiscriminatorObjective(F.softplus(sign * own).mean(), penalty, gradient)
+
+
+def _penalise(
+    own: Tensor, twin: Tensor, chosen: Tensor, weight: float, share: float, own_gradient: Tensor, twin_gradient: Tensor
+) -> Tensor:
+    """share * mean (own - twin)^2 of the chosen, and its gradient, weighted, into those at hand."""
+    if not len(chosen):
+        return own.new_zeros(())
+    push = 2 * weight * share * (own[chosen] - twin) / twin.numel()
+    own_gradient.index_add_(0, chosen, push)
+    twin_gradient.copy_(-push)
+    return share * perturbation_penalty(own[chosen], twin)

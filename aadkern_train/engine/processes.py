@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 SHARD_BLOCKS_ABOVE = 50_000_000
@@ -27,6 +27,13 @@ SHARD_BLOCKS_ABOVE = 50_000_000
 Below it the whole is gathered at once (at most 200 MB in fp32), because hooks cost time: at 277 thousand parameters in
 4 blocks, on one CPU thread, the root's add 3 ms to a training step, and each block's 0.25 ms to a forward and 1.1 ms to
 a forward with backward: 6 % of a 90 ms step, 15 to 20 % of a rollout with chunk replay (torch 2.13).
+"""
+
+WHOLE_GRADIENTS_BELOW = 1_000_000_000
+"""Parameters of a module from which on gradients are reduced after every backward of several, not after the last alone.
+
+Without reduction FSDP2 keeps whole gradients in fp32 and, so as not to gather again, whole weights: 4 + 2 bytes a parameter, 6 GB
+here and 86 GB at 14 billion, where a reduced gradient's share is 57 GB over the number of ranks.
 """
 
 T = TypeVar("T")
@@ -151,23 +158,37 @@ def shard(
     blocks: Iterable[nn.Module] = (),
     *,
     bf16: bool | None = None,
+    storage: torch.dtype | None = None,
+    offload: bool = False,
     shard_blocks_above: int = SHARD_BLOCKS_ABOVE,
-    reshard_after_forward: bool | None = None,
 ) -> nn.Module:
     """Applies FSDP2 to the module in place, and returns it: parameters become DTensors sharded over the ranks.
 
-    The blocks are sharded one by one only when the module has more than shard_blocks_above parameters. bf16 (default:
-    on CUDA) computes in bf16 from fp32 parameters and reduces gradients in fp32. reshard_after_forward=False keeps
-    blocks gathered between forwards: less traffic in a rollout, more memory. Inputs are not cast (a sigma in bf16 would
-    be off by half a percent), so in bf16 the module casts what it multiplies. Build optimisers and Ema afterwards.
+    What is on the meta device gets memory for this rank's part alone, of any content: fill it before use. The blocks are sharded
+    one by one only when the module has more than shard_blocks_above parameters. ``storage`` is the dtype that parameters are kept
+    in (None: as they are); bf16 (default: on CUDA) computes in bf16 from them and reduces gradients in fp32. Inputs are not cast (a
+    sigma in bf16 would be off by half a percent), so in bf16 the module casts what it multiplies. ``offload`` keeps the shards in
+    host memory and copies each block over for its pass: CUDA only, and for a frozen module. Freeze before, build optimisers and
+    Ema afterwards.
     """
-    module.to(processes.device)
     use_bf16 = processes.device.type == "cuda" if bf16 is None else bf16
-    policy = MixedPrecisionPolicy(torch.bfloat16 if use_bf16 else None, torch.float32, cast_forward_inputs=False)
+    if offload and processes.device.type != "cuda":
+        raise ValueError(f"offload must be False for a module on {processes.device.type}, whose memory is the host's, got True")
+    if storage is not None:
+        module.to(dtype=storage)
+    home = torch.device("cpu") if offload else processes.device
+    module._apply(lambda t: t if t.is_meta else t.to(home))
+    options: dict[str, Any] = {
+        "mesh": processes.mesh,
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if use_bf16 else None, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
     if sum(p.numel() for p in module.parameters()) > shard_blocks_above:
         for block in blocks:
-            fully_shard(block, mesh=processes.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    return fully_shard(module, mesh=processes.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+            fully_shard(block, **options)
+    fully_shard(module, **options)
+    # Module.to_empty, but for what is on meta alone: a discriminator's heads are real already.
+    return module._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -182,13 +203,41 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
+def _roots(module: nn.Module) -> list[FSDPModule]:
+    """The parts that FSDP2 was applied to last: what else it holds lies within them."""
+    if isinstance(module, FSDPModule):
+        return [module]
+    return [root for child in module.children() for root in _roots(child)]
+
+
+@contextlib.contextmanager
+def kept_gathered(module: nn.Module, active: bool = True) -> Iterator[None]:
+    """Within, each part of a sharded module is gathered once and then stays so, through any number of passes: the traffic of one
+    gathering for the memory of the whole in the dtype that it computes in. Its weights must not change within."""
+    roots = _roots(module) if active else []
+    try:
+        for root in roots:
+            root.set_reshard_after_forward(False)
+            root.set_reshard_after_backward(False)
+        yield
+    finally:
+        for root in roots:  # fully_shard's own way: blocks are dropped after their forward, what the root holds is not
+            root.set_reshard_after_forward(True)
+            root.set_reshard_after_forward(False, recurse=False)
+            root.set_reshard_after_backward(True)
+            reshard(root)
+
+
 @contextlib.contextmanager
 def accumulating(*modules: nn.Module, last: bool) -> Iterator[None]:
-    """Around each backward of several: gradients add up on the rank, and are reduced over ranks only in the last.
+    """Around each backward of several: gradients add up, and are whole and reduced over ranks after the last.
 
     for c in chunks: with accumulating(generator, last=c == chunks[-1]): torch.autograd.backward(forward(c), grad[c])
+
+    They add up on the rank, and are reduced in the last backward alone; of a module of WHOLE_GRADIENTS_BELOW parameters or more
+    each backward reduces its own, and this rank's part of the sum is all that is kept.
     """
-    sharded = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+    sharded = [part for module in modules if not _is_large(module) for part in module.modules() if isinstance(part, FSDPModule)]
     try:
         for module in sharded:
             module.set_requires_gradient_sync(last)
@@ -198,6 +247,10 @@ def accumulating(*modules: nn.Module, last: bool) -> Iterator[None]:
         for module in sharded:
             module.set_requires_gradient_sync(True)
             module.set_reshard_after_backward(True)
+
+
+def _is_large(module: nn.Module) -> bool:
+    return sum(p.numel() for p in module.parameters()) >= WHOLE_GRADIENTS_BELOW
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
@@ -221,3 +274,11 @@ def local_part(full: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
         return full
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def local_rows(tensor: Tensor) -> slice:
+    """Which rows of the whole tensor are this rank's part of it: FSDP shards the first dimension."""
+    if not isinstance(tensor, DTensor):
+        return slice(None)
+    (part,) = tensor.__create_chunk_list__()  # what torch's own checkpoints ask a DTensor
+    return slice(part.offsets[0], part.offsets[0] + part.sizes[0])

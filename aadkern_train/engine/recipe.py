@@ -52,6 +52,14 @@ class ModelsSettings(Config):
     given: Literal["clean", "noised"] = "clean"  # how the teacher was trained to see a given first frame (Wan's T2V: noised)
     fake: str | None = None  # what the fake score starts from; None: the teacher, or the generator where that is exact
     discriminator: str | None = None  # the discriminator's backbone; None: the teacher, or "pretrain" where that is exact
+    teacher_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # what the teacher is kept in; auto: bf16 on CUDA, fp32 on a CPU
+    offload_teacher: bool = False  # keep the teacher in host memory, block by block over to the GPU: CUDA only
+    keep_gathered: bool = False  # gather a generator once a step, not block by block in each pass: its whole for less traffic
+
+    @property
+    def backbone(self) -> str:
+        """The source of a bidirectional discriminator."""
+        return self.discriminator or ("pretrain" if self.teacher == "exact" else self.teacher)
 
 
 class WorldSettings(Choice):
@@ -83,6 +91,7 @@ class StageSettings(Choice):
     ema: Decay = 0.98
     clip: Rate = 1.0  # total norm of a gradient
     replay: bool = False  # take a rollout's gradient chunk by chunk: the memory of one chunk for one more forward
+    checkpointing: Literal["none", "blocks"] = "none"  # "blocks": backwards recompute each block, and keep its input alone
 
     def check(self, name: str, recipe: Recipe) -> None:
         """Raises ValueError, naming the setting, where stage ``name`` does not fit the recipe."""
@@ -185,6 +194,11 @@ class Recipe(Config):
         if stage is None or stage.steps > 0:
             return source
         return None if stage.start is None else self.trained(stage.start)
+
+    def origin(self, source: str | None) -> str | None:
+        """The folder in which a source's first weights lie, whose shape it has. None: the run's own random network."""
+        stage: Any = self.stages.get(source)
+        return source if stage is None else self.origin(stage.start)
 
 
 def _listed(names: list[str]) -> str:

@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
-
 from aadkern_train.engine.files import read_json
-from aadkern_train.networks.folders import facts
+from aadkern_train.networks.folders import STEM, Shapes, check_shapes, check_transformer, facts, find_weights, stated
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
-TRANSFORMERS = ("WanTransformer3DModel", "CausalWan")
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,9 @@ def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
         raise ValueError(f"text_encoder must be a UMT5 encoder, {text_encoder} holds {text_config.get('model_type')!r}")
     if not (tokenizer / "tokenizer.json").is_file():
         raise FileNotFoundError(f"tokenizer must be a folder with tokenizer.json, found none in {tokenizer}")
-    _check_weights(vae, "diffusion_pytorch_model")
-    _check_weights(text_encoder, "model", "pytorch_model")
-    channels, width = _get(vae_config, "z_dim", vae), _get(text_config, "d_model", text_encoder)
+    find_weights(vae, STEM)
+    find_weights(text_encoder, "model", "pytorch_model")
+    channels, width = stated(vae_config, "z_dim", vae), stated(text_config, "d_model", text_encoder)
     for name in ("in_channels", "out_channels"):
         if config[name] != channels:
             raise ValueError(
@@ -84,8 +80,8 @@ def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
             )
     if config["text_dim"] != width:
         raise ValueError(f"transformer must have text_dim {width}, the text encoder's, got {config['text_dim']}")
-    _check_shapes(config, shapes, transformer)
-    pixels = 2 ** (len(_get(vae_config, "dim_mult", vae)) - 1) * (vae_config.get("patch_size") or 1)
+    check_shapes(config, shapes, transformer)
+    pixels = 2 ** (len(stated(vae_config, "dim_mult", vae)) - 1) * (vae_config.get("patch_size") or 1)
     rows, columns = (int(side) for side in config["patch_size"][1:])
     return WanParts(transformer, vae, text_encoder, tokenizer, channels, pixels, (rows, columns))
 
@@ -98,9 +94,6 @@ def _check_index(folder: Path) -> None:
         )
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
 def _transformer(path: Path) -> tuple[Mapping[str, Any], Shapes]:
     """The transformer's configuration, checked to be one that ``CausalWan`` takes; its weights' shapes, where the files tell."""
     if path.is_file():
@@ -109,33 +102,8 @@ def _transformer(path: Path) -> tuple[Mapping[str, Any], Shapes]:
         state = load_checkpoint(path)  # maps the file, and reads no weights
         return infer_config(state), {name: tuple(tensor.shape) for name, tensor in state.items()}
     config = _config(path)
-    if config.get("_class_name") not in TRANSFORMERS:
-        raise ValueError(f"transformer must be one of {', '.join(TRANSFORMERS)}, {path} holds {config.get('_class_name')!r}")
-    if config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None:
-        raise ValueError(
-            f"transformer must be text-to-video weights, {path} has image embeddings (image_dim {config.get('image_dim')}): "
-            "streaming takes the image as a clean first latent frame instead"
-        )
-    for name in ("in_channels", "out_channels", "text_dim", "patch_size"):
-        _get(config, name, path)
-    patch = config["patch_size"]
-    if not isinstance(patch, list) or len(patch) != 3 or patch[0] != 1 or not all(isinstance(side, int) for side in patch):
-        raise ValueError(f"transformer must have a patch_size of [1, rows, columns], {path} has {patch}")
-    return config, _check_weights(path, "diffusion_pytorch_model")
-
-
-def _check_shapes(config: Mapping[str, Any], shapes: Shapes, path: Path) -> None:
-    """That the transformer's weights are those that its configuration speaks of."""
-    from aadkern.wan import CausalWan
-
-    if not shapes:
-        return
-    with torch.device("meta"):
-        wanted = CausalWan.from_config(dict(config)).state_dict()
-    for name, tensor in wanted.items():
-        if shapes.get(name) != tuple(tensor.shape):
-            found = f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else "nothing"
-            raise ValueError(f"transformer must hold {name} {list(tensor.shape)} by its configuration, found {found} in {path}")
+    check_transformer(config, path)
+    return config, find_weights(path, STEM).shapes
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -143,35 +111,3 @@ def _config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder.name} must be a folder with config.json, found none at {folder}")
     return read_json(file)
-
-
-def _get(config: Mapping[str, Any], name: str, folder: Path) -> Any:
-    if name not in config:
-        raise ValueError(f"{folder / 'config.json'} must state {name}, and does not")
-    return config[name]
-
-
-def _check_weights(folder: Path, *stems: str) -> Shapes:
-    """That a part's weights are there, every shard of them, and are more than Git LFS's notes of them. Their shapes, as far as
-    safetensors tell them."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    names = [f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".bin")]
-    shards = [folder / name for name in names if (folder / name).is_file()][:1]
-    for index in (folder / f"{name}.index.json" for name in names):
-        if not shards and index.is_file():
-            shards = [folder / name for name in sorted(set(_get(read_json(index), "weight_map", folder).values()))]
-    if not shards:
-        raise FileNotFoundError(f"{folder.name} must hold weights ({names[0]} or its shards), found none in {folder}")
-    for shard in shards:
-        if not shard.is_file():
-            raise FileNotFoundError(f"{folder.name} must hold every shard of its weights, {shard} is missing")
-        with shard.open("rb") as file:
-            if file.read(24).startswith(b"version https://git-lfs"):
-                raise ValueError(f"{folder.name} must hold weights, {shard} is a Git LFS pointer: fetch it with `git lfs pull`")
-        if shard.suffix == ".safetensors":
-            try:
-                with safetensors.safe_open(shard, framework="pt") as held:  # reads the header, and holds the file's length to it
-                    shapes |= {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118 (no mapping)
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{folder.name} must hold whole weights, {shard} is broken or cut off: {error}") from error
-    return shapes

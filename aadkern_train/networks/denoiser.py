@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from aadkern.plans import AttentionPlan, VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
-from aadkern.wan import CausalWan
+from aadkern.wan import CausalWan, TextCache
 from aadkern_train.diffusion.flow import x0_from_flow
 
 PREDICTS = ("flow", "x0")
@@ -56,7 +56,7 @@ class Denoiser(nn.Module):
         self,
         x: Tensor,
         sigma: Tensor,
-        text: Tensor | None = None,
+        text: Tensor | TextCache | None = None,
         *,
         plan: AttentionPlan | Any = None,
         cache: StreamingCache | None = None,
@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
         condition_of: Sequence[int] | None = None,
         clean_frames: int = 0,
     ) -> Any:
-        """``text`` [B, T, text_dim], or None to leave the cross-attention out. ``condition_of``: x's row i takes row
+        """``text`` [B, T, text_dim], or its cache, or None to leave the cross-attention out. ``condition_of``: x's row i takes row
         condition_of[i] of sigma and text; the others are CausalWan's."""
         options = {"plan": plan, "cache": cache, "cache_only": cache_only, "taps": taps, "condition_of": condition_of}
         out = self.net(x.transpose(1, 2), 1000 * sigma, text, clean_frames=clean_frames, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from aadkern_train.engine.processes import Processes, shard
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.networks.denoiser import Denoiser
-from aadkern_train.networks.folders import export, load, write_folder
+from aadkern_train.networks.folders import Stored, empty, export, fill, inspect, load, write_folder
 from aadkern_train.networks.teacher import Teacher
 
 PLAIN_TEXT_DIM = 8  # of networks in a world without words, whose cross-attention never runs
@@ -39,21 +40,67 @@ class Networks:
         return self.folder.weights(trained) if trained.partition(".")[0] in self.recipe.stages else Path(trained)
 
     def plain(self, name: str | None) -> Denoiser:
-        """A network on the CPU, whole, ready to be changed before it is sharded."""
+        """A network on the CPU, whole, to look at without processes."""
         denoiser = load(self.source(name))
         freeze_unused(denoiser.net, words=self.null is not None)
         return denoiser
 
-    def make(self, name: str | None, *, frozen: bool = False) -> Denoiser:
-        """A sharded denoiser from a source."""
-        denoiser = self.plain(name)
+    def make(
+        self,
+        name: str | None,
+        *,
+        frozen: bool = False,
+        around: Callable[[Denoiser], nn.Module] | None = None,
+        storage: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> Any:
+        """A sharded denoiser from a source, each process having read its own share of the weights and no more.
+
+        ``around`` makes what is sharded in its place out of the denoiser, whose weights are not there yet; its own must be.
+        ``storage`` is the dtype that weights are kept in (None: fp32); ``offload`` keeps them in host memory.
+        """
+        path = self.source(name)
+        setting = " and ".join(setting for setting, named in self._settings().items() if named == name) or "the network"
+        stored = self.processes.on_main(lambda: self._checked(path, setting))
+        denoiser = empty(stored)
+        freeze_unused(denoiser.net, words=self.null is not None)
+        module = denoiser if around is None else around(denoiser)
         if frozen:
-            denoiser.requires_grad_(False)
-        return self.sharded(denoiser)
+            module.requires_grad_(False)
+        # Of a denoiser the network is sharded, since streaming calls it as it is.
+        shard(module.net if module is denoiser else module, self.processes, denoiser.net.blocks, storage=storage, offload=offload)
+        fill(denoiser.net, stored)
+        return module
+
+    def check(self) -> None:
+        """That every network which the recipe takes from a folder is there and fits the run, before any is loaded.
+
+        Raises ValueError, naming the setting.
+        """
+
+        def look() -> None:
+            for setting, name in self._settings().items():
+                if name not in self.recipe.stages:
+                    self._checked(Path(name), setting)
+
+        self._check_teacher()
+        self.processes.on_main(look)
+
+    def layers(self, name: str | None) -> int:
+        """Transformer blocks of a source's network; of one that is still to be trained, those of what it starts from."""
+        origin = self.recipe.origin(name)
+        return self.recipe.network.layers if origin is None else int(inspect(Path(origin)).config["num_layers"])
 
     def teacher(self, name: str, guidance: float, layout: VideoLayout) -> Teacher:
         """A frozen network as a teacher of clips of this layout."""
-        network, plan = self.make(name, frozen=True), bidirectional(layout)
+        models, cuda = self.recipe.models, self.processes.device.type == "cuda"
+        if models.offload_teacher and not cuda:
+            raise ValueError(
+                f"models.offload_teacher must be false on {self.processes.device.type}, it frees a GPU's memory, got true"
+            )
+        bf16 = models.teacher_dtype == "bf16" or (models.teacher_dtype == "auto" and cuda)
+        storage = torch.bfloat16 if bf16 else None
+        network, plan = self.make(name, frozen=True, storage=storage, offload=models.offload_teacher), bidirectional(layout)
         return Teacher(lambda x, sigma, text: network(x, sigma, text, plan=plan), guidance, self.null)
 
     def fake(self, start: str | None) -> str | None:
@@ -61,24 +108,37 @@ class Networks:
         models = self.recipe.models
         return models.fake or (start if models.teacher == "exact" else models.teacher)
 
-    def backbone(self) -> str | None:
-        """The source of a bidirectional discriminator."""
-        models = self.recipe.models
-        return models.discriminator or ("pretrain" if models.teacher == "exact" else models.teacher)
-
-    def sharded(self, module: nn.Module) -> Any:
-        """The module over this run's processes, its transformer blocks one by one where it is large. Of a denoiser the network is
-        sharded, since streaming calls it as it is."""
-        if isinstance(module, Denoiser):
-            shard(module.net, self.processes, module.net.blocks)
-            return module
-        blocks = [block for part in module.modules() if isinstance(part, CausalWan) for block in part.blocks]
-        return shard(module, self.processes, blocks)
-
     def write(self, path: Path, denoiser: Denoiser, **facts: Any) -> None:
         """Writes a network that this run trained, with the run's settings beside it."""
         settings = {"recipe": self.recipe.model_dump(mode="json"), "predicts": denoiser.predicts, **facts}
         export(path, denoiser.net, self.processes, settings)
+
+    def _check_teacher(self) -> None:
+        if self.recipe.models.offload_teacher and self.processes.device.type != "cuda":
+            raise ValueError("models.offload_teacher must be false without CUDA, as it frees a GPU's memory, got true")
+
+    def _settings(self) -> dict[str, str]:
+        """The settings that name a network, but for a teacher that nobody set and no stage trains."""
+        models = self.recipe.models
+        named = {f"models.{role}": getattr(models, role) for role in ("teacher", "fake", "discriminator")}
+        if models.teacher == "exact" or models.teacher == type(models).model_fields["teacher"].default:
+            del named["models.teacher"]
+        named |= {f"{name}.start": stage.start for name, stage in self.recipe.stages.items() if stage.steps > 0}
+        return {setting: name for setting, name in named.items() if name is not None}
+
+    def _checked(self, path: Path, setting: str) -> Stored:
+        """A folder's network, that it can be read and that it fits this run: its latents, its captions, its patches."""
+        try:
+            stored = inspect(path)
+        except ValueError as error:
+            raise ValueError(f"{setting}: {error}") from None
+        channels, width, patch = self.frame_shape[0], None if self.null is None else self.null.shape[-1], self.recipe.network.patch
+        wanted = {"in_channels": (channels, "the latents'"), "out_channels": (channels, "the latents'")}
+        wanted |= {"patch_size": ([1, patch, patch], "network.patch's")} | ({"text_dim": (width, "the captions'")} if width else {})
+        for key, (value, whose) in wanted.items():
+            if stored.config[key] != value:
+                raise ValueError(f"{setting} must be a network with {key} {value}, {whose}, got {stored.config[key]} in {path}")
+        return stored
 
     def _random(self) -> Path:
         path = self.folder.weights("random")
@@ -119,3 +179,10 @@ def freeze_unused(net: CausalWan, words: bool) -> None:
             for unused in (block.attn2, block.norm2):
                 unused.requires_grad_(False)
         net.condition_embedder.text_embedder.requires_grad_(False)
+
+
+def recompute_blocks(module: nn.Module) -> None:
+    """From now on a backward through the module computes each transformer block once more and keeps its input alone."""
+    for part in module.modules():
+        if isinstance(part, CausalWan):
+            part.enable_gradient_checkpointing()

@@ -18,6 +18,7 @@ from torch import Tensor
 from aadkern.plans import VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
 from aadkern.streaming.generator import StreamingGenerator
+from aadkern.wan import TextCache
 from aadkern_train.diffusion.flow import add_noise
 from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.engine.processes import accumulating, is_sharded
@@ -80,7 +81,8 @@ def rollout(
     With ``with_grad`` the exit passes are recorded, so ``x`` can be differentiated at once (the memory of the whole clip);
     otherwise nothing is, and ``Rollout.replay`` takes the gradient. Raises ValueError for a first frame without its own chunk.
     """
-    first, text = condition.first, condition.text
+    first = condition.first
+    text = None if condition.text is None else TextCache.lazy(condition.text)
     if first is not None and layout.chunks[0] != 1:
         raise ValueError(f"layout.chunks must start with the first frame's own chunk of 1, got {layout.chunks}")
     start = noise(1, 0)
@@ -105,12 +107,12 @@ def rollout(
         made.append(Made(chunk, out, x, levels[-1]))
         clean = out.detach()
     frames = [] if first is None else [first[:, None]]
-    return Rollout(torch.cat([*frames, *(chunk.x for chunk in made)], dim=1), made, layout, cache, text)
+    return Rollout(torch.cat([*frames, *(chunk.x for chunk in made)], dim=1), made, layout, cache, condition.text)
 
 
 class _Sharded:
-    """A sharded network as ``StreamingGenerator`` takes it. Nothing is computed outside its forward, where FSDP gathers it: a text
-    is handed on as it is."""
+    """A sharded network as ``StreamingGenerator`` takes it: without ``time_cache``, as nothing can be computed outside of its
+    forward, where FSDP gathers it. Its text cache is a lazy one."""
 
     def __init__(self, net: Any) -> None:
         self.net = net
@@ -118,8 +120,8 @@ class _Sharded:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self.net(*arguments, **options)
 
-    def text_cache(self, text: Tensor) -> Tensor:
-        return text
+    def text_cache(self, text: Tensor) -> TextCache:
+        return self.net.text_cache(text)  # type: ignore[no-any-return]
 
 
 def streaming(

@@ -6,6 +6,8 @@ L_G = softplus(-l_fake), through (1 - tau). Real and fake share tau, the first f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -16,15 +18,16 @@ from aadkern import noised_views
 from aadkern.spans import spanned
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.flow import add_noise, clip_sigma, unshift
-from aadkern_train.diffusion.losses import DiscriminatorObjective, discriminator_objective, generator_loss
+from aadkern_train.diffusion.losses import DiscriminatorObjective, discriminator_objective, generator_loss, side_objective
 from aadkern_train.engine.processes import accumulating
 from aadkern_train.engine.recipe import Count, Rate, Recipe, StageSettings, Whole
 from aadkern_train.learning.learner import Learner, gradient_of
 from aadkern_train.learning.optim import OptimConfig
+from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.discriminator import Discriminator
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, register
-from aadkern_train.stages.common import self_rollout, send_back
+from aadkern_train.stages.common import gathered_once, self_rollout, send_back
 
 
 @register("adversarial")
@@ -47,6 +50,7 @@ class AdversarialRefinement(Stage):
         layers: tuple[int, ...] = (1, 2, 3)  # tapped blocks (paper: 19, 29, 39 of 40)
         queries: Count = 1
         relativistic: bool = False
+        views: Literal[4, 2] = 4  # 2: real clips and fake ones in two backwards, half the memory of one; exact
         penalty: Annotated[float, Field(ge=0)] = 16.0  # lambda (paper: 20); lambda * delta^2 is what counts: 1 (paper: 0.05)
         # Standard deviation of the perturbation (paper: 0.05). At 0.25 the discriminator learns to overlook the blur of one step,
         # by which it would else tell real from fake, and judges motion.
@@ -60,18 +64,33 @@ class AdversarialRefinement(Stage):
 
         def check(self, name: str, recipe: Recipe) -> None:
             super().check(name, recipe)
-            if any(not 0 <= layer < recipe.network.layers for layer in self.layers):
-                raise ValueError(f"{name}.layers must be blocks below {recipe.network.layers}, got {list(self.layers)}")
+            if self.relativistic and self.views == 2:
+                raise ValueError(f"{name}.views must be 4 with {name}.relativistic, which compares real with fake logits, got 2")
+            if recipe.origin(self.source(recipe)) is None:
+                self.check_layers(name, recipe.network.layers)
+
+        def source(self, recipe: Recipe) -> str | None:
+            """Whose weights the discriminator starts from: the paper's causal ablation takes stage II's generator, its
+            bidirectional one the teacher."""
+            return self.start if self.backbone == "causal" else recipe.models.backbone
+
+        def check_layers(self, name: str, depth: int) -> None:
+            """That the tapped blocks are there."""
+            if any(not 0 <= layer < depth for layer in self.layers):
+                raise ValueError(f"{name}.layers must be blocks below {depth}, got {list(self.layers)}")
+
+    @classmethod
+    def check(cls, run: Run, name: str, settings: Settings) -> None:
+        settings.check_layers(name, run.networks.layers(settings.source(run.recipe)))
 
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)
-        # The paper's causal ablation starts the discriminator from stage II's generator, its bidirectional one from the teacher.
-        discriminator = self._discriminator(settings.start if settings.backbone == "causal" else run.networks.backbone())
+        discriminator = run.networks.make(settings.source(run.recipe), around=self._discriminator)
         self.learners["generator"] = Learner(
             run.networks.make(settings.start), settings.generator, self.steps, clip=settings.clip, ema=settings.ema
         )
         self.learners["discriminator"] = Learner(
-            run.networks.sharded(discriminator),
+            discriminator,
             settings.discriminator,
             settings.discriminator_first + -(-self.steps // settings.generator_per_discriminator),
             clip=settings.clip,
@@ -83,8 +102,8 @@ class AdversarialRefinement(Stage):
         """Frames that the discriminator sees without noise."""
         return self.run.recipe.given_frames if self.settings.image_clean else 0
 
-    def _discriminator(self, source: str | None) -> Discriminator:
-        settings, denoiser = self.settings, self.run.networks.plain(source)
+    def _discriminator(self, denoiser: Denoiser) -> Discriminator:
+        settings = self.settings
         deepest = max(settings.layers)
         for unused in (*denoiser.net.blocks[deepest + 1 :], denoiser.net.proj_out):
             unused.requires_grad_(False)
@@ -113,26 +132,25 @@ class AdversarialRefinement(Stage):
         settings, learns = self.settings, generator_step is not None
         logged: dict[str, float] = {}
         rolled = []
-        for some, last in micro_batches(samples, settings.accumulate):
-            made, exit = self_rollout(
-                self.run, generator.module, draws, some, with_grad=learns and not settings.replay, split=settings.real
-            )
-            rolled.append((some, last, made, exit))
-            if discriminator_step is None:
-                continue
-            logits, objective = self.discriminator_part(draws, some, made.x.detach(), made.text, exit)
-            with accumulating(discriminator.module, last=last):
-                logits.backward(objective.gradient / settings.accumulate)
-            for name, value in told(logits.detach(), len(some), objective).items():
-                logged[name] = logged.get(name, 0.0) + value / settings.accumulate
-        if discriminator_step is not None:
-            logged["discriminator_norm"] = discriminator.update(discriminator_step)
-        if not learns:
-            return logged
-        for some, last, made, exit in rolled:
-            loss_value, gradient = self.generator_gradient(draws, some, made.x.detach(), made.text, exit)
-            send_back(made, gradient / settings.accumulate, generator.module, last, settings.replay)
-            logged["generator_loss"] = logged.get("generator_loss", 0.0) + loss_value / settings.accumulate
+        with gathered_once(self.run, generator.module):
+            for some, last in micro_batches(samples, settings.accumulate):
+                made, exit = self_rollout(
+                    self.run, generator.module, draws, some, with_grad=learns and not settings.replay, split=settings.real
+                )
+                rolled.append((some, last, made, exit))
+                if discriminator_step is None:
+                    continue
+                told = self.discriminator_part(draws, some, made.x.detach(), made.text, exit, last)
+                for name, value in told.items():
+                    logged[name] = logged.get(name, 0.0) + value / settings.accumulate
+            if discriminator_step is not None:
+                logged["discriminator_norm"] = discriminator.update(discriminator_step)
+            if not learns:
+                return logged
+            for some, last, made, exit in rolled:
+                loss_value, gradient = self.generator_gradient(draws, some, made.x.detach(), made.text, exit)
+                send_back(made, gradient / settings.accumulate, generator.module, last, settings.replay)
+                logged["generator_loss"] = logged.get("generator_loss", 0.0) + loss_value / settings.accumulate
         logged["grad_norm"] = generator.update(generator_step)
         return logged
 
@@ -150,9 +168,10 @@ class AdversarialRefinement(Stage):
 
     @spanned("discriminator")
     def discriminator_part(
-        self, draws: Draws, samples: range, fake: Tensor, text: Tensor | None, exit: int
-    ) -> tuple[Tensor, DiscriminatorObjective]:
-        """One batch of views (real, fake, and the perturbed twins of a share of each) through the discriminator: logits, L_D."""
+        self, draws: Draws, samples: range, fake: Tensor, text: Tensor | None, exit: int, last: bool
+    ) -> dict[str, float]:
+        """One batch of views (real, fake, and the perturbed twins of a share of each) through the discriminator and back, or one of
+        real views and one of fake: the gradient of L_D, and what the log keeps."""
         settings, count, frames = self.settings, len(samples), fake.shape[1]
         real = self.run.clips(samples, settings.real)
         sigma = self.levels(draws, "level", samples, real, exit)
@@ -160,19 +179,28 @@ class AdversarialRefinement(Stage):
         moves = clip_sigma(torch.full((2 * count,), settings.delta, device=real.device), frames, self.clean_frames)
         views, moved = noised_views(torch.cat([real, fake]), sigma.repeat(2, 1), delta_std=moves, seed=torch.cat(seeds))
         chosen = [i for i, sample in enumerate(samples) if settings.penalty and sample % settings.penalty_every == 0]
-        twins = [*chosen, *(count + i for i in chosen)]
-        views_of = [row % count for row in (*range(2 * count), *twins)]
-        logits = self.logits(torch.cat([views, moved[twins]]), sigma, text, views_of)
+        index = torch.tensor(chosen, dtype=torch.int64, device=real.device)
         share = len(chosen) * settings.penalty_every / count  # so that equal parts of a batch add up to its mean
-        objective = discriminator_objective(
-            logits,
-            count,
-            torch.tensor(chosen, dtype=torch.int64, device=real.device),
-            weight=settings.penalty,
-            share=share,
-            relativistic=settings.relativistic,
-        )
-        return logits, objective
+
+        def judged(rows: list[int], twins: list[int], objective: Callable[[Tensor], DiscriminatorObjective], last: bool):
+            rows_of = [row % count for row in (*rows, *twins)]
+            logits = self.logits(torch.cat([views[rows], moved[twins]]), sigma, text, rows_of)
+            aim = objective(logits.detach())
+            with accumulating(self.learners["discriminator"].module, last=last):
+                logits.backward(aim.gradient / settings.accumulate)
+            return logits.detach(), aim
+
+        weights = {"weight": settings.penalty, "share": share}
+        first, second = list(range(count)), list(range(count, 2 * count))
+        chosen_fake = [count + i for i in chosen]
+        if settings.views == 4:
+            four = partial(discriminator_objective, count=count, chosen=index, relativistic=settings.relativistic, **weights)
+            logits, aim = judged([*first, *second], [*chosen, *chosen_fake], four, last)
+            return told(logits[:count], logits[count : 2 * count], aim)
+        side = partial(side_objective, count=count, chosen=index, **weights)
+        of_real, aim_real = judged(first, chosen, partial(side, real=True), False)
+        of_fake, aim_fake = judged(second, chosen_fake, partial(side, real=False), last)
+        return told(of_real[:count], of_fake[:count], aim_real, aim_fake)
 
     @spanned("adversarial gradient")
     def generator_gradient(
@@ -194,12 +222,11 @@ class AdversarialRefinement(Stage):
         return loss.item(), gradient
 
 
-def told(logits: Tensor, count: int, objective: DiscriminatorObjective) -> dict[str, float]:
-    """What the log keeps of a discriminator's batch."""
-    real, fake = logits[:count], logits[count : 2 * count]
+def told(real: Tensor, fake: Tensor, *objectives: DiscriminatorObjective) -> dict[str, float]:
+    """What the log keeps of the logits of a discriminator's batch and their objective, or the two of its sides."""
     return {
-        "discriminator_loss": objective.adversarial.item(),
-        "penalty": objective.penalty.item(),
+        "discriminator_loss": sum(objective.adversarial.item() for objective in objectives),
+        "penalty": sum(objective.penalty.item() for objective in objectives),
         "real_logit": real.mean().item(),
         "fake_logit": fake.mean().item(),
         "accuracy": 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean()).item(),

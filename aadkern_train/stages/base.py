@@ -46,6 +46,12 @@ class Stage(ABC):
         self.learners: dict[str, Learner] = {}
         self.memory: dict[str, float] = {}
 
+    @classmethod
+    def check(cls, run: Run, name: str, settings: Any) -> None:
+        """Raises ValueError, naming the setting, where stage ``name`` does not fit the run's networks: called before any stage
+        begins, when weights of earlier ones need not be there."""
+        return None
+
     @abstractmethod
     def train_step(self, step: int) -> dict[str, float]:
         """One step; returns what the log keeps."""

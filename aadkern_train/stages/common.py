@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -9,9 +10,14 @@ from torch import Tensor
 from aadkern.spans import spanned
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.steps import StepPlan
-from aadkern_train.engine.processes import accumulating
+from aadkern_train.engine.processes import accumulating, kept_gathered
 from aadkern_train.networks.rollout import Rollout, rollout
 from aadkern_train.run import Run
+
+
+def gathered_once(run: Run, generator: Any) -> AbstractContextManager[None]:
+    """Around a step's rollouts and their gradients: where ``models.keep_gathered``, the generator is gathered once for them all."""
+    return kept_gathered(generator, run.recipe.models.keep_gathered)
 
 
 @spanned("rollout")

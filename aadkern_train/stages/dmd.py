@@ -7,7 +7,7 @@ stage.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator
@@ -24,8 +24,11 @@ from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, noised, register
-from aadkern_train.stages.common import self_rollout, send_back
+from aadkern_train.stages.common import gathered_once, self_rollout, send_back
 from aadkern_train.stages.pretrain import denoising_loss
+
+Clips = tuple[range, Tensor, Condition]
+"""A part of a batch: its samples, the clips made from them, and their conditions."""
 
 
 def _rising(levels: tuple[float, float]) -> tuple[float, float]:
@@ -48,6 +51,8 @@ class DmdWarmUp(Stage):
         start: str | None = "ode"
         steps: int = 200
         fake_per_generator: Count = 3
+        # "fresh": each update of the fake score makes clips of its own, as the lineage does; "same" takes the generator's.
+        fake_rollouts: Literal["same", "fresh"] = "same"
         guidance: Guidance = 1.0  # the teacher's, x0_null + guidance (x0_text - x0_null)
         shift: Rate = 5.0
         level_range: Annotated[tuple[Share, Share], AfterValidator(_rising)] = (0.02, 0.98)
@@ -69,21 +74,36 @@ class DmdWarmUp(Stage):
 
     def train_step(self, step: int) -> dict[str, float]:
         generator, draws = self.learners["generator"], self.run.draws(self.name, step)
-        samples = self.run.batch(step, self.settings.batch)
+        fresh, updates = self.settings.fake_rollouts == "fresh", self.settings.fake_per_generator
+        samples = self.run.batch(step * (1 + updates) if fresh else step, self.settings.batch)
         logged = {"generator_loss": 0.0, "direction": 0.0}
-        made: list[tuple[range, Tensor, Condition]] = []
-        for some, last in micro_batches(samples, self.settings.accumulate):
-            rolled, _ = self_rollout(self.run, generator.module, draws, some, with_grad=not self.settings.replay)
-            condition = self.run.condition(some)
-            made.append((some, rolled.x.detach(), condition))
-            loss, gradient, size = self.generator_gradient(draws, some, rolled.x.detach(), condition)
-            send_back(rolled, gradient / self.settings.accumulate, generator.module, last, self.settings.replay)
-            logged["generator_loss"] += loss / self.settings.accumulate
-            logged["direction"] += size / self.settings.accumulate
+        made: list[Clips] = []
+        with gathered_once(self.run, generator.module):
+            for some, last in micro_batches(samples, self.settings.accumulate):
+                rolled, _ = self_rollout(self.run, generator.module, draws, some, with_grad=not self.settings.replay)
+                condition = self.run.condition(some)
+                made.append((some, rolled.x.detach(), condition))
+                loss, gradient, size = self.generator_gradient(draws, some, rolled.x.detach(), condition)
+                send_back(rolled, gradient / self.settings.accumulate, generator.module, last, self.settings.replay)
+                logged["generator_loss"] += loss / self.settings.accumulate
+                logged["direction"] += size / self.settings.accumulate
         logged["grad_norm"] = generator.update(step)
-        logged["fake_loss"] = sum(self.fake_step(draws, step, k, made) for k in range(self.settings.fake_per_generator))
-        logged["fake_loss"] /= self.settings.fake_per_generator
+        logged["fake_loss"] = 0.0
+        for k in range(updates):
+            logged["fake_loss"] += self.fake_step(draws, step, k, self.fresh_clips(step, k) if fresh else made)
+        logged["fake_loss"] /= updates
         return logged
+
+    def fresh_clips(self, step: int, k: int) -> list[Clips]:
+        """A rollout of the fake score's own, without gradient: of the generator as it is now, from samples and draws of its own."""
+        generator, draws = self.learners["generator"].module, self.run.draws(f"{self.name} fake {k}", step)
+        samples = self.run.batch(step * (1 + self.settings.fake_per_generator) + 1 + k, self.settings.batch)
+        made: list[Clips] = []
+        with gathered_once(self.run, generator):
+            for some, _ in micro_batches(samples, self.settings.accumulate):
+                rolled, _ = self_rollout(self.run, generator, draws, some, with_grad=False)
+                made.append((some, rolled.x, self.run.condition(some)))
+        return made
 
     @spanned("DMD gradient")
     def generator_gradient(self, draws: Draws, samples: range, x_hat: Tensor, condition: Condition) -> tuple[float, Tensor, float]:
@@ -99,8 +119,8 @@ class DmdWarmUp(Stage):
         return loss.item(), gradient_of(loss, leaf), direction.square().mean((1, 2, 3, 4)).sqrt().mean().item()
 
     @spanned("fake score")
-    def fake_step(self, draws: Draws, step: int, k: int, made: list[tuple[range, Tensor, Condition]]) -> float:
-        """One update of the fake score on the clips of this step's rollout, with noise and levels of its own."""
+    def fake_step(self, draws: Draws, step: int, k: int, made: list[Clips]) -> float:
+        """One update of the fake score on these clips, with noise and levels of its own."""
         fake, total, plan = self.learners["fake"], 0.0, bidirectional(self.run.layout)
         clean = self.run.clean_frames
         for i, (samples, x_hat, condition) in enumerate(made):
