@@ -192,8 +192,8 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from aadkern_train.engine.config import apply_overrides, to_yaml
-    from aadkern_train.recipes import make_recipe, read_recipe
+    from aadkern_train.engine.config import apply_overrides
+    from aadkern_train.recipes import make_recipe, read_recipe, show
     from aadkern_train.trainer import run_recipe
 
     names = [word for word in args.words if "=" not in word]
@@ -214,7 +214,7 @@ def run_train(args: argparse.Namespace) -> None:
     else:
         recipe = make_recipe(recipe_name, rest)
     if args.show:
-        print(to_yaml(recipe))
+        print(show(recipe))
         return
     folder = resume or folder_of("out", own.get("out", f"runs/{recipe.recipe}"))
     report = run_recipe(recipe, folder, resume=resume is not None, overwrite=overwrite)

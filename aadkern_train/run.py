@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from aadkern.plans import VideoLayout, Window
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.files import read_json, replace_file
 from aadkern_train.engine.processes import Processes
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.run_folder import RunFolder
@@ -18,6 +22,8 @@ from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.networks import Networks
 from aadkern_train.networks.teacher import Teacher
 from aadkern_train.worlds.base import World
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,7 +49,26 @@ class Run:
 
         if self.processes.size > 1:  # what a world must make, the main process makes; the others then read that
             self.processes.on_main(lambda: opened() and None)
-        return opened()
+        world = opened()
+        self.recipe.data.fits(world, self.recipe)
+        if world.fingerprint is not None:
+            self.pin("data", world.fingerprint)
+        return world
+
+    def pin(self, name: str, fingerprint: str) -> None:
+        """Keeps in RUN/data.json what data the run reads, by ``name``. Raises ValueError where it began with others."""
+        file = self.folder.path / "data.json"
+
+        def keep() -> None:
+            known = read_json(file) if file.exists() else {}
+            if known.get(name, fingerprint) != fingerprint:
+                had = f"fingerprint {known[name]} in {file}, now {fingerprint}"
+                raise ValueError(f"{name} must be what the run began with, it has changed since ({had})")
+            if name not in known:
+                replace_file(file, json.dumps({**known, name: fingerprint}, indent=1) + "\n")
+
+        if self.processes.mesh is not None:  # a run that is only used leaves nothing behind
+            self.processes.on_main(keep)
 
     @cached_property
     def networks(self) -> Networks:
@@ -90,11 +115,15 @@ class Run:
         """The indices of this process's clips in a step's global batch."""
         return self.processes.local_slice(range(step * size, (step + 1) * size))
 
+    def read(self, work: Callable[[], T]) -> T:
+        """What ``work`` reads of the world. Where one rank cannot, every rank raises at once, and none waits for it."""
+        return self.processes.agreed(work) if self.world.fingerprint is not None else work()
+
     def clips(self, samples: range, split: str = "train") -> Tensor:
         """Clips [B, F, C, H, W] of training length on this process's device."""
-        return self.world.clips(samples, self.recipe.frames, split).to(self.processes.device)
+        return self.read(lambda: self.world.clips(samples, self.recipe.frames, split)).to(self.processes.device)
 
     def condition(self, samples: range, split: str = "train") -> Condition:
         """What these clips are made under, on this process's device: in text to video the text alone."""
-        condition = self.world.condition(samples, split).to(self.processes.device)
+        condition = self.read(lambda: self.world.condition(samples, split)).to(self.processes.device)
         return condition if self.recipe.given_frames else Condition(None, condition.text)

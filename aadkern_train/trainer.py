@@ -20,6 +20,7 @@ from torch import Tensor
 from aadkern.spans import span
 from aadkern_train.engine.checkpoint import Checkpoints
 from aadkern_train.engine.files import naming, read_json
+from aadkern_train.engine.leaving import Asked, Leave
 from aadkern_train.engine.processes import start
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.run_folder import Progress, RunFolder
@@ -27,8 +28,12 @@ from aadkern_train.engine.video import write_video
 from aadkern_train.evaluation import Measured, evaluate, references, steering
 from aadkern_train.networks.networks import recompute_blocks
 from aadkern_train.report import write_report
+from aadkern_train.report.images import reduced
 from aadkern_train.run import Run
 from aadkern_train.stages.base import KINDS, Stage
+from aadkern_train.validation import prompts, validate
+
+LARGE = 128  # pixels of a frame from which samples are videos, and the report's are made small
 
 
 class Progressed:
@@ -81,7 +86,7 @@ def check_networks(run: Run) -> None:
     """That networks from folders fit one another and their stages. Raises ValueError, naming the setting, before any is loaded."""
     run.networks.check()
     for name in stages_of(run):
-        if not run.folder.weights(name).exists():
+        if not run.processes.on_main(run.folder.weights(name).exists):
             settings = run.recipe.stages[name]
             KINDS[settings.kind].check(run, name, settings)
 
@@ -90,10 +95,13 @@ def train(run: Run) -> dict[str, Any]:
     """Run every stage that is not finished yet; returns what metrics.json holds."""
     read_metrics(run)  # broken, it is told of now, not at the end of a stage
     check_networks(run)
+    if run.recipe.validation.path is not None:
+        prompts(run)
     checkpoints = Checkpoints(run.folder.checkpoints, run.processes, keep=run.recipe.keep_checkpoints)
-    for name in stages_of(run):
-        if not run.processes.on_main(run.folder.weights(name).exists):
-            train_stage(run, make_stage(run, name), checkpoints)
+    with Asked() as asked:
+        for name in stages_of(run):
+            if not run.processes.on_main(run.folder.weights(name).exists):
+                train_stage(run, make_stage(run, name), checkpoints, asked)
     report = read_metrics(run)
     if run.recipe.evaluate.final_clips and not report["reference"]:
         metrics, clips = references(run)
@@ -110,8 +118,9 @@ def train(run: Run) -> dict[str, Any]:
     return report
 
 
-def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints) -> None:
-    """One stage from its newest checkpoint to its end, and what it leaves in the run folder."""
+def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) -> None:
+    """One stage from its newest checkpoint to its end, and what it leaves in the run folder. Raises Leave, when it is saved, where
+    a signal asked for that on any rank."""
     progressed = Progressed(stage)
     state = {**stage.state(), "progress": progressed}
     latest = checkpoints.latest()
@@ -134,9 +143,15 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints) -> None:
             progress.update(done, **{name: values[name] for name in stage.shown if name in values})
             if settings.every and done % settings.every == 0 and done < stage.steps:
                 measure_now(run, stage, progressed, done)
-            if done % run.recipe.checkpoint_every == 0 or progressed.stopped_at >= 0:
+            validated = run.recipe.validation.every
+            if validated and done % validated == 0 and done < stage.steps:
+                validate_now(run, stage, done)
+            number = run.processes.most(asked.number)
+            if number or done % run.recipe.checkpoint_every == 0 or progressed.stopped_at >= 0:
                 run.processes.on_main(run.folder.check_held)
                 checkpoints.save(stage.name, done, state, run.recipe)
+            if number:
+                raise Leave(number, f"{stage.name}, step {done}")
     run.processes.on_main(run.folder.check_held)
     finish(run, stage, progressed)
 
@@ -160,9 +175,16 @@ def measure_now(run: Run, stage: Stage, progressed: Progressed, done: int) -> No
         run.folder.log(stage.name, done - 1, kind="note", text=f"stopped early: {reason}")
 
 
+def validate_now(run: Run, stage: Stage, done: int) -> None:
+    """Videos at the recipe's prompts, if it has any."""
+    if stage.streams and run.recipe.validation.path is not None:
+        with stage.deployed() as network:
+            validate(run, stage.name, network, done)
+
+
 def measure_stage(run: Run, stage: Stage, network: Any, count: int, *, long: bool) -> Measured:
     """Streamed metrics; a network that cannot stream is measured among the references, as the teacher."""
-    return evaluate(run, network, count, long=long) if stage.streams else ({}, {})
+    return evaluate(run, network, count, long=long) if stage.streams and count else ({}, {})
 
 
 def finish(run: Run, stage: Stage, progressed: Progressed) -> None:
@@ -170,6 +192,8 @@ def finish(run: Run, stage: Stage, progressed: Progressed) -> None:
     with stage.deployed() as network:
         metrics, clips = measure_stage(run, stage, network, run.recipe.evaluate.final_clips, long=True)
         steps = progressed.stopped_at if progressed.stopped_at >= 0 else stage.steps
+        if stage.streams and run.recipe.validation.path is not None:
+            validate(run, stage.name, network, steps)
         if metrics:
             run.folder.log(stage.name, steps, kind="eval", **plain(metrics))
         report = read_metrics(run)
@@ -230,11 +254,19 @@ def machine(run: Run) -> dict[str, Any]:
 
 
 def save_sample(run: Run, name: str, x: Tensor) -> None:
-    """The first clips as RGB in RUN/samples: .npy for the report, .gif to look at."""
+    """The first clips as RGB in RUN/samples: .npy for the report, where large frames are made small, and .gif to look at, or of
+    large frames an .mp4 each."""
     if not run.processes.is_main:
         return
     rgb = run.world.to_rgb(x[: run.recipe.evaluate.show])
     rgb = rgb.numpy() if isinstance(rgb, torch.Tensor) else np.asarray(rgb)
+    large = rgb.shape[2] >= LARGE
     with naming(run.folder.samples / f"{name}.npy"):
-        np.save(run.folder.samples / f"{name}.npy", rgb)
-    write_video(run.folder.samples / f"{name}.gif", np.concatenate(list(rgb), axis=2), fps=6, scale=max(1, 64 // rgb.shape[2]))
+        np.save(run.folder.samples / f"{name}.npy", reduced(rgb) if large else rgb)
+    if large:
+        for i, clip in enumerate(rgb):
+            write_video(run.folder.samples / f"{name}-{i}.mp4", clip, run.world.fps)
+        return
+    write_video(
+        run.folder.samples / f"{name}.gif", np.concatenate(list(rgb), axis=2), run.world.fps, scale=max(1, 64 // rgb.shape[2])
+    )

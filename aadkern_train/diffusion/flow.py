@@ -89,3 +89,24 @@ def integrate_ode(
         moved = x + (following - level) * flow_from_x0(x, predict_x0(x, sigma), sigma)
         x = with_first_frame(moved, first_frame)
     return x
+
+
+def solver_grid(steps: int, shift_factor: float, levels: Sequence[float]) -> list[float]:
+    """``sigma_schedule`` widened by ``levels`` themselves, so that a latent stored at one of them has exactly that noise."""
+    return sorted({*sigma_schedule(steps, shift_factor), *levels}, reverse=True)
+
+
+def ode_trajectory(
+    predict_x0: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    levels: Sequence[float],
+    grid: Sequence[float],
+    first_frame: Tensor | None = None,
+) -> Tensor:
+    """The states of ``integrate_ode`` at falling ``levels`` (1 first, 0 last) on a ``solver_grid``: [B, levels, F, C, H, W]."""
+    x, stored = noise, []
+    for level, following in zip(levels, [*levels[1:], None], strict=True):
+        stored.append(x)
+        if following is not None:
+            x = integrate_ode(predict_x0, x, [s for s in grid if following <= s <= level], first_frame)
+    return torch.stack(stored, dim=1)

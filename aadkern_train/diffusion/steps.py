@@ -10,25 +10,35 @@ from dataclasses import dataclass
 class StepPlan:
     """The noise levels of a chunk's denoising passes: ``first`` for the first generated chunk, ``rest`` for the others.
 
-    ``exit`` is which pass ends the chunk and carries the gradient: "last", or the index drawn for this rollout.
+    ``exit`` is which pass ends the chunk and carries the gradient: "last", or the index drawn for this rollout; ``first_exit``
+    that of the first chunk, None: the same.
     """
 
     first: tuple[float, ...] = (1.0,)
     rest: tuple[float, ...] = (1.0,)
     exit: int | str = "last"
+    first_exit: int | str | None = None
 
     def __post_init__(self) -> None:
         for name, levels in (("first", self.first), ("rest", self.rest)):
             falling = all(a > b for a, b in itertools.pairwise(levels))
             if not levels or not falling or not all(0 < s <= 1 for s in levels):
                 raise ValueError(f"{name} must be falling noise levels in (0, 1], got {levels}")
-        if self.exit != "last" and not (isinstance(self.exit, int) and self.exit >= 0):
-            raise ValueError(f'exit must be "last" or a step index of at least 0, got {self.exit!r}')
+        for name in ("exit", "first_exit"):
+            index = getattr(self, name)
+            if index not in ("last", None if name == "first_exit" else "last") and not (isinstance(index, int) and index >= 0):
+                raise ValueError(f'{name} must be "last" or a step index of at least 0, got {index!r}')
 
     def levels(self, is_first: bool) -> tuple[float, ...]:
         """The levels that a chunk really runs, the exit last."""
         levels = self.first if is_first else self.rest
-        return levels if self.exit == "last" else levels[: int(self.exit) + 1]
+        exit = self.first_exit if is_first and self.first_exit is not None else self.exit
+        return levels if exit == "last" else levels[: int(exit) + 1]
+
+    @property
+    def distinct(self) -> tuple[float, ...]:
+        """All levels that any chunk has, falling."""
+        return tuple(sorted({*self.first, *self.rest}, reverse=True))
 
     def interval(self, exit: int) -> tuple[float, float]:
         """The noise levels that the exit pass is answerable for: from the next pass's level (0 after the last) up to its own."""

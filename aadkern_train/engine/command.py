@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from aadkern_train.engine.leaving import Leave
+
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, or name another place"),
     errno.EIO: "see whether the disk is full or broken, or name another place",
@@ -23,7 +25,8 @@ TOO_LARGE = ("out of memory", "can't allocate memory", "storage size calculation
 
 def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
     """The exit status of ``work``, the command ``name``: 2 for what a user or a disk did wrong, 1 for losses that left the numbers,
-    130 for Ctrl-C. ``goes_on`` is how what was interrupted goes on. What else is raised is this package's fault, and raised on.
+    130 for Ctrl-C, 128 + its number for a signal that asked the run to save and leave. ``goes_on`` is how what was interrupted goes
+    on. What else is raised is this package's fault, and raised on.
     """
     saved = f"; {goes_on}" if goes_on else ""
     try:
@@ -32,6 +35,8 @@ def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
         return status
     except KeyboardInterrupt:
         return _tell(name, f"interrupted; what was saved stays{saved.replace(';', ', and', 1)}", 130)
+    except Leave as error:
+        return _tell(name, f"{error}{saved}", 128 + error.number)
     except BrokenPipeError:  # `| head` has seen enough
         _drop_stdout()
         return 141

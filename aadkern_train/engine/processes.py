@@ -39,9 +39,9 @@ here and 86 GB at 14 billion, where a reduced gradient's share is 57 GB over the
 T = TypeVar("T")
 
 
-class MainProcessError(RuntimeError, ValueError):
-    """What ended the main process's part of a common work, told to the other ranks. A ValueError too, since the command line tells
-    those in one line, and the main process has told the rest."""
+class OtherRankError(RuntimeError, ValueError):
+    """What ended another rank's part of a common work, told to this one. A ValueError too, since the command line tells those in
+    one line, and the other rank has told the rest."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Processes:
         return out
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Runs work on the main rank; every rank gets its (picklable) result, or a MainProcessError for its error.
+        """Runs work on the main rank; every rank gets its (picklable) result, or an OtherRankError for its error.
 
         What the disk holds is asked here too: two ranks that look for themselves may find different things while one writes, and
         then wait for each other for ever. ``work`` must not make ranks meet (no second ``on_main`` within).
@@ -102,8 +102,33 @@ class Processes:
         if error is not None:
             raise error
         if outcome[1] is not None:
-            raise MainProcessError(outcome[1])
+            raise OtherRankError(outcome[1])
         return outcome[0]  # type: ignore[return-value]
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """This rank's own result of ``work``, once all ranks have theirs: where one raises, every rank does."""
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        failed = torch.tensor([self.rank if error is not None else self.size], device=self.device)
+        dist.all_reduce(failed, dist.ReduceOp.MIN)
+        if error is not None:
+            raise error
+        if failed.item() < self.size:
+            raise OtherRankError(f"rank {failed.item()} could not read its data, and said why; this rank stops too")
+        return result  # type: ignore[return-value]
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        told = torch.tensor([number], device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return int(told.item())
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

@@ -48,6 +48,7 @@ class NetworkSettings(Config):
 class ModelsSettings(Config):
     """Where a role's network comes from: the name of an earlier stage, or a folder in diffusers' format."""
 
+    generator: str | None = None  # what a stage without a start begins with; None: a random network of the shape ``network``
     teacher: str = "pretrain"  # whom stages I and II distil; "exact" is the world's own denoiser
     given: Literal["clean", "noised"] = "clean"  # how the teacher was trained to see a given first frame (Wan's T2V: noised)
     fake: str | None = None  # what the fake score starts from; None: the teacher, or the generator where that is exact
@@ -67,6 +68,9 @@ class WorldSettings(Choice):
 
     def check(self, recipe: Recipe) -> None:
         """Raises ValueError, naming the setting, where the recipe asks for what the world does not have."""
+
+    def fits(self, world: Any, recipe: Recipe) -> None:
+        """Raises ValueError, naming the setting, where the opened world cannot give what the recipe asks for."""
 
     @property
     def words(self) -> bool:
@@ -107,11 +111,25 @@ class EvaluationSettings(Config):
 
     every: Whole = 50  # steps between measurements of a stage; 0 is only at its end
     clips: Count = 128  # clips in such a measurement
-    final_clips: Count = 512  # clips in a stage's last one
+    final_clips: Whole = 512  # clips in a stage's last one; 0 leaves measuring out
     batch: Count = 128
     long: Count = 3  # the long measurement is this many times the trained length
     show: Count = 8  # clips kept for the report
     teacher_steps: Count = 16  # network passes of the teacher's own samples, beside which the stages are shown
+
+    @property
+    def wanted(self) -> int:
+        """The most held-out clips that a measurement takes."""
+        return max(self.clips if self.every else 0, self.final_clips)
+
+
+class ValidationSettings(Config):
+    """Videos at fixed prompts while a stage trains; for runs on prepared data."""
+
+    path: str | None = None  # a folder of `aad prepare`: prompts, or images with prompts for image to video
+    every: Whole = 50  # steps between them; 0 is only at a stage's end
+    seeds: Count = 1  # videos a prompt
+    chunks: Count | None = None  # how many chunks are streamed; None: a training clip's
 
 
 class Recipe(Config):
@@ -133,6 +151,7 @@ class Recipe(Config):
     models: ModelsSettings = ModelsSettings()
     stages: dict[str, one_of(StageSettings)] = {}  # type: ignore[valid-type]  # noqa: RUF012
     evaluate: EvaluationSettings = EvaluationSettings()
+    validation: ValidationSettings = ValidationSettings()
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
 

@@ -33,10 +33,12 @@ class Networks:
 
     def source(self, name: str | None) -> Path:
         """The folder of a network: an earlier stage's weights by its name (``<stage>.<learner>``: another of its networks), a
-        folder by its path, or for None the run's own random network, which is written when it is first asked for."""
+        folder by its path, or for None what ``models.generator`` names, else the run's own random network, which is written when it
+        is first asked for."""
         trained = None if name is None else self.recipe.trained(name)
         if trained is None:
-            return self._random()
+            given = self.recipe.models.generator
+            return self._random() if given is None else Path(given)
         return self.folder.weights(trained) if trained.partition(".")[0] in self.recipe.stages else Path(trained)
 
     def plain(self, name: str | None) -> Denoiser:
@@ -80,6 +82,8 @@ class Networks:
 
         def look() -> None:
             for setting, name in self._settings().items():
+                if not name:
+                    raise ValueError(f"{setting} must name a network's folder in diffusers' format, say WAN/transformer")
                 if name not in self.recipe.stages:
                     self._checked(Path(name), setting)
 
@@ -120,14 +124,15 @@ class Networks:
     def _settings(self) -> dict[str, str]:
         """The settings that name a network, but for a teacher that nobody set and no stage trains."""
         models = self.recipe.models
-        named = {f"models.{role}": getattr(models, role) for role in ("teacher", "fake", "discriminator")}
+        named = {f"models.{role}": getattr(models, role) for role in ("generator", "teacher", "fake", "discriminator")}
         if models.teacher == "exact" or models.teacher == type(models).model_fields["teacher"].default:
             del named["models.teacher"]
         named |= {f"{name}.start": stage.start for name, stage in self.recipe.stages.items() if stage.steps > 0}
         return {setting: name for setting, name in named.items() if name is not None}
 
     def _checked(self, path: Path, setting: str) -> Stored:
-        """A folder's network, that it can be read and that it fits this run: its latents, its captions, its patches."""
+        """A folder's network, that it can be read and that it fits this run: its latents, its captions, its patches, its positions.
+        Folders of diffusers' own say nothing of the last, and take the run's."""
         try:
             stored = inspect(path)
         except ValueError as error:
@@ -138,6 +143,11 @@ class Networks:
         for key, (value, whose) in wanted.items():
             if stored.config[key] != value:
                 raise ValueError(f"{setting} must be a network with {key} {value}, {whose}, got {stored.config[key]} in {path}")
+        rope = self.recipe.network.rope
+        if stored.config.setdefault("rope", rope) != rope:
+            raise ValueError(
+                f"{setting} must be a network with rope {rope!r}, network.rope's, got {stored.config['rope']!r} in {path}"
+            )
         return stored
 
     def _random(self) -> Path:

@@ -24,11 +24,13 @@ def gathered_once(run: Run, generator: Any) -> AbstractContextManager[None]:
 def self_rollout(
     run: Run, generator: Any, draws: Draws, samples: range, with_grad: bool, split: str = "train"
 ) -> tuple[Rollout, int]:
-    """A rollout under the conditions of these samples, and the exit pass drawn for it (one for all chunks, samples and
-    processes)."""
+    """A rollout under the conditions of these samples, and the exit pass drawn for it: one for all samples, processes and chunks,
+    but for a first chunk with levels of its own."""
     recipe, shape, device = run.recipe, run.world.frame_shape, run.processes.device
     exit = int(draws.integers("exit", [0], len(recipe.levels)))
-    steps = StepPlan(recipe.first_levels or recipe.levels, recipe.levels, exit)
+    steps = recipe.steps
+    first = exit if recipe.first_levels is None else int(draws.integers("first exit", [0], len(steps.first)))
+    steps = StepPlan(steps.first, steps.rest, exit, first)
     sizes = recipe.generated_chunks
 
     def noise(number: int, k: int) -> Tensor:

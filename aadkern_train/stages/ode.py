@@ -8,6 +8,10 @@ causal teacher instead).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from aadkern.streaming.context import CausalContext
 from aadkern_train.diffusion.draws import Draws
-from aadkern_train.diffusion.flow import integrate_ode, sigma_schedule
+from aadkern_train.diffusion.flow import ode_trajectory, solver_grid
 from aadkern_train.diffusion.losses import regression
 from aadkern_train.engine.files import atomic_path
 from aadkern_train.engine.processes import accumulating
@@ -24,8 +28,18 @@ from aadkern_train.engine.run_folder import Progress
 from aadkern_train.learning.learner import Learner
 from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.teacher import Teacher
+from aadkern_train.prepared.format import Prepared, padded
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, micro_batches, register
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """``count`` trajectories: of some rows ``latents`` [B, levels, F, C, H, W], fp32, and the ``text`` they were made under."""
+
+    count: int
+    latents: Callable[[list[int]], Tensor]
+    text: Callable[[list[int]], Tensor | None]
 
 
 @register("ode")
@@ -41,7 +55,8 @@ class OdeInitialisation(Stage):
         start: str | None = "pretrain"
         steps: int = 700
         batch: int = 12
-        pairs: Count = 1024
+        pairs: Count = 1024  # how many the run makes for itself
+        pairs_from: str | None = None  # a folder of `aad pairs`, whose own captions they have; None: the run makes them
         guidance: Guidance = 1.0  # the teacher's, x0_null + guidance (x0_text - x0_null)
         solver_steps: Count = 16  # the pairs cost pairs * solver_steps forwards of the teacher
         shift: Rate = (
@@ -51,7 +66,7 @@ class OdeInitialisation(Stage):
 
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)
-        self.levels = (*run.recipe.levels, 0.0)
+        self.levels = (*run.recipe.steps.distinct, 0.0)
         self.pairs = self.load_pairs()
         # An exact teacher has no weights to start from.
         start = None if run.recipe.models.teacher == "exact" else settings.start
@@ -59,31 +74,27 @@ class OdeInitialisation(Stage):
         self.learners["generator"] = Learner(network, settings.optimiser, self.steps, clip=settings.clip, ema=settings.ema)
         self.context = CausalContext(run.layout, run.window)
 
+    @classmethod
+    def check(cls, run: Run, name: str, settings: Settings) -> None:
+        if settings.pairs_from is not None and not (Path(settings.pairs_from) / "dataset.json").is_file():
+            raise ValueError(f"{name}.pairs_from must name a folder of `aad pairs`, got {settings.pairs_from!r}")
+
     @torch.no_grad()
     def trajectories(self, samples: range, teacher: Teacher) -> Tensor:
-        """ODE trajectories at falling ``levels`` (1 first, 0 last), [B, len(levels), F, C, H, W], from the samples' own noise
-        and condition.
-
-        The solver's grid is widened by the levels themselves, so each stored latent has exactly the sigma it is labelled with.
-        """
-        run, levels = self.run, self.levels
-        grid = sorted({*sigma_schedule(self.settings.solver_steps, self.settings.shift), *levels}, reverse=True)
+        """ODE trajectories at ``levels``, [B, len(levels), F, C, H, W], from the samples' own noise and condition."""
+        run = self.run
+        grid = solver_grid(self.settings.solver_steps, self.settings.shift, self.levels)
         condition = run.condition(samples)
         first = condition.first if run.clean_frames else None
         shape, device = (run.recipe.frames, *run.world.frame_shape), run.processes.device
-        x = run.draws(f"{self.name} pairs", 0).normal("noise", samples, shape, device=device)
-        stored = []
-        for level, following in zip(levels, [*levels[1:], None], strict=True):
-            stored.append(x)
-            if following is not None:
-                x = integrate_ode(teacher.of(condition), x, [s for s in grid if following <= s <= level], first)
-        return torch.stack(stored, dim=1)
+        noise = run.draws(f"{self.name} pairs", 0).normal("noise", samples, shape, device=device)
+        return ode_trajectory(teacher.of(condition), noise, self.levels, grid, first)
 
-    def load_pairs(self, batch: int = 64) -> Tensor:
-        """All trajectories [P, len(levels), F, C, H, W], made once and kept in RUN/pairs/<stage>.safetensors.
-
-        Pair i is made under the condition of training sample i.
-        """
+    def load_pairs(self, batch: int = 64) -> Pairs:
+        """The teacher's trajectories: those of a folder of ``aad pairs``, or the run's own, made once under the conditions of
+        training samples and kept in RUN/pairs/<stage>.safetensors."""
+        if self.settings.pairs_from is not None:
+            return self.prepared_pairs(Path(self.settings.pairs_from))
         run, count = self.run, self.settings.pairs
         path = run.folder.pairs(self.name)
         if not run.processes.on_main(path.exists):
@@ -108,7 +119,30 @@ class OdeInitialisation(Stage):
             raise ValueError(f"{path} cannot be read: {error}; remove it, and resume=RUN makes the pairs anew") from error
         if stored["sigmas"].tolist() != torch.tensor(self.levels).tolist() or len(stored["latents"]) != count:
             raise ValueError(f"{path} holds pairs of other settings; remove it to make new ones")
-        return stored["latents"]
+        latents = stored["latents"]
+        return Pairs(count, lambda rows: latents[rows], lambda rows: run.world.condition(rows, "train").text)
+
+    def prepared_pairs(self, folder: Path) -> Pairs:
+        """The pairs of ``aad pairs``, read by position. Raises ValueError where they are not this recipe's."""
+        run, prepared = self.run, Prepared(folder)
+        if prepared.kind != "pairs":
+            raise ValueError(f"{self.name}.pairs_from must be a folder of `aad pairs`, {folder} holds {prepared.kind}")
+        given, wanted = [float(level) for level in prepared.header["levels"]], list(self.levels)
+        if given != wanted:
+            levels = ",".join(f"{level:g}" for level in wanted[:-1])
+            makes = f"`aad pairs --levels {levels}` makes those"
+            raise ValueError(f"{self.name}.pairs_from must hold levels {wanted}, got {given}: {makes}")
+        channels, height, width = run.world.frame_shape
+        shape = tuple(prepared.latents(prepared.items[0]).shape[1:])
+        if shape != (run.recipe.frames, channels, height, width):
+            raise ValueError(f"{self.name}.pairs_from must hold clips {(run.recipe.frames, *run.world.frame_shape)}, got {shape}")
+        run.pin(f"{self.name}.pairs_from", prepared.fingerprint)
+        items = prepared.items
+
+        def latents(rows: list[int]) -> Tensor:
+            return run.read(lambda: torch.stack([prepared.latents(items[row]).float() for row in rows]))
+
+        return Pairs(len(items), latents, lambda rows: torch.stack([padded(prepared.text(items[row])).float() for row in rows]))
 
     def train_step(self, step: int) -> dict[str, float]:
         learner, total = self.learners["generator"], 0.0
@@ -127,20 +161,22 @@ class OdeInitialisation(Stage):
         return {"loss": total, "grad_norm": learner.update(step)}
 
     def drawn_levels(self, draws: Draws, samples: range) -> Tensor:
-        """An index into ``levels`` for each chunk, by frame: [B, F]."""
-        chunks = self.run.recipe.chunks
-        drawn = draws.integers("level", samples, len(self.levels), (len(chunks),))
-        if self.run.recipe.given_frames:
+        """An index into ``levels`` for each chunk, by frame: [B, F]. A chunk's is one of those that it will run at, or 0."""
+        chunks, given, steps = self.run.recipe.chunks, self.run.recipe.given_frames, self.run.recipe.steps
+        first, rest = (torch.tensor([self.levels.index(s) for s in (*steps.levels(is_first), 0.0)]) for is_first in (True, False))
+        drawn = rest[draws.integers("level", samples, len(rest), (len(chunks),))]
+        if self.run.recipe.first_levels is not None:
+            drawn[:, given] = first[draws.integers("first level", samples, len(first))]
+        if given:
             drawn[:, 0] = len(self.levels) - 1  # the given frame is clean
         return torch.repeat_interleave(drawn, torch.tensor(chunks), dim=1)
 
     def inputs(self, draws: Draws, samples: range) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Chunks at levels of their own: x [B, F, C, H, W], sigma [B, F], the clean end x0*, and the pairs' own text."""
         device = self.run.processes.device
-        drawn = draws.integers("pair", samples, len(self.pairs))
-        latents = self.pairs[drawn].to(device)
+        drawn = draws.integers("pair", samples, self.pairs.count).tolist()
+        latents, text = self.pairs.latents(drawn).to(device), self.pairs.text(drawn)
         per_frame = self.drawn_levels(draws, samples).to(device)  # [B, F]
         sigma = torch.tensor(self.levels, device=device)[per_frame]
         rows, frames = torch.arange(len(samples), device=device)[:, None], torch.arange(latents.shape[2], device=device)
-        text = self.run.world.condition(drawn.tolist(), "train").text
         return latents[rows, per_frame, frames], sigma, latents[:, -1], None if text is None else text.to(device)

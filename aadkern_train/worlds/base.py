@@ -36,8 +36,19 @@ class World(Protocol):
         ...
 
     @property
+    def fps(self) -> float:
+        """Frames of ``to_rgb`` a second, in the files that show them."""
+        ...
+
+    @property
     def null(self) -> Tensor | None:
         """The text that says nothing, [1, T, text_dim]; None in a world without words."""
+        ...
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Changes with the data that the world reads from a disk, which a run must find again when it is resumed; None: a world
+        that is made from its settings, or keeps its own watch."""
         ...
 
     @property

@@ -63,6 +63,8 @@ class PictureWorld:
     """What streaming needs of a folder of videos, from a run's latents alone: the shape of a frame, and pixels both ways."""
 
     null = None
+    fps = 6.0  # slower than the model sees them, to be looked at
+    fingerprint = None  # decoded frames are kept by each file's size and time
 
     def __init__(self, latents: PatchLatents, size: tuple[int, int]) -> None:
         self.latents, self.size = latents, size

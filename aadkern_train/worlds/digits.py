@@ -63,6 +63,16 @@ class DigitsWorld(DigitsLaw):
         return self.language.embed([""]) if self.captions else None
 
     @property
+    def fps(self) -> float:
+        """Slow enough to follow."""
+        return 6.0
+
+    @property
+    def fingerprint(self) -> None:
+        """None: its settings say all."""
+        return None
+
+    @property
     def metrics(self) -> Mapping[str, Metric]:
         """What `measure` gives."""
         return METRICS

@@ -1,0 +1,292 @@
+"""A world of prepared data: latents of real videos with captions, read by position from the folder that ``aad prepare`` made.
+
+Sample i of a split is item permutation(i // n)[i % n] of its n items, each pass over them in an order of its own: a pure function
+of the seed, for any number of processes. One clip shape is trained at a time; clips of other sizes, and shorter ones, are left out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.recipe import Recipe, Whole, WorldSettings
+from aadkern_train.networks.conditions import Condition
+from aadkern_train.prepared.format import Item, Prepared, padded
+from aadkern_train.prepared.shards import crc32
+from aadkern_train.worlds.base import SPLITS, Metric
+from aadkern_train.worlds.generic_metrics import METRICS, measure_generic
+
+PREPARE = "`aad prepare` videos"
+Side = Annotated[int, Field(ge=1)]
+
+
+@WorldSettings.member("latents")
+class LatentsData(WorldSettings):
+    """Folders that ``aad prepare`` made, and the Wan folder whose VAE shows what is generated."""
+
+    kind: str = "latents"
+    path: str = ""  # clips with captions; prompts alone serve stages I and II of text to video
+    curated: str | None = None  # the clips that stage III holds up as real; None: those of path
+    parts: str = ""  # a Wan folder: its vae decodes samples
+    frame: tuple[Side, Side, Side] | None = None  # (C, H, W) of a latent frame; None: the commonest among the clips
+    null_text: Literal["negative", "empty"] = (
+        "negative"  # the text that guidance leads away from (the lineage: Wan's negative prompt)
+    )
+    held_out: Whole | None = None  # clips kept for measuring; None: those that the preparation marked, about one in fifty
+
+    @property
+    def words(self) -> bool:
+        """Captions, always."""
+        return True
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.models.teacher == "exact":
+            raise ValueError("models.teacher can be exact only for digits; real videos have no known law")
+
+    def fits(self, world: LatentsWorld, recipe: Recipe) -> None:
+        most = max((stage.batch for stage in recipe.stages.values() if stage.steps), default=1)
+        if world.count("train") < most:
+            raise ValueError(f"data.path must hold a batch of items to train on, {most}, {self.path} holds {world.count('train')}")
+        measured = recipe.evaluate.wanted
+        if world.count("test") < measured:
+            raise ValueError(
+                f"evaluate must take no more clips than are held out, it takes {measured}, {world.count('test')} are there; "
+                "data.held_out=N keeps N"
+            )
+        if measured and not world.longest("test"):
+            raise ValueError(
+                f"evaluate must be left out (evaluate.every=0 evaluate.final_clips=0) where there are prompts alone, as in "
+                f"{self.path}: measuring needs real clips; {PREPARE} for data.curated"
+            )
+        if recipe.given_frames and not world.longest("train"):
+            raise ValueError(f"task must be t2v where data.path holds prompts alone, as {self.path} does; {PREPARE} for i2v")
+        for name, stage in recipe.stages.items():
+            real = getattr(stage, "real", None)  # of the stages that hold up real clips
+            if stage.steps and real is not None and not world.longest(real):
+                raise ValueError(f"{name} must have real clips, data.path holds prompts alone; {PREPARE} for data.curated")
+
+    def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> LatentsWorld:
+        for name in ("path", "parts"):
+            if not getattr(self, name):
+                what = "a folder that `aad prepare` made" if name == "path" else "a Wan folder, whose vae shows what is generated"
+                raise ValueError(f"data.{name} must name {what}")
+        prepared = Prepared(Path(self.path))
+        curated = prepared if self.curated in (None, self.path) else Prepared(Path(self.curated))
+        return LatentsWorld(prepared, curated, Path(self.parts), frames, self.frame, self.null_text, self.held_out, seed)
+
+
+class LatentsWorld:
+    """Prepared clips of ``frames`` latent frames [C, H, W]. ``curated`` gives the split of that name, ``prepared`` the others.
+
+    Raises ValueError where nothing is left, or the two are latents of different VAEs or texts of different encoders.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        curated: Prepared,
+        parts: Path,
+        frames: int,
+        frame: tuple[int, int, int] | None = None,
+        null: str = "negative",
+        held_out: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        for setting, data in (("path", prepared), ("curated", curated)):
+            if data.kind == "pairs":
+                raise ValueError(f"data.{setting} must hold clips or prompts, {data.folder} holds pairs (for a stage's pairs_from)")
+        for key in ("vae", "text_encoder", "tokenizer", "text_dim"):
+            ours, theirs = prepared.header.get(key), curated.header.get(key)
+            if ours != theirs and None not in (ours, theirs):
+                raise ValueError(f"data.curated must be made with the {key} of data.path, {ours}, got {theirs}")
+        self.prepared, self.frames, self.parts, self.seed = prepared, frames, parts, seed
+        self.frame_shape = frame or _commonest(prepared, curated)
+        main, held = _divided(_fitting(prepared, frames, self.frame_shape, "path"), held_out)
+        chosen = main if curated is prepared else _divided(_fitting(curated, frames, self.frame_shape, "curated"), held_out)[0]
+        if curated is not prepared and prepared.kind == "prompts":  # prompts have no clips to measure beside
+            held = _divided(_fitting(curated, frames, self.frame_shape, "curated"), held_out)[1]
+        self._data = {"train": prepared, "curated": curated, "test": curated if prepared.kind == "prompts" else prepared}
+        self._items: dict[str, list[Item]] = {"train": main, "curated": chosen, "test": held}
+        self._null = padded(prepared.null(null))[None].float()
+        # With one entry per split: training, its discriminator's clips, and measurements each go forward through their own.
+        self._order = lru_cache(maxsize=2 * len(SPLITS))(self._permutation)
+
+    @property
+    def null(self) -> Tensor:
+        """The text that guidance leads away from, [1, 512, text_dim]."""
+        return self._null
+
+    @property
+    def fps(self) -> float:
+        """Video frames a second."""
+        return float(self.prepared.header.get("fps", 16.0))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any of the data that this world reads."""
+        return " ".join(dict.fromkeys(data.fingerprint for data in self._data.values()))
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What ``measure`` gives."""
+        return METRICS
+
+    def count(self, split: str) -> int:
+        """Items of a split."""
+        return len(self._items[split])
+
+    def longest(self, split: str = "train") -> int:
+        """Frames of the longest clip of a split."""
+        return max((item.bucket[0] for item in self._items[split] if item.bucket), default=0)
+
+    def condition(self, samples: Sequence[int], split: str = "train") -> Condition:
+        """Captions [B, 512, text_dim], and the clips' first latent frames, which is all that is read of them; prompts have none."""
+        chosen, data = self._chosen(samples, split), self._data[split]
+        text = torch.stack([padded(data.text(item)).float() for item in chosen])
+        if data.kind == "prompts":
+            return Condition(None, text)
+        return Condition(torch.stack([data.latents(item, 1)[0].float() for item in chosen]), text)
+
+    def clips(self, samples: Sequence[int], frames: int | None = None, split: str = "train") -> Tensor:
+        """Clips [B, F, C, H, W], fp32. Raises ValueError where a split has prompts alone, or no clip that long."""
+        frames, data = frames or self.frames, self._data[split]
+        if data.kind == "prompts":
+            raise ValueError(f"{data.folder} must hold clips for this, it holds prompts alone; prepare videos for data.curated")
+        chosen = self._chosen(samples, split, frames)
+        return torch.stack([data.latents(item, frames).float() for item in chosen])
+
+    def _chosen(self, samples: Sequence[int], split: str, frames: int | None = None) -> list[Item]:
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        items = self._items[split]
+        if frames is not None and frames > self.frames:  # such clips are fewer: an order of their own, for measurements alone
+            items = [item for item in items if item.bucket and item.bucket[0] >= frames]
+        if not items:
+            longer = f" of {frames} latent frames" if frames else ""
+            raise ValueError(f"{self._data[split].folder} must hold items for {split!r}{longer}, it holds none")
+        return [items[self._order(split, i // len(items), len(items))[i % len(items)]] for i in samples]
+
+    def _permutation(self, split: str, epoch: int, count: int) -> list[int]:
+        drawn = Draws(self.seed, "latents", split).uniform("order", [epoch], (count,))[0]
+        return torch.argsort(drawn, stable=True).tolist()
+
+    @cached_property
+    def _vae(self) -> Any:
+        """Wan's VAE, loaded when a picture is first wanted: bf16 on a GPU, where decoding loses nothing by it."""
+        from diffusers import AutoencoderKLWan
+
+        cuda = torch.cuda.is_available()
+        dtype = torch.bfloat16 if cuda else torch.float32
+        try:
+            vae, told = AutoencoderKLWan.from_pretrained(
+                self.parts / "vae", torch_dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"data.parts must be a Wan folder with a vae, {self.parts} cannot be read: {error}") from error
+        if told["missing_keys"]:
+            raise ValueError(f"data.parts must hold a whole vae, {self.parts} lacks {', '.join(sorted(told['missing_keys'])[:3])}")
+        return vae.eval().requires_grad_(False).to("cuda" if cuda else "cpu")
+
+    @torch.no_grad()
+    def to_rgb(self, x: Tensor) -> Tensor:
+        """uint8 [B, 4 F - 3, 8 H, 8 W, 3] on the CPU, decoded clip by clip and frame by frame."""
+        from aadkern.wan.vae import StreamingDecoder
+
+        videos = []
+        for clip in x:
+            decoder = StreamingDecoder(self._vae)
+            parts = [_uint8(decoder.decode(frame[None, :, None])) for frame in clip.to(self._vae.device)]
+            videos.append(torch.cat(parts))
+        return torch.stack(videos)
+
+    def measure(self, x: Tensor, condition: Condition, real: Tensor) -> dict[str, Any]:
+        """``measure_generic`` of the decoded clips beside real ones; under "segments" the motion of latents along the clip, in
+        percent of the real clips': where it falls, a video freezes."""
+        found: dict[str, Any] = measure_generic(self.to_rgb(real), self.to_rgb(x))
+        moved = x.diff(dim=1).abs().mean((0, 2, 3, 4))
+        found["segments"] = {"motion": (100 * moved / real.diff(dim=1).abs().mean().clamp_min(1e-6)).tolist()}
+        return found
+
+    def held_out(self, index: int, caption: str | None = None) -> Condition:
+        """A held-out first frame and caption; another caption needs the text encoder, which is not loaded here."""
+        if caption is not None:
+            self.embed([caption])
+        return self.condition([index], "test")
+
+    def picture(self, path: Path) -> Tensor:
+        """Raises ValueError: a run on Wan's latents streams through ``aad generate``'s path for Wan."""
+        raise ValueError(f"image must be encoded by Wan's own pipeline, got {path}")
+
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        """The texts of captions among the prepared items. Raises ValueError for others."""
+        known = {item.caption: (data, item) for data in self._data.values() for item in data.items}
+        lacking = [caption for caption in captions if caption not in known]
+        if lacking:
+            raise ValueError(f"prompt must be a prepared caption, or go through a Wan folder's text encoder, got {lacking[0]!r}")
+        return torch.stack([padded(data.text(item)).float() for data, item in (known[caption] for caption in captions)])
+
+    def describe(self, condition: Condition) -> list[str] | None:
+        """The captions of prepared texts, found by their checksums; None where one is of another origin."""
+        if condition.text is None:
+            return None
+        known = {item.record["crc32"]["text"]: item.caption for data in self._data.values() for item in data.items}
+        found = [known.get(crc32(row[: int(row.any(dim=1).sum())].bfloat16())) for row in condition.text.cpu()]
+        return None if None in found else found  # type: ignore[return-value]
+
+    def turned(self, condition: Condition) -> None:
+        """None: what another course is, no caption says."""
+
+    def follows(self, x: Tensor, condition: Condition, frames: tuple[int, int]) -> float:
+        """Raises ValueError: real videos have no measure of it."""
+        raise ValueError("prepared videos have no measure of how far captions are followed")
+
+
+def _uint8(pixels: Tensor) -> Tensor:
+    """Pixels [1, 3, T, H, W] in [-1, 1] as uint8 [T, H, W, 3] on the CPU."""
+    return pixels[0].float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
+
+
+def _commonest(*data: Prepared) -> tuple[int, int, int]:
+    """(C, H, W) of the commonest clips."""
+    for prepared in data:
+        buckets = Counter(item.bucket[1:] for item in prepared.items if item.bucket)
+        if buckets:
+            (height, width), _ = buckets.most_common(1)[0]
+            first = next(item for item in prepared.items if item.bucket and item.bucket[1:] == (height, width))
+            return (prepared.latents(first, 1).shape[1], height, width)
+    raise ValueError("data.frame must be (channels, rows, columns) of a latent frame where data.path holds prompts alone")
+
+
+def _fitting(prepared: Prepared, frames: int, frame_shape: tuple[int, int, int], setting: str) -> list[Item]:
+    """The items that a run of clips so long and large can use."""
+    if prepared.kind == "prompts":
+        return list(prepared.items)
+    fitting = [item for item in prepared.items if item.bucket and item.bucket[0] >= frames and item.bucket[1:] == frame_shape[1:]]
+    wanted = f"clips of {frames} latent frames of {frame_shape[1]}x{frame_shape[2]}"
+    if not fitting:
+        found = Counter(item.bucket for item in prepared.items)
+        raise ValueError(f"data.{setting} must hold {wanted}, {prepared.folder} holds (frames, rows, columns): {dict(found)}")
+    if len(fitting) < len(prepared.items):
+        left = len(prepared.items) - len(fitting)
+        warnings.warn(f"data.{setting}: {left} of {len(prepared.items)} clips are left out, the run takes {wanted}", stacklevel=2)
+    return fitting
+
+
+def _divided(items: list[Item], held_out: int | None) -> tuple[list[Item], list[Item]]:
+    """Training and held-out items: as they are marked, or ``held_out`` of them by a hash of their names."""
+    if held_out is None:
+        return [item for item in items if item.split != "test"], [item for item in items if item.split == "test"]
+    if held_out >= len(items):
+        raise ValueError(f"data.held_out must leave clips to train on, got {held_out} of {len(items)}")
+    ranked = sorted(items, key=lambda item: float(Draws(0, "held out", item.id).uniform("rank", [0])))
+    kept = {item.id for item in ranked[:held_out]}
+    return [item for item in items if item.id not in kept], [item for item in items if item.id in kept]
