@@ -9,7 +9,14 @@ from pathlib import Path
 
 from tests.processes import run_processes
 
-STAGES = ["pretrain.steps=1", "ode.steps=1", "dmd.steps=0", "dmd_continued.steps=0", "adversarial.steps=0", "evaluate.final_clips=2"]
+STAGES = [
+    "pretrain.steps=1",
+    "ode.steps=1",
+    "dmd.steps=0",
+    "dmd_continued.steps=0",
+    "adversarial.steps=0",
+    "evaluate.final_clips=2",
+]
 
 
 def test_a_late_rank_trains_along(tmp_path):
