@@ -1,4 +1,4 @@
-"""The ``aad`` command: info, demo, train, generate, report, bench. ``info`` and ``bench`` work without the train extra."""
+"""The ``aad`` command: info, demo, train, generate, prepare, report, bench. ``info`` and ``bench`` work without the train extra."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aadkern_train.engine.command import OneLineParser, status_of
+from aadkern_train.prepared.command import add_prepare
 
 TRAIN_MODULES = {
     "diffusers": "diffusers",
@@ -19,6 +20,10 @@ TRAIN_MODULES = {
     "av": "av",
     "rich": "rich",
     "sklearn": "scikit-learn",
+}
+GOES_ON = {
+    **dict.fromkeys(("demo", "train"), "resume=RUN goes on from it"),
+    "prepare": "the same command goes on from it",
 }
 
 
@@ -36,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"needs {', '.join(missing)}: pip install 'aadkern[train]'")
         return args.run(args) or 0
 
-    return status_of(command, args.command, "resume=RUN goes on from it" if args.command in ("demo", "train") else "")
+    return status_of(command, args.command, GOES_ON.get(args.command, ""))
 
 
 def with_words(args: argparse.Namespace, more: list[str]) -> None:
@@ -50,7 +55,7 @@ def with_words(args: argparse.Namespace, more: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo,train,generate,report,bench}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo,train,generate,prepare,report,bench}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
     info.set_defaults(run=lambda args: print(info_text()))
@@ -78,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add_generate_options(generate)
     generate.set_defaults(run=run_generate)
+
+    add_prepare(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html anew")
     report.add_argument("folder", type=Path)
@@ -242,7 +249,7 @@ WAN_ONLY = ("parts", "size", "steps", "first_steps", "shift", *WAN_PLAIN)
 
 def run_generate(args: argparse.Namespace) -> None:
     from aadkern_train.generate.from_run import find_weights, generate
-    from aadkern_train.generate.wan_parts import is_wan
+    from aadkern_train.networks.wan_parts import is_wan
 
     wan = is_wan(args.checkpoint)
     if not wan:

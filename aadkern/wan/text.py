@@ -23,24 +23,35 @@ def clean_prompt(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(prompt)).split())
 
 
-def token_ids(tokenizer: str | os.PathLike[str], prompt: str) -> list[int]:
-    """The prompt's tokens, at most 512 with the end token, by the folder's tokenizer.json itself.
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """A folder's tokenizer.json, cut off at 512 tokens with the end token.
 
     Not through transformers: T5Tokenizer of its version 5, which Wan's folders name, takes the vocabulary from the file and drops
     its normaliser (5.0.0 and 5.23.0). Raises FileNotFoundError or ValueError where there is no readable tokenizer.json.
     """
     from tokenizers import Tokenizer
 
-    file = Path(tokenizer) / "tokenizer.json"
+    file = Path(folder) / "tokenizer.json"
     if not file.is_file():
-        raise FileNotFoundError(f"tokenizer must be a folder with a tokenizer.json, got {tokenizer}")
+        raise FileNotFoundError(f"tokenizer must be a folder with a tokenizer.json, got {folder}")
     try:
         reader = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(f"tokenizer must hold a tokenizer.json that tokenizers can read, {file} is none: {error}") from error
     reader.no_padding()
     reader.enable_truncation(TOKENS)
-    return list(reader.encode(clean_prompt(prompt)).ids)
+    return reader
+
+
+def tokens_of(tokenizer: Any, prompt: str) -> tuple[list[int], bool]:
+    """The prompt's tokens, at most 512 with the end token, and whether some were cut off. ``tokenizer`` is ``load_tokenizer``'s."""
+    read = tokenizer.encode(clean_prompt(prompt))
+    return list(read.ids), bool(read.overflowing)
+
+
+def token_ids(tokenizer: str | os.PathLike[str], prompt: str) -> list[int]:
+    """The prompt's tokens by the tokenizer in a folder, as ``tokens_of`` gives them."""
+    return tokens_of(load_tokenizer(tokenizer), prompt)[0]
 
 
 def load_text_encoder(folder: str | os.PathLike[str], dtype: torch.dtype, device: torch.device | str) -> Any:

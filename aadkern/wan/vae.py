@@ -1,4 +1,4 @@
-"""Wan's VAE for streaming: latents to pixels chunk by chunk, and an image to a clean first latent frame. Imports diffusers."""
+"""Wan's VAE for streaming: latents to pixels chunk by chunk, and images and videos to clean latents. Imports diffusers."""
 
 from __future__ import annotations
 
@@ -94,7 +94,24 @@ def encode_image(vae: AutoencoderKLWan, image: Tensor) -> Tensor:
         raise ValueError(f"image must be [B, 3, H, W] with H and W multiples of {side}, got {list(image.shape)}")
     if not image.abs().max() <= 1.01:  # a resize may overshoot a little
         raise ValueError(f"image must lie in [-1, 1], got [{image.min():.4g}, {image.max():.4g}]")
-    latents: Tensor = vae.encode(image[:, :, None].to(vae.device, vae.dtype)).latent_dist.mode()
+    return encode_video(vae, image[:, :, None])
+
+
+@torch.no_grad()
+def encode_video(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Videos [B, 3, T, H, W] in [-1, 1] to clean latents [B, C, (T + 3) / 4, h, w], normalised: the posterior's mode.
+
+    In fp32 (an fp64 VAE: fp64). Raises ValueError for another shape, a T that is not 4k + 1, or sides that are no multiples of
+    ``pixels_per_latent``.
+    """
+    if not isinstance(vae, AutoencoderKLWan):
+        raise TypeError(f"vae must be diffusers' AutoencoderKLWan, got {type(vae).__name__}")
+    side = pixels_per_latent(vae)
+    if video.dim() != 5 or video.shape[1] != 3 or 0 in video.shape or any(size % side for size in video.shape[3:]):
+        raise ValueError(f"video must be [B, 3, T, H, W] with H and W multiples of {side}, got {list(video.shape)}")
+    if video.shape[2] % 4 != 1:
+        raise ValueError(f"video must have 4k + 1 frames, got {video.shape[2]}")
+    latents: Tensor = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
     latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
     mean, std = _statistics(vae, latents.dtype)
     return (latents - mean) / std

@@ -20,8 +20,8 @@ from aadkern import StreamingCache, StreamingGenerator, Window
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.video import GrowingVideo
 from aadkern_train.generate.prompts import changes
-from aadkern_train.generate.wan_parts import WanParts, find_parts
 from aadkern_train.networks.rollout import TURNS, turn_to
+from aadkern_train.networks.wan_parts import WanParts, find_parts, load_part
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_STEPS = 100
@@ -168,18 +168,6 @@ def prepare_model(parts: WanParts, settings: WanSettings) -> Any:
         _say(str(quantise(model)))
     if settings.compile:
         model.compile_blocks()
-    return model
-
-
-def load_part(kind: Any, folder: Path, dtype: torch.dtype, **changes: Any) -> Any:
-    """A model of diffusers' from its folder, on the CPU.
-
-    Raises ValueError where weights are missing: diffusers would draw them at random.
-    """
-    model, loading = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True, **changes)
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder.name} must hold all its weights; {folder} lacks {', '.join(missing[:3])}")
     return model
 
 

@@ -224,24 +224,31 @@ class Writer:
 
     def texts(self, shard: int, tokens: Mapping[str, int]) -> dict[str, Tensor] | None:
         """A shard's texts, if they are written, whole, and those of these ids and numbers of tokens; else None."""
-        try:
-            file = TensorFile(layout.tensors(self.folder, self._checked(shard), "text"))
-            sums = file.sums()
-            texts = {name: file.read(name) for name in tokens}
-        except ValueError:
-            return None
-        whole = all(sums.get(name) == crc32(text) and text.dtype is torch.bfloat16 for name, text in texts.items())
-        return texts if whole and {name: file.shape(name)[0] for name in file.header} == dict(tokens) else None
+        return _whole(layout.tensors(self.folder, self._checked(shard), "text"), tokens)
 
     def write_null(self, texts: Mapping[str, Tensor]) -> None:
         """Writes null.safetensors: "empty", "negative", or both."""
         _check_tensors(texts, "texts", torch.bfloat16, 2)
         write_tensors(self.folder / "null.safetensors", texts)
 
+    def has_null(self, tokens: Mapping[str, int]) -> bool:
+        """Whether null.safetensors is written, whole, with these names and numbers of tokens."""
+        return _whole(self.folder / "null.safetensors", tokens) is not None
+
     def _checked(self, shard: int) -> int:
         if not 0 <= shard < self.header["shards"]:
             raise ValueError(f"shard must lie in [0, {self.header['shards']}), got {shard}")
         return shard
+
+
+def _whole(path: Path, tokens: Mapping[str, int]) -> dict[str, Tensor] | None:
+    try:
+        file = TensorFile(path)
+        sums, texts = file.sums(), {name: file.read(name) for name in tokens}
+    except ValueError:
+        return None
+    whole = all(sums.get(name) == crc32(text) and text.dtype is torch.bfloat16 for name, text in texts.items())
+    return texts if whole and {name: file.shape(name)[0] for name in file.header} == dict(tokens) else None
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], argument: str, dtype: torch.dtype, dims: int) -> None:

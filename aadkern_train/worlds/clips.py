@@ -13,13 +13,14 @@ import torch
 from pydantic import Field
 
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.decoding import decode
 from aadkern_train.engine.recipe import Recipe, WorldSettings
 from aadkern_train.engine.video import write_video
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.worlds.base import SPLITS, Metric
 from aadkern_train.worlds.generic_metrics import METRICS, measure_generic
 from aadkern_train.worlds.patch_latents import PatchLatents
-from aadkern_train.worlds.video_folder import VideoFolder, decode
+from aadkern_train.worlds.video_folder import VideoFolder
 
 WHOLE_VIDEOS = 8  # from so many videos on, whole videos are held out; with fewer, the ends of the videos are
 TEST_SHARE = 0.1

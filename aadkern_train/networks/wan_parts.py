@@ -7,10 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aadkern_train.engine.files import read_json
 from aadkern_train.networks.folders import STEM, Shapes, check_shapes, check_transformer, facts, find_weights, stated
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What captions and videos are prepared with. ``pixels``: rows of pixels in a row of latents; ``channels`` and ``text_dim``: of
+    latents and texts."""
+
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+    channels: int
+    text_dim: int
+    pixels: int
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,32 @@ def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
         raise ValueError(f"parts must be given: {checkpoint} is a transformer alone. Wan2.1-T2V-1.3B-Diffusers has the other parts")
     if not rest.is_dir():
         raise FileNotFoundError(f"parts must be a folder with vae, text_encoder and tokenizer, found none at {rest}")
-    vae, text_encoder, tokenizer = rest / "vae", rest / "text_encoder", rest / "tokenizer"
-    (config, shapes), vae_config, text_config = _transformer(transformer), _config(vae), _config(text_encoder)
+    config, shapes = _transformer(transformer)
+    encoders = _encoders(rest)
+    _check_fits(config, encoders)
+    check_shapes(config, shapes, transformer)
+    rows, columns = (int(side) for side in config["patch_size"][1:])
+    folders = (encoders.vae, encoders.text_encoder, encoders.tokenizer)
+    return WanParts(transformer, *folders, encoders.channels, encoders.pixels, (rows, columns))
+
+
+def find_encoders(folder: Path) -> Encoders:
+    """The parts of a pipeline's folder that prepare data; its transformer need not be there, but where it is must fit them.
+
+    Raises FileNotFoundError or ValueError naming what is missing or does not fit.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"wan must be a folder with vae, text_encoder and tokenizer, found none at {folder}")
+    _check_index(folder)
+    encoders = _encoders(folder)
+    if (folder / "transformer" / "config.json").is_file():
+        _check_fits(_config(folder / "transformer"), encoders)
+    return encoders
+
+
+def _encoders(folder: Path) -> Encoders:
+    vae, text_encoder, tokenizer = folder / "vae", folder / "text_encoder", folder / "tokenizer"
+    vae_config, text_config = _config(vae), _config(text_encoder)
     if vae_config.get("_class_name") != "AutoencoderKLWan":
         raise ValueError(f"vae must be an AutoencoderKLWan, {vae} holds {vae_config.get('_class_name')!r}")
     if text_config.get("model_type") != "umt5":
@@ -72,18 +111,33 @@ def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
     find_weights(vae, STEM)
     find_weights(text_encoder, "model", "pytorch_model")
     channels, width = stated(vae_config, "z_dim", vae), stated(text_config, "d_model", text_encoder)
+    pixels = 2 ** (len(stated(vae_config, "dim_mult", vae)) - 1) * (vae_config.get("patch_size") or 1)
+    return Encoders(vae, text_encoder, tokenizer, channels, width, pixels)
+
+
+def _check_fits(config: Mapping[str, Any], encoders: Encoders) -> None:
+    channels, width = encoders.channels, encoders.text_dim
     for name in ("in_channels", "out_channels"):
-        if config[name] != channels:
+        found = config.get(name)
+        if found != channels:
             raise ValueError(
-                f"transformer must have {name} {channels}, the VAE's, got {config[name]}: a VAE must be its transformer's own, and "
+                f"transformer must have {name} {channels}, the VAE's, got {found}: a VAE must be its transformer's own, and "
                 "image-to-video weights that take the image as more channels cannot stream"
             )
-    if config["text_dim"] != width:
-        raise ValueError(f"transformer must have text_dim {width}, the text encoder's, got {config['text_dim']}")
-    check_shapes(config, shapes, transformer)
-    pixels = 2 ** (len(stated(vae_config, "dim_mult", vae)) - 1) * (vae_config.get("patch_size") or 1)
-    rows, columns = (int(side) for side in config["patch_size"][1:])
-    return WanParts(transformer, vae, text_encoder, tokenizer, channels, pixels, (rows, columns))
+    if config.get("text_dim") != width:
+        raise ValueError(f"transformer must have text_dim {width}, the text encoder's, got {config.get('text_dim')}")
+
+
+def load_part(kind: Any, folder: Path, dtype: torch.dtype, **changes: Any) -> Any:
+    """A model of diffusers' from its folder, on the CPU.
+
+    Raises ValueError where weights are missing: diffusers would draw them at random.
+    """
+    model, loading = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True, **changes)
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder.name} must hold all its weights; {folder} lacks {', '.join(missing[:3])}")
+    return model
 
 
 def _check_index(folder: Path) -> None:
