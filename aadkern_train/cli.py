@@ -1,4 +1,4 @@
-"""The ``aad`` command: info, demo, train, generate, prepare, report, bench. ``info`` and ``bench`` work without the train extra."""
+"""The ``aad`` command and its subcommands. ``info`` and ``bench`` work without the train extra."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aadkern_train.engine.command import OneLineParser, status_of
-from aadkern_train.prepared.command import add_prepare
+from aadkern_train.prepared.command import add_pairs, add_prepare
 
 TRAIN_MODULES = {
     "diffusers": "diffusers",
@@ -23,7 +23,7 @@ TRAIN_MODULES = {
 }
 GOES_ON = {
     **dict.fromkeys(("demo", "train"), "resume=RUN goes on from it"),
-    "prepare": "the same command goes on from it",
+    **dict.fromkeys(("prepare", "pairs"), "the same command goes on from it"),
 }
 
 
@@ -55,7 +55,7 @@ def with_words(args: argparse.Namespace, more: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo,train,generate,prepare,report,bench}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo,train,generate,prepare,pairs,report,bench}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
     info.set_defaults(run=lambda args: print(info_text()))
@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=run_generate)
 
     add_prepare(commands)
+    add_pairs(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html anew")
     report.add_argument("folder", type=Path)

@@ -1,4 +1,4 @@
-"""``aad prepare``: its options."""
+"""``aad prepare`` and ``aad pairs``: their options."""
 
 from __future__ import annotations
 
@@ -51,6 +51,51 @@ def run_prepare(args: argparse.Namespace) -> None:
     if args.columns is not None:
         given["columns"] = _columns(args.columns)
     prepare(args.source, args.out, args.wan, PrepareSettings(**given, strict=args.strict))
+
+
+def add_pairs(commands: Any) -> None:
+    """Adds the command to argparse's subparsers."""
+    pairs = commands.add_parser(
+        "pairs",
+        help="sample a teacher's trajectories from noise, for stage I",
+        description="Sample a teacher's ODE trajectories from noise, for stage I of training. The same command again goes on with "
+        "what was stopped; --part spreads the work over any number of jobs, one for each GPU.",
+    )
+    add = pairs.add_argument
+    add("--wan", required=True, type=Path, help="the teacher: a Wan folder in diffusers' format, or a transformer's")
+    add("--prompts", required=True, type=Path, help="a folder of `aad prepare`: prompts, or clips for their captions")
+    add("--out", required=True, type=Path, help="the folder to make")
+    add("--count", type=int, help="pairs in all (3000)")
+    add("--levels", help="the student's noise levels, falling from 1 (1); 1,0.8333 for two steps")
+    add("--steps", type=int, help="solver steps (48)")
+    add("--shift", type=float, help="shift of the solver's steps towards noise (5)")
+    add("--guidance", type=float, help="x0_null + guidance (x0_text - x0_null) (5, as Wan's 14B is sampled; its 1.3B: 6)")
+    add("--null", choices=("negative", "empty"), help="the text that guidance leads away from (negative)")
+    add("--seed", type=int, help="of the noise (0)")
+    add("--frames", type=int, help="video frames, 4k + 1 (81)")
+    add("--size", help="rows x columns of pixels (480x832)")
+    add("--part", help="i/n: the i-th of n parts alone (1/1)")
+    add("--device", help="cpu or cuda (cuda if there is one)")
+    pairs.set_defaults(run=run_pairs)
+
+
+def run_pairs(args: argparse.Namespace) -> None:
+    from aadkern_train.prepared.pairs import PairSettings, make_pairs
+
+    names = ("count", "steps", "shift", "guidance", "null", "seed", "frames")
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.levels is not None:
+        try:
+            given["levels"] = tuple(float(word) for word in args.levels.split(","))
+        except ValueError:
+            raise ValueError(f"levels must be numbers, say 1,0.8333, got {args.levels!r}") from None
+    if args.size is not None:
+        given["size"] = _pair(args.size.lower(), "x", "size must be rows x columns of pixels, say 480x832")
+    part = (1, 1) if args.part is None else _pair(args.part, "/", "part must be i/n, say 2/8")
+    made = make_pairs(args.wan, args.prompts, args.out, PairSettings(**given), part=part, device=args.device)
+    print(
+        f"{args.out}: {len(made.items)} pairs" if made else f"{args.out}: this part is finished, shards of other parts are missing"
+    )
 
 
 def _pair(text: str, between: str, wanted: str) -> tuple[int, int]:

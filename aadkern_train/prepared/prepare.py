@@ -38,7 +38,7 @@ def prepare(source: Path, out: Path, wan: Path, settings: PrepareSettings | None
     folder that was begun with others; with ``strict`` at the first bad item; and where no item is left.
     """
     settings = settings or PrepareSettings()
-    device = _device(settings.device)
+    device = device_of(settings.device)
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("preparing needs transformers: pip install 'aadkern[wan]'")
     encoders = find_encoders(wan)
@@ -255,7 +255,8 @@ def _rows(lmdb: Path, encoders: Encoders) -> lineage.Rows:
     return rows
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of a name, None: the GPU if there is one. Raises ValueError for one that is not there."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name or found)
