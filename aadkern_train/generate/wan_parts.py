@@ -11,7 +11,7 @@ import safetensors
 import torch
 
 from aadkern_train.engine.files import read_json
-from aadkern_train.networks.folders import facts
+from aadkern_train.networks.folders import STEM, facts
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 TRANSFORMERS = ("WanTransformer3DModel", "CausalWan")
@@ -73,7 +73,7 @@ def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
         raise ValueError(f"text_encoder must be a UMT5 encoder, {text_encoder} holds {text_config.get('model_type')!r}")
     if not (tokenizer / "tokenizer.json").is_file():
         raise FileNotFoundError(f"tokenizer must be a folder with tokenizer.json, found none in {tokenizer}")
-    _check_weights(vae, "diffusion_pytorch_model")
+    _check_weights(vae, STEM)
     _check_weights(text_encoder, "model", "pytorch_model")
     channels, width = _get(vae_config, "z_dim", vae), _get(text_config, "d_model", text_encoder)
     for name in ("in_channels", "out_channels"):
@@ -84,7 +84,7 @@ def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
             )
     if config["text_dim"] != width:
         raise ValueError(f"transformer must have text_dim {width}, the text encoder's, got {config['text_dim']}")
-    _check_shapes(config, shapes, transformer)
+    check_shapes(config, shapes, transformer)
     pixels = 2 ** (len(_get(vae_config, "dim_mult", vae)) - 1) * (vae_config.get("patch_size") or 1)
     rows, columns = (int(side) for side in config["patch_size"][1:])
     return WanParts(transformer, vae, text_encoder, tokenizer, channels, pixels, (rows, columns))
@@ -108,6 +108,11 @@ def _transformer(path: Path) -> tuple[Mapping[str, Any], Shapes]:
 
         state = load_checkpoint(path)  # maps the file, and reads no weights
         return infer_config(state), {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return transformer_config(path), _check_weights(path, STEM)
+
+
+def transformer_config(path: Path) -> dict[str, Any]:
+    """The configuration of a transformer's folder, checked to be one that ``CausalWan`` takes."""
     config = _config(path)
     if config.get("_class_name") not in TRANSFORMERS:
         raise ValueError(f"transformer must be one of {', '.join(TRANSFORMERS)}, {path} holds {config.get('_class_name')!r}")
@@ -121,10 +126,10 @@ def _transformer(path: Path) -> tuple[Mapping[str, Any], Shapes]:
     patch = config["patch_size"]
     if not isinstance(patch, list) or len(patch) != 3 or patch[0] != 1 or not all(isinstance(side, int) for side in patch):
         raise ValueError(f"transformer must have a patch_size of [1, rows, columns], {path} has {patch}")
-    return config, _check_weights(path, "diffusion_pytorch_model")
+    return config
 
 
-def _check_shapes(config: Mapping[str, Any], shapes: Shapes, path: Path) -> None:
+def check_shapes(config: Mapping[str, Any], shapes: Shapes, path: Path) -> None:
     """That the transformer's weights are those that its configuration speaks of."""
     from aadkern.wan import CausalWan
 
@@ -155,6 +160,18 @@ def _check_weights(folder: Path, *stems: str) -> Shapes:
     """That a part's weights are there, every shard of them, and are more than Git LFS's notes of them. Their shapes, as far as
     safetensors tell them."""
     shapes: dict[str, tuple[int, ...]] = {}
+    for shard in weight_files(folder, *stems):
+        if shard.suffix == ".safetensors":
+            try:
+                with safetensors.safe_open(shard, framework="pt") as held:  # reads the header, and holds the file's length to it
+                    shapes |= {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118 (no mapping)
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{folder.name} must hold whole weights, {shard} is broken or cut off: {error}") from error
+    return shapes
+
+
+def weight_files(folder: Path, *stems: str) -> list[Path]:
+    """The files of a part's weights. Raises FileNotFoundError or ValueError where one is missing or is Git LFS's note of it."""
     names = [f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".bin")]
     shards = [folder / name for name in names if (folder / name).is_file()][:1]
     for index in (folder / f"{name}.index.json" for name in names):
@@ -168,10 +185,4 @@ def _check_weights(folder: Path, *stems: str) -> Shapes:
         with shard.open("rb") as file:
             if file.read(24).startswith(b"version https://git-lfs"):
                 raise ValueError(f"{folder.name} must hold weights, {shard} is a Git LFS pointer: fetch it with `git lfs pull`")
-        if shard.suffix == ".safetensors":
-            try:
-                with safetensors.safe_open(shard, framework="pt") as held:  # reads the header, and holds the file's length to it
-                    shapes |= {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118 (no mapping)
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{folder.name} must hold whole weights, {shard} is broken or cut off: {error}") from error
-    return shapes
+    return shards

@@ -83,8 +83,21 @@ def _gathered(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_folder(path: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], told: Mapping[str, Any]) -> None:
-    """The folder of a network from its tensors, whole or absent; ``told`` becomes run.json."""
-    waiting = path.with_name(path.name + ".tmp")
+    """The folder of a network from its tensors, whole or absent; ``told`` becomes run.json. It replaces a folder at ``path``."""
+    waiting, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old.tmp")
+    try:
+        _fill(waiting, net, tensors, told)
+    except BaseException:
+        shutil.rmtree(waiting, ignore_errors=True)  # a full disk's, or Ctrl-C's
+        raise
+    if path.is_dir():
+        path.rename(old)
+    waiting.rename(path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(waiting: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], told: Mapping[str, Any]) -> None:
     shutil.rmtree(waiting, ignore_errors=True)
     waiting.mkdir(parents=True)
     with naming(waiting / "config.json"):
@@ -122,6 +135,3 @@ def write_folder(path: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], to
         index = {"metadata": {"total_size": total}, "weight_map": places}
         replace_file(waiting / f"{STEM}.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     replace_file(waiting / "run.json", json.dumps(dict(told), indent=1) + "\n")
-    shutil.rmtree(path, ignore_errors=True)
-    waiting.rename(path)
-    sync(path.parent)
