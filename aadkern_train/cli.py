@@ -8,9 +8,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from aadkern_train.engine.command import OneLineParser, status_of
+from aadkern_train.generate.options import (
+    WAN_SETTINGS,
+    add_convert,
+    add_vbench_export,
+    add_wan_settings,
+    given_options,
+    wan_settings,
+)
 from aadkern_train.prepared.command import add_pairs, add_prepare
 
 TRAIN_MODULES = {
@@ -55,7 +62,8 @@ def with_words(args: argparse.Namespace, more: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{info,demo,train,generate,prepare,pairs,report,bench}")
+    names = "info,demo,train,generate,prepare,pairs,vbench-export,convert,report,bench"
+    commands = top.add_subparsers(dest="command", required=True, metavar=f"{{{names}}}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
     info.set_defaults(run=lambda args: print(info_text()))
@@ -86,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
 
     add_prepare(commands)
     add_pairs(commands)
+    add_vbench_export(commands).set_defaults(run=run_vbench_export)
+    add_convert(commands).set_defaults(run=run_convert)
 
     report = commands.add_parser("report", help="write RUN/report.html anew")
     report.add_argument("folder", type=Path)
@@ -126,21 +136,7 @@ def add_generate_options(generate: argparse.ArgumentParser) -> None:
     )
     wan = generate.add_argument_group("Wan models", "Frames here are latent frames, of four video frames each.")
     wan.add_argument("--parts", type=Path, help="a Wan folder to take vae, text_encoder and tokenizer from (default: --checkpoint)")
-    wan.add_argument("--size", help="rows x columns of pixels (480x832)")
-    wan.add_argument("--steps", help='denoising steps: a count, or timesteps like "1000,750,500,250" (1; Self-Forcing 4)')
-    wan.add_argument("--first-steps", help="the same for the first chunk (as --steps)")
-    wan.add_argument("--shift", type=float, help="shift of the timesteps towards noise (5)")
-    wan.add_argument("--chunk-frames", type=int, help="frames generated together (3)")
-    wan.add_argument("--window", type=int, help="frames in view, the sink and the chunk counted (21)")
-    wan.add_argument("--sink", type=int, help="first frames that always stay in view (1)")
-    wan.add_argument("--rope", choices=("absolute", "relative"), help="positions of the sink (the checkpoint's; absolute)")
-    wan.add_argument("--device", help="cpu or cuda (cuda if there is one)")
-    wan.add_argument("--dtype", choices=("fp32", "bf16"), help="of all parts (bf16 on a GPU, fp32 on a CPU)")
-    wan.add_argument("--fp8", action="store_true", default=None, help="large linear layers in FP8, their error told first")
-    wan.add_argument("--compile", action="store_true", default=None, help="blocks through torch.compile")
-    wan.add_argument(
-        "--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay passes from CUDA graphs (on a GPU they are)"
-    )
+    add_wan_settings(wan.add_argument)
 
 
 TRITON_ELSEWHERE = "verified on the CPU interpreter"
@@ -244,8 +240,7 @@ def switch(name: str, text: str) -> bool:
     return words[text.lower()]
 
 
-WAN_PLAIN = ("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs")  # as in WanSettings
-WAN_ONLY = ("parts", "size", "steps", "first_steps", "shift", *WAN_PLAIN)
+WAN_ONLY = ("parts", *WAN_SETTINGS)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -255,7 +250,7 @@ def run_generate(args: argparse.Namespace) -> None:
     wan = is_wan(args.checkpoint)
     if not wan:
         find_weights(args.checkpoint)  # there is a run at all
-    given: dict[str, Any] = {name: value for name, value in vars(args).items() if value is not None}
+    given = given_options(args)
     foreign = next((name for name in (("index",) if wan else WAN_ONLY) if name in given), None)
     if foreign is not None:
         kind = "a Wan model, not a run" if wan else "a run, not a Wan model"
@@ -264,26 +259,26 @@ def run_generate(args: argparse.Namespace) -> None:
         run_options = ("prompt", "then", "turn", "image", "index", "chunks", "seed", "fps")
         generate(args.checkpoint, args.out, **{name: given[name] for name in run_options if name in given})
         return
-    from aadkern_train.generate.from_wan import WanSettings, generate_wan, noise_levels
+    from aadkern_train.generate.from_wan import generate_wan
 
-    options = {name: given[name] for name in ("chunks", "fps", "seed", "then", "turn", *WAN_PLAIN) if name in given}
-    shift = given.get("shift", 5.0)
-    noise_levels("1", shift)  # is told of even where nothing is shifted
-    for name in ("steps", "first_steps"):
-        if name in given:
-            options[name] = noise_levels(given[name], shift)
-    if "size" in given:
-        options["size"] = rows_and_columns(given["size"])
-    settings = WanSettings(**options)
+    settings = wan_settings(given)
     generate_wan(args.checkpoint, args.out, prompt=args.prompt, image=args.image, parts=args.parts, settings=settings)
 
 
-def rows_and_columns(size: str) -> tuple[int, int]:
-    """ "480x832" as (480, 832)."""
-    rows, x, columns = size.lower().partition("x")
-    if not (x and rows.isdecimal() and columns.isdecimal()):
-        raise ValueError(f"size must be rows x columns of pixels, say 480x832, got {size!r}")
-    return int(rows), int(columns)
+def run_vbench_export(args: argparse.Namespace) -> None:
+    from aadkern_train.vbench import vbench_export
+
+    given = given_options(args)
+    names = ("parts", "images", "rewrites", "part", "limit", "dimensions", "videos")
+    options = {name: given[name] for name in names if name in given}
+    vbench_export(args.checkpoint, args.info, args.out, settings=wan_settings(given), **options)
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from aadkern_train.convert import convert
+
+    given = given_options(args)
+    convert(args.source, args.out, **{name: given[name] for name in ("key", "dtype", "rope", "overwrite") if name in given})
 
 
 def run_report(args: argparse.Namespace) -> None:

@@ -27,7 +27,8 @@ from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.config import to_yaml
 from aadkern_train.engine.video import GrowingVideo, read_video
 from aadkern_train.generate import from_wan as module
-from aadkern_train.generate.from_wan import WanSettings, noise_levels, read_image
+from aadkern_train.generate.from_wan import read_image
+from aadkern_train.generate.wan_settings import WanSettings, noise_levels
 from aadkern_train.networks.wan_parts import find_parts
 from aadkern_train.run import Run
 from tests.tiny_runs import small_recipe

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import av
 
 SUFFIXES = (".mp4", ".gif")
+CRF = 16
 
 
 def as_frames(frames: torch.Tensor | np.ndarray, name: str = "frames") -> np.ndarray:
@@ -77,7 +78,8 @@ class GrowingVideo:
     """An mp4 that plays while it grows: ``with GrowingVideo(path, 16) as video: video.write(frames)``, as often as wanted.
 
     The first frames replace what was at ``path``. Until the end it is a fragmented mp4, a fragment for each frame, which a
-    player can open at any time and which is whole even if the process dies, but for the newest frame. When the block ends, in
+    player can open at any time and which is whole even if the process dies, but for the newest frame. ``crf`` is H.264's quality,
+    from 0, lossless, to 51. When the block ends, in
     an error and on Ctrl-C too, the same encoded frames become an ordinary file with its index in front; where the disk has no room
     for that second file, the one that grew stays as it is. Memory does not grow.
 
@@ -85,8 +87,8 @@ class GrowingVideo:
     from ``write`` as ``as_frames`` does, and for frames of another size than the first.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fps: float) -> None:
-        self.path, self.rate, self.count = Path(path), frame_rate(fps), 0
+    def __init__(self, path: str | os.PathLike[str], fps: float, crf: int = CRF) -> None:
+        self.path, self.rate, self.count, self._crf = Path(path), frame_rate(fps), 0, crf
         if self.path.suffix.lower() != ".mp4":
             raise ValueError(f"path must end in .mp4 to grow, got {self.path.name!r}")
         check_place(self.path)  # now, and not when the first frames are made
@@ -115,7 +117,7 @@ class GrowingVideo:
     def _open(self, height: int, width: int) -> None:
         import av
 
-        codec, options = _codec()
+        codec, options = _codec(self._crf)
         if codec == "libx264":
             options["tune"] = "zerolatency"  # no frame waits in the encoder for later ones
         flags = {"movflags": "frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
@@ -198,11 +200,15 @@ def _even(array: np.ndarray) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, array.shape[1] % 2), (0, array.shape[2] % 2), (0, 0)), mode="edge")
 
 
-def _codec() -> tuple[str, dict[str, str]]:
+def _codec(crf: int = CRF) -> tuple[str, dict[str, str]]:
     """PyAV's wheels carry libx264; a build without it still has FFmpeg's own MPEG-4 encoder."""
+    return ("libx264", {"crf": str(crf)}) if has_h264() else ("mpeg4", {"qscale": "2"})
+
+
+def has_h264() -> bool:
     import av
 
-    return ("libx264", {"crf": "16"}) if "libx264" in av.codecs_available else ("mpeg4", {"qscale": "2"})
+    return "libx264" in av.codecs_available
 
 
 def _frames(array: np.ndarray, rate: Fraction, first: int = 0) -> list[av.VideoFrame]:

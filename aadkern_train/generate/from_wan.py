@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import itertools
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,93 +17,10 @@ from aadkern import StreamingCache, StreamingGenerator, Window
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.video import GrowingVideo
 from aadkern_train.generate.prompts import changes
-from aadkern_train.networks.rollout import TURNS, turn_to
+from aadkern_train.generate.wan_settings import WanSettings
+from aadkern_train.networks.folders import facts
+from aadkern_train.networks.rollout import turn_to
 from aadkern_train.networks.wan_parts import WanParts, find_parts, load_part
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MAX_STEPS = 100
-
-
-@dataclass(frozen=True)
-class WanSettings:
-    """How to stream. Frames of ``chunk_frames``, ``window`` and ``sink`` are latent frames, of four video frames each; the defaults
-    are what Self-Forcing's models were trained with, but for ``steps``.
-
-    ``size`` is (rows, columns) of pixels. ``steps`` and ``first_steps`` (None: the same) are noise levels as ``noise_levels``
-    makes them. ``rope`` None: the checkpoint's. ``device`` None: the GPU if there is one. ``dtype`` None: bf16 on a GPU, fp32
-    on a CPU. ``fp8`` quantises the large linear layers (docs/fp8.md), ``compile`` runs the blocks through torch.compile, and
-    ``cuda_graphs`` (None: on a GPU) replays passes (docs/streaming.md). ``then`` and ``turn`` are prompts that take over on the
-    way (``prompts.changes``, ``TURNS``).
-    """
-
-    chunks: int = 7
-    chunk_frames: int = 3
-    window: int = 21
-    sink: int = 1
-    steps: tuple[float, ...] = (1.0,)
-    first_steps: tuple[float, ...] | None = None
-    rope: str | None = None
-    size: tuple[int, int] = (480, 832)
-    fps: float = 16.0
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
-    fp8: bool = False
-    compile: bool = False
-    cuda_graphs: bool | None = None
-    then: Sequence[str] = ()
-    turn: str = "kept"
-
-    def __post_init__(self) -> None:
-        changes(self.then, self.chunks)
-        if self.turn not in TURNS:
-            raise ValueError(f"turn must be one of {', '.join(TURNS)}, got {self.turn!r}")
-        for name in ("chunks", "chunk_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.sink < 0:
-            raise ValueError(f"sink must be at least 0, got {self.sink}")
-        least = self.sink + self.chunk_frames
-        if self.window < least:
-            raise ValueError(f"window must be at least {least}, to hold the sink and a chunk, got {self.window}")
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-
-    def placement(self) -> tuple[torch.device, torch.dtype]:
-        """The device and dtype to run with. Raises ValueError for a device that is not there."""
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(self.device or found)
-        except RuntimeError as error:
-            raise ValueError(f"device must be cpu or cuda, got {self.device!r}") from error
-        if device.type not in ("cpu", found):
-            raise ValueError(f"device must be cpu: torch finds no {device.type} device here, got {self.device!r}")
-        if self.cuda_graphs and device.type != "cuda":
-            raise ValueError(f"cuda_graphs must be left out on {device}: they need a GPU")
-        return device, DTYPES[self.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-
-
-def noise_levels(steps: str, shift: float = 5.0) -> tuple[float, ...]:
-    """Noise levels from a count ("4") or a falling list of timesteps ("1000,750,500,250"), both shifted: s -> shift s / (1 +
-    (shift - 1) s).
-
-    A count means timesteps evenly spaced from 1000. "4" and shift 5 give Self-Forcing's levels 1, 0.9375, 0.8333, 0.625. Raises
-    ValueError naming ``steps`` or ``shift``.
-    """
-    wanted = f'steps must be a count of 1 to {MAX_STEPS} or falling timesteps in (0, 1000], say "1000,750,500,250", got {steps!r}'
-    if not 0 < shift < math.inf:
-        raise ValueError(f"shift must be above 0 and finite, got {shift}")
-    try:
-        if "," not in steps:
-            count = int(steps)
-            times = [1 - i / count for i in range(count)] if 1 <= count <= MAX_STEPS else []
-        else:
-            times = [float(word) / 1000 for word in steps.split(",")]
-    except ValueError:
-        raise ValueError(wanted) from None
-    if not times or not all(0 < s <= 1 for s in times) or any(a <= b for a, b in itertools.pairwise(times)):
-        raise ValueError(wanted)
-    return tuple(shift * s / (1 + (shift - 1) * s) for s in times)
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
@@ -133,19 +47,25 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def embed_prompts(parts: WanParts, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Each prompt's embedding [1, 512, text_dim]. The text encoder, 11 GB for Wan in bf16, is loaded for them and freed again."""
+def embed_prompts(
+    parts: WanParts, prompts: Sequence[str], device: torch.device, dtype: torch.dtype, *, kept: str | None = None
+) -> list[Tensor]:
+    """Each prompt's embedding [1, 512, text_dim], on the device ``kept`` (None: ``device``). The text encoder, 11 GB for Wan in
+    bf16, is loaded for them and freed again."""
     from aadkern.wan.text import TOKENS, embed, load_text_encoder, token_ids
 
     ids = [token_ids(parts.tokenizer, prompt) for prompt in prompts]
     began = time.monotonic()
     encoder = load_text_encoder(parts.text_encoder, dtype, device)
-    texts = [embed(encoder, tokens) for tokens in ids]
+    texts = [embed(encoder, tokens).to(kept or device) for tokens in ids]
     del encoder
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     counts = [f"{len(tokens)} tokens" + (", the most there can be" if len(tokens) == TOKENS else "") for tokens in ids]
+    if len(ids) > 8:
+        full = sum(len(tokens) == TOKENS for tokens in ids)
+        counts = [f"{len(ids)} prompts of {min(map(len, ids))} to {max(map(len, ids))} tokens, {full} with the most there can be"]
     _say(f"prompt: {'; '.join(counts)}, embedded in {time.monotonic() - began:.1f} s; the text encoder is freed again")
     return texts
 
@@ -193,53 +113,89 @@ def generate_wan(
     settings = settings or WanSettings()
     if out.suffix.lower() != ".mp4":
         raise ValueError(f"out must end in .mp4, which can grow, got {out}")
-    device, dtype = settings.placement()
+    settings.placement()
     if prompt is None:
         raise ValueError('prompt must be given for a Wan model (--prompt "" is the empty one)')
+    found = fitting_parts(checkpoint, parts, settings)
+    pixels = None if image is None else read_image(image, settings.size)
+    video = GrowingVideo(out, settings.fps)
+    later = changes(settings.then, settings.chunks)
+    text, *others = embed_prompts(found, [prompt, *later.values()], *settings.placement())
+    streamer = WanStreamer(found, settings)
+    streamer.write(video, text, settings.seed, pixels=pixels, later=dict(zip(later, others, strict=True)))
+    return out
+
+
+def fitting_parts(checkpoint: Path, parts: Path | None, settings: WanSettings) -> WanParts:
+    """``find_parts``, where settings and what is installed allow to stream them. Raises ValueError or FileNotFoundError."""
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("prompt needs transformers: pip install 'aadkern[wan]'")
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"checkpoint must be a Wan folder or a .pt file, found nothing at {checkpoint}")
     found = find_parts(checkpoint, parts)
+    predicts = facts(found.transformer).get("predicts", "flow")
+    if predicts != "flow":
+        raise ValueError(f"transformer must predict the flow, {found.transformer} predicts {predicts!r}")
     rows, columns = (found.pixels * side for side in found.patch)
     height, width = settings.size
     if min(settings.size) < 1 or height % rows or width % columns:
         raise ValueError(f"size must be rows x columns, multiples of {rows} and {columns}, got {height}x{width}")
-    pixels = None if image is None else read_image(image, settings.size)
-    video = GrowingVideo(out, settings.fps)
-
-    from diffusers import AutoencoderKLWan
-
-    from aadkern.wan.vae import StreamingDecoder, encode_image
-
-    later = changes(settings.then, settings.chunks)
-    text, *others = embed_prompts(found, [prompt, *later.values()], device, dtype)
-    vae = load_part(AutoencoderKLWan, found.vae, dtype).eval().to(device)
-    first = None if pixels is None else encode_image(vae, pixels)
-    model = prepare_model(found, settings)
-    frame = (found.channels, height // found.pixels, width // found.pixels)
-    stream = _stream(model, text, dict(zip(later, others, strict=True)), first, settings, frame)
-    _write(stream, StreamingDecoder(vae), first, video, settings.chunks)
-    return out
+    return found
 
 
-def _stream(
-    model: Any, text: Tensor, later: dict[int, Tensor], first: Tensor | None, settings: WanSettings, frame: tuple[int, int, int]
-) -> Iterator[Tensor]:
-    """The latents of each chunk [1, C, f, h, w], from the prompt ``text`` and those that take over ``later``, by chunk."""
-    channels, height, width = frame
-    draws = Draws(settings.seed, "generate")
+class WanStreamer:
+    """A transformer and its VAE, loaded once, that stream one video after another: each as if it were the first."""
 
-    def noise(chunk: int, step: int) -> Tensor:
-        return draws.normal(f"noise {chunk} {step}", [0], (channels, settings.chunk_frames, height, width), text.device)
+    def __init__(self, parts: WanParts, settings: WanSettings) -> None:
+        from diffusers import AutoencoderKLWan
 
-    window = Window(settings.window, sink=settings.sink)
-    cache = StreamingCache.for_model(model, 1, height, width, window, max_chunk_frames=settings.chunk_frames, merged=True)
-    graphs = text.is_cuda if settings.cuda_graphs is None else settings.cuda_graphs
-    levels = {"levels": settings.steps, "first_levels": settings.first_steps}
-    generator = StreamingGenerator(model, cache, text=text, cuda_graphs=graphs, **levels)
-    for count in range(1, settings.chunks + 1):
-        if count in later:
-            turn_to(generator, later[count], settings.turn)
-        yield from generator.chunks(noise, 1, first_frame=first if count == 1 else None)
+        from aadkern.wan.vae import StreamingDecoder
+
+        device, dtype = settings.placement()
+        self.settings = settings
+        vae = load_part(AutoencoderKLWan, parts.vae, dtype).eval().to(device)
+        model = prepare_model(parts, settings)
+        self._decoder, self._device = StreamingDecoder(vae), device
+        self._frame = (parts.channels, *(side // parts.pixels for side in settings.size))
+        window, most = Window(settings.window, sink=settings.sink), settings.chunk_frames
+        cache = StreamingCache.for_model(model, 1, *self._frame[1:], window, max_chunk_frames=most, merged=True)
+        graphs = device.type == "cuda" if settings.cuda_graphs is None else settings.cuda_graphs
+        levels = {"levels": settings.steps, "first_levels": settings.first_steps}
+        self._generator = StreamingGenerator(model, cache, cuda_graphs=graphs, **levels)
+
+    @torch.no_grad()
+    def write(
+        self,
+        video: GrowingVideo,
+        text: Tensor,
+        seed: int,
+        *,
+        pixels: Tensor | None = None,
+        later: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Stream a video from the embedded prompt ``text`` and those that take over ``later``, by chunk, into ``video``, which is
+        whole in the end even where Ctrl-C or a full disk ends it; both are raised on. ``pixels`` [1, 3, H, W] in [-1, 1]: the
+        image that it starts from, as a chunk of one latent frame. A line on stderr tells the seconds of each chunk."""
+        from aadkern.wan.vae import encode_image
+
+        first = None if pixels is None else encode_image(self._decoder.vae, pixels)
+        self._decoder.reset()
+        self._generator.reset()
+        self._generator.set_text(text.to(self._device))
+        _write(self._latents(first, later or {}, seed), self._decoder, first, video, self.settings.chunks)
+
+    def _latents(self, first: Tensor | None, later: Mapping[int, Tensor], seed: int) -> Iterator[Tensor]:
+        """The latents of each chunk [1, C, f, h, w]."""
+        settings, draws = self.settings, Draws(seed, "generate")
+        channels, height, width = self._frame
+
+        def noise(chunk: int, step: int) -> Tensor:
+            return draws.normal(f"noise {chunk} {step}", [0], (channels, settings.chunk_frames, height, width), self._device)
+
+        for count in range(1, settings.chunks + 1):
+            if count in later:
+                turn_to(self._generator, later[count], settings.turn)
+            yield from self._generator.chunks(noise, 1, first_frame=first if count == 1 else None)
 
 
 def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: GrowingVideo, chunks: int) -> None:

@@ -144,9 +144,8 @@ def stated(config: Mapping[str, Any], name: str, folder: Path) -> Any:
     return config[name]
 
 
-def find_weights(folder: Path, *stems: str) -> Weights:
-    """A part's weights, every shard of them there, none of them twice, and more than Git LFS's notes of them."""
-    weights = Weights({}, {})
+def weight_files(folder: Path, *stems: str) -> list[Path]:
+    """The files of a part's weights. Raises FileNotFoundError or ValueError where one is missing or is Git LFS's note of it."""
     names = [f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".bin")]
     shards = [folder / name for name in names if (folder / name).is_file()][:1]
     for index in (folder / f"{name}.index.json" for name in names):
@@ -160,6 +159,13 @@ def find_weights(folder: Path, *stems: str) -> Weights:
         with shard.open("rb") as file:
             if file.read(24).startswith(b"version https://git-lfs"):
                 raise ValueError(f"{folder.name} must hold weights, {shard} is a Git LFS pointer: fetch it with `git lfs pull`")
+    return shards
+
+
+def find_weights(folder: Path, *stems: str) -> Weights:
+    """A part's weights, every shard of them there, none of them twice, and more than Git LFS's notes of them."""
+    weights = Weights({}, {})
+    for shard in weight_files(folder, *stems):
         if shard.suffix == ".safetensors":
             try:
                 with safetensors.safe_open(shard, framework="pt") as held:  # reads the header, and holds the file's length to it
@@ -208,8 +214,21 @@ def _gathered(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_folder(path: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], told: Mapping[str, Any]) -> None:
-    """The folder of a network from its tensors, whole or absent; ``told`` becomes run.json."""
-    waiting = path.with_name(path.name + ".tmp")
+    """The folder of a network from its tensors, whole or absent; ``told`` becomes run.json. It replaces a folder at ``path``."""
+    waiting, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old.tmp")
+    try:
+        _fill(waiting, net, tensors, told)
+    except BaseException:
+        shutil.rmtree(waiting, ignore_errors=True)  # a full disk's, or Ctrl-C's
+        raise
+    if path.is_dir():
+        path.rename(old)
+    waiting.rename(path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(waiting: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], told: Mapping[str, Any]) -> None:
     shutil.rmtree(waiting, ignore_errors=True)
     waiting.mkdir(parents=True)
     with naming(waiting / "config.json"):
@@ -247,6 +266,3 @@ def write_folder(path: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], to
         index = {"metadata": {"total_size": total}, "weight_map": places}
         replace_file(waiting / f"{STEM}.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     replace_file(waiting / "run.json", json.dumps(dict(told), indent=1) + "\n")
-    shutil.rmtree(path, ignore_errors=True)
-    waiting.rename(path)
-    sync(path.parent)

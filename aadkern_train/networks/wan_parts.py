@@ -155,9 +155,14 @@ def _transformer(path: Path) -> tuple[Mapping[str, Any], Shapes]:
 
         state = load_checkpoint(path)  # maps the file, and reads no weights
         return infer_config(state), {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return transformer_config(path), find_weights(path, STEM).shapes
+
+
+def transformer_config(path: Path) -> dict[str, Any]:
+    """The configuration of a transformer's folder, checked to be one that ``CausalWan`` takes."""
     config = _config(path)
     check_transformer(config, path)
-    return config, find_weights(path, STEM).shapes
+    return config
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""Options of the commands for Wan models, and settings from them. Imports nothing heavy: every `aad` builds its options here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aadkern_train.generate.wan_settings import WanSettings
+
+WAN_PLAIN = ("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs")  # as in WanSettings
+WAN_SETTINGS = ("size", "steps", "first_steps", "shift", *WAN_PLAIN)
+
+
+def add_wan_settings(add: Callable[..., Any]) -> None:
+    """Options left out stay None: the defaults are the settings' own."""
+    add("--size", help="rows x columns of pixels (480x832)")
+    add("--steps", help='denoising steps: a count, or timesteps like "1000,750,500,250" (1; Self-Forcing 4)')
+    add("--first-steps", help="the same for the first chunk (as --steps)")
+    add("--shift", type=float, help="shift of the timesteps towards noise (5)")
+    add("--chunk-frames", type=int, help="frames generated together (3)")
+    add("--window", type=int, help="frames in view, the sink and the chunk counted (21)")
+    add("--sink", type=int, help="first frames that always stay in view (1)")
+    add("--rope", choices=("absolute", "relative"), help="positions of the sink (the checkpoint's; absolute)")
+    add("--device", help="cpu or cuda (cuda if there is one)")
+    add("--dtype", choices=("fp32", "bf16"), help="of all parts (bf16 on a GPU, fp32 on a CPU)")
+    add("--fp8", action="store_true", default=None, help="large linear layers in FP8, their error told first")
+    add("--compile", action="store_true", default=None, help="blocks through torch.compile")
+    add("--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay passes from CUDA graphs (on a GPU they are)")
+
+
+def wan_settings(given: Mapping[str, Any]) -> WanSettings:
+    """The settings from the options that were given, by their names. Raises ValueError as they do."""
+    from aadkern_train.generate.wan_settings import WanSettings, noise_levels
+
+    options = {name: given[name] for name in ("chunks", "fps", "seed", "then", "turn", *WAN_PLAIN) if name in given}
+    shift = given.get("shift", 5.0)
+    noise_levels("1", shift)  # is told of even where nothing is shifted
+    for name in ("steps", "first_steps"):
+        if name in given:
+            options[name] = noise_levels(given[name], shift)
+    if "size" in given:
+        options["size"] = rows_and_columns(given["size"])
+    return WanSettings(**options)
+
+
+def rows_and_columns(size: str) -> tuple[int, int]:
+    """ "480x832" as (480, 832)."""
+    rows, x, columns = size.lower().partition("x")
+    if not (x and rows.isdecimal() and columns.isdecimal()):
+        raise ValueError(f"size must be rows x columns of pixels, say 480x832, got {size!r}")
+    return int(rows), int(columns)
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that stand on the command line, or have a default."""
+    return {name: value for name, value in vars(args).items() if value is not None}
+
+
+def add_vbench_export(commands: Any) -> argparse.ArgumentParser:
+    """``aad vbench-export``."""
+    export: argparse.ArgumentParser = commands.add_parser(
+        "vbench-export",
+        help="write the videos that VBench judges a Wan model by",
+        description="Write the videos that VBench judges a Wan model by, named as it reads them; what is there is left.",
+    )
+    add = export.add_argument
+    add("--checkpoint", required=True, type=Path, help="a Wan folder of diffusers, or Self-Forcing's or CausVid's .pt")
+    add("--wan", dest="parts", type=Path, help="a Wan folder to take vae, text_encoder and tokenizer from (default: --checkpoint)")
+    add("--info", required=True, type=Path, help="VBench_full_info.json, or vbench2_i2v_full_info.json (with --images)")
+    add("--out", required=True, type=Path, help="a folder: OUT/videos is what VBench is given")
+    add("--images", type=Path, help="the folder of VBench's images, say vbench2_beta_i2v/data/crop/7-4")
+    add("--rewrites", type=Path, help="a text file with a longer prompt for each entry of --info, line by line")
+    add("--part", metavar="I/N", help="make the I-th of N shares of the prompts, I from 1")
+    add("--limit", type=int, help="the first prompts alone")
+    add("--dimension", dest="dimensions", action="append", metavar="NAME", help="its prompts alone; may be given again")
+    add("--seeds", dest="videos", type=int, help="videos of each prompt, each with its own seed (5)")
+    add("--seed", type=int, default=0, help="what the videos' seeds are drawn from (0)")
+    add("--chunks", type=int, help="chunks to generate (7)")
+    add("--fps", type=float, help="frames per second of the files (16)")
+    add_wan_settings(export.add_argument_group("settings", "As for aad generate.").add_argument)
+    return export
+
+
+def add_convert(commands: Any) -> argparse.ArgumentParser:
+    """``aad convert``."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "convert",
+        help="a Wan transformer's weights from a .pt or .safetensors to a folder of diffusers, and back",
+        description="Write a causal Wan's weights in another form; the same to the bit, but for --dtype.",
+    )
+    add = parser.add_argument
+    add(
+        "source",
+        type=Path,
+        help="Self-Forcing's or CausVid's .pt, a .safetensors in Wan's names or diffusers', or a folder of diffusers",
+    )
+    add("--out", required=True, type=Path, help="a folder, or a file that ends in .pt or .safetensors")
+    add("--key", help="the entry of a .pt: generator_ema, generator, ... (read: the averaged where there; written: generator)")
+    add("--dtype", choices=("bf16", "fp32", "fp16"), help="of the weights (as stored)")
+    add("--rope", choices=("absolute", "relative"), help="of a folder: positions of the sink (as stored; absolute)")
+    add("--overwrite", action="store_true", default=None, help="replace another model at --out")
+    return parser

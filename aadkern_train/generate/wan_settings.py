@@ -1,0 +1,98 @@
+"""How a Wan model is streamed, whatever asks for it: chunks, window, noise levels, where it runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aadkern_train.generate.prompts import changes
+from aadkern_train.networks.rollout import TURNS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MAX_STEPS = 100
+
+
+@dataclass(frozen=True)
+class WanSettings:
+    """How to stream. Frames of ``chunk_frames``, ``window`` and ``sink`` are latent frames, of four video frames each; the defaults
+    are what Self-Forcing's models were trained with, but for ``steps``.
+
+    ``size`` is (rows, columns) of pixels. ``steps`` and ``first_steps`` (None: the same) are noise levels as ``noise_levels``
+    makes them. ``rope`` None: the checkpoint's. ``device`` None: the GPU if there is one. ``dtype`` None: bf16 on a GPU, fp32
+    on a CPU. ``fp8`` quantises the large linear layers (docs/fp8.md), ``compile`` runs the blocks through torch.compile, and
+    ``cuda_graphs`` (None: on a GPU) replays passes (docs/streaming.md). ``then`` and ``turn`` are prompts that take over on the
+    way (``prompts.changes``, ``TURNS``).
+    """
+
+    chunks: int = 7
+    chunk_frames: int = 3
+    window: int = 21
+    sink: int = 1
+    steps: tuple[float, ...] = (1.0,)
+    first_steps: tuple[float, ...] | None = None
+    rope: str | None = None
+    size: tuple[int, int] = (480, 832)
+    fps: float = 16.0
+    seed: int = 0
+    device: str | None = None
+    dtype: str | None = None
+    fp8: bool = False
+    compile: bool = False
+    cuda_graphs: bool | None = None
+    then: Sequence[str] = ()
+    turn: str = "kept"
+
+    def __post_init__(self) -> None:
+        changes(self.then, self.chunks)
+        if self.turn not in TURNS:
+            raise ValueError(f"turn must be one of {', '.join(TURNS)}, got {self.turn!r}")
+        for name in ("chunks", "chunk_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sink < 0:
+            raise ValueError(f"sink must be at least 0, got {self.sink}")
+        least = self.sink + self.chunk_frames
+        if self.window < least:
+            raise ValueError(f"window must be at least {least}, to hold the sink and a chunk, got {self.window}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """The device and dtype to run with. Raises ValueError for a device that is not there."""
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(self.device or found)
+        except RuntimeError as error:
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}") from error
+        if device.type not in ("cpu", found):
+            raise ValueError(f"device must be cpu: torch finds no {device.type} device here, got {self.device!r}")
+        if self.cuda_graphs and device.type != "cuda":
+            raise ValueError(f"cuda_graphs must be left out on {device}: they need a GPU")
+        return device, DTYPES[self.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def noise_levels(steps: str, shift: float = 5.0) -> tuple[float, ...]:
+    """Noise levels from a count ("4") or a falling list of timesteps ("1000,750,500,250"), both shifted: s -> shift s / (1 +
+    (shift - 1) s).
+
+    A count means timesteps evenly spaced from 1000. "4" and shift 5 give Self-Forcing's levels 1, 0.9375, 0.8333, 0.625. Raises
+    ValueError naming ``steps`` or ``shift``.
+    """
+    wanted = f'steps must be a count of 1 to {MAX_STEPS} or falling timesteps in (0, 1000], say "1000,750,500,250", got {steps!r}'
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be above 0 and finite, got {shift}")
+    try:
+        if "," not in steps:
+            count = int(steps)
+            times = [1 - i / count for i in range(count)] if 1 <= count <= MAX_STEPS else []
+        else:
+            times = [float(word) / 1000 for word in steps.split(",")]
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not times or not all(0 < s <= 1 for s in times) or any(a <= b for a, b in itertools.pairwise(times)):
+        raise ValueError(wanted)
+    return tuple(shift * s / (1 + (shift - 1) * s) for s in times)
