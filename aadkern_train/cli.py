@@ -244,10 +244,12 @@ WAN_ONLY = ("parts", *WAN_SETTINGS)
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    from aadkern_train.generate.from_run import find_weights, generate
-    from aadkern_train.networks.wan_parts import is_wan
+    from aadkern_train.generate.from_run import find_weights, generate, trained_weights
+    from aadkern_train.networks.folders import facts
+    from aadkern_train.networks.wan_parts import is_wan, trained_parts
 
-    wan = is_wan(args.checkpoint)
+    weights = trained_weights(args.checkpoint)
+    wan = is_wan(weights)
     if not wan:
         find_weights(args.checkpoint)  # there is a run at all
     given = given_options(args)
@@ -261,17 +263,25 @@ def run_generate(args: argparse.Namespace) -> None:
         return
     from aadkern_train.generate.from_wan import generate_wan
 
-    settings = wan_settings(given)
-    generate_wan(args.checkpoint, args.out, prompt=args.prompt, image=args.image, parts=args.parts, settings=settings)
+    told = facts(weights)
+    parts = args.parts or trained_parts(told)
+    settings = wan_settings(given, told)
+    generate_wan(weights, args.out, prompt=args.prompt, image=args.image, parts=parts, settings=settings)
 
 
 def run_vbench_export(args: argparse.Namespace) -> None:
+    from aadkern_train.generate.from_run import trained_weights
+    from aadkern_train.networks.folders import facts
+    from aadkern_train.networks.wan_parts import trained_parts
     from aadkern_train.vbench import vbench_export
 
-    given = given_options(args)
+    given, weights = given_options(args), trained_weights(args.checkpoint)
+    told = facts(weights)
+    if "parts" not in given and trained_parts(told) is not None:
+        given["parts"] = trained_parts(told)
     names = ("parts", "images", "rewrites", "part", "limit", "dimensions", "videos")
     options = {name: given[name] for name in names if name in given}
-    vbench_export(args.checkpoint, args.info, args.out, settings=wan_settings(given), **options)
+    vbench_export(weights, args.info, args.out, settings=wan_settings(given, told), **options)
 
 
 def run_convert(args: argparse.Namespace) -> None:

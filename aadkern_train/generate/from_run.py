@@ -44,6 +44,11 @@ def find_weights(checkpoint: Path) -> Path:
     raise ValueError(f"checkpoint must be {accepted}; {checkpoint} is none")
 
 
+def trained_weights(checkpoint: Path) -> Path:
+    """The weights of a run's last stage that streams, where ``checkpoint`` is a run's folder; else ``checkpoint`` itself."""
+    return find_weights(checkpoint) if (checkpoint / "config.yaml").is_file() else checkpoint
+
+
 @torch.no_grad()
 def generate(
     checkpoint: Path,

@@ -31,11 +31,14 @@ def add_wan_settings(add: Callable[..., Any]) -> None:
     add("--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay passes from CUDA graphs (on a GPU they are)")
 
 
-def wan_settings(given: Mapping[str, Any]) -> WanSettings:
-    """The settings from the options that were given, by their names. Raises ValueError as they do."""
-    from aadkern_train.generate.wan_settings import WanSettings, noise_levels
+def wan_settings(given: Mapping[str, Any], told: Mapping[str, Any]) -> WanSettings:
+    """The settings from the options that were given, by their names; ``told`` is the checkpoint's run.json, whose run's settings
+    are the defaults. Raises ValueError as they do."""
+    from aadkern_train.generate.wan_settings import WanSettings, noise_levels, trained_settings
 
-    options = {name: given[name] for name in ("chunks", "fps", "seed", "then", "turn", *WAN_PLAIN) if name in given}
+    options = trained_settings(told) | {
+        name: given[name] for name in ("chunks", "fps", "seed", "then", "turn", *WAN_PLAIN) if name in given
+    }
     shift = given.get("shift", 5.0)
     noise_levels("1", shift)  # is told of even where nothing is shifted
     for name in ("steps", "first_steps"):

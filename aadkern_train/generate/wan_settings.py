@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from aadkern_train.networks.rollout import TURNS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_STEPS = 100
+PIXELS = 8  # rows of pixels in a row of latents: Wan 2.1's VAE
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,24 @@ class WanSettings:
         if self.cuda_graphs and device.type != "cuda":
             raise ValueError(f"cuda_graphs must be left out on {device}: they need a GPU")
         return device, DTYPES[self.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def trained_settings(told: Mapping[str, Any]) -> dict[str, Any]:
+    """How the weights of a run stream, by their run.json: as they were trained. Nothing for other weights."""
+    recipe = told.get("recipe")
+    if not recipe:
+        return {}
+    given = 1 if recipe["task"] == "i2v" else 0
+    _, height, width = told["frame"]
+    return {
+        "chunks": len(recipe["chunks"]) - given,
+        "chunk_frames": max(recipe["chunks"]),
+        "window": recipe["window"],
+        "sink": recipe["sink"],
+        "steps": tuple(recipe["levels"]),
+        "first_steps": None if recipe["first_levels"] is None else tuple(recipe["first_levels"]),
+        "size": (PIXELS * height, PIXELS * width),
+    }
 
 
 def noise_levels(steps: str, shift: float = 5.0) -> tuple[float, ...]:

@@ -114,7 +114,8 @@ class Networks:
 
     def write(self, path: Path, denoiser: Denoiser, **facts: Any) -> None:
         """Writes a network that this run trained, with the run's settings beside it."""
-        settings = {"recipe": self.recipe.model_dump(mode="json"), "predicts": denoiser.predicts, **facts}
+        settings = {"recipe": self.recipe.model_dump(mode="json"), "predicts": denoiser.predicts, "frame": list(self.frame_shape)}
+        settings |= facts
         export(path, denoiser.net, self.processes, settings)
 
     def _check_teacher(self) -> None:

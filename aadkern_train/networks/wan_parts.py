@@ -45,7 +45,8 @@ class WanParts:
 
 
 def is_wan(checkpoint: Path) -> bool:
-    """Whether ``checkpoint`` is Wan's (a folder of diffusers or a .pt file), and not a run of this package or its weights.
+    """Whether ``checkpoint`` is Wan's (a folder of diffusers, a .pt file, or the weights of a run on Wan's latents), and not a run
+    of this package on latents of its own.
 
     Raises FileNotFoundError where there is nothing, ValueError for a weights file out of a folder of diffusers.
     """
@@ -57,9 +58,16 @@ def is_wan(checkpoint: Path) -> bool:
         if checkpoint.suffix.lower() not in PICKLES:
             raise ValueError(f"checkpoint must be a Wan folder, a .pt file, a run or its RUN/weights/STAGE, got {checkpoint}")
         return True
-    if "recipe" in facts(checkpoint):
-        return False
+    told = facts(checkpoint)
+    if "recipe" in told:
+        return trained_parts(told) is not None
     return any((checkpoint / name).exists() for name in ("model_index.json", "config.json", "transformer"))
+
+
+def trained_parts(told: Mapping[str, Any]) -> Path | None:
+    """The Wan folder whose latents a run was trained on, by its weights' run.json; None: latents of another kind."""
+    parts = told.get("recipe", {}).get("data", {}).get("parts")
+    return Path(parts) if parts else None
 
 
 def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:

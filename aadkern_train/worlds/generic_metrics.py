@@ -33,8 +33,13 @@ def measure_generic(real: torch.Tensor, x: torch.Tensor) -> dict[str, float]:
     * ``frechet``: Frechet distance of the clips' features (mean colour, contrast, sharpness, movement, their
       spreads), in units of the real standard deviations (real 0).
     """
-    real_features, real_motion, real_sharpness, _ = _describe(real, "real")
-    features, motion, sharpness, segments = _describe(x, "x")
+    return compare(describe(real, "real"), describe(x, "x"))
+
+
+def compare(real: Described, x: Described) -> dict[str, float]:
+    """``measure_generic`` of videos that are described already."""
+    real_features, real_motion, real_sharpness, _ = real
+    features, motion, sharpness, segments = x
     still = STILL * real_motion.median()
     relative = segments / segments.mean(dim=1, keepdim=True).clamp_min(1e-6)
     return {
@@ -46,8 +51,12 @@ def measure_generic(real: torch.Tensor, x: torch.Tensor) -> dict[str, float]:
     }
 
 
-def _describe(video: torch.Tensor, name: str) -> list[torch.Tensor]:
-    """Features [N, 8], movement [N], sharpness [N] and it per segment [N, segments] of uint8 RGB videos; fp64."""
+Described = list[torch.Tensor]
+"""Of N videos: features [N, 8], movement [N], sharpness [N] and it per segment [N, segments]; fp64."""
+
+
+def describe(video: torch.Tensor, name: str = "video") -> Described:
+    """What ``compare`` needs of uint8 RGB videos [N, T, H, W, 3]."""
     if video.dtype != torch.uint8:
         raise TypeError(f"{name} must be uint8, got {video.dtype}")
     if video.ndim != 5 or video.shape[-1] != 3 or video.shape[1] < 2 or 0 in video.shape:
