@@ -6,6 +6,7 @@
 #   PROFILE  quick or full: which demo                                      (quick)
 #   SEED     of the demo, whose run is then runs/demo-SEED                  (0, runs/demo)
 #   BENCH    arguments of the benchmark, for example BENCH="--case 7x3"      (none)
+#   VIDEOS   a folder of video files for wan-smoke                          (some are made)
 #   JOBS     test processes                                                 (one per core, at most 8)
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all lint format bench clean
+.PHONY: help env demo test test-all wan-smoke lint format bench clean
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.aadkern-installed
 LOG := $(VENV)/install.log
@@ -62,6 +63,9 @@ test: $(STAMP)  ## all tests but the slow ones
 
 test-all: $(STAMP)  ## all tests
 	@$(call RUN_TESTS)
+
+wan-smoke: $(STAMP)  ## the path of a real Wan with tiny random networks, to runs/wan-smoke (VIDEOS=FOLDER: of your own files)
+	@"$(BIN)/python" -m tests.wan_smoke $(if $(VIDEOS),"$(VIDEOS)")
 
 lint: $(STAMP)  ## ruff, and mypy on aadkern
 	@"$(BIN)/ruff" check .

@@ -15,14 +15,15 @@ from aadkern_train.report.reading import RunRecord, mapping, number, read_run
 from aadkern_train.report.style import CSS, SCRIPT
 from aadkern_train.report.summary import summary
 from aadkern_train.report.tables import part_tables, stage_table, versus_tables
+from aadkern_train.report.validation import validation
 from aadkern_train.worlds.base import Metric
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Builds ``run_dir``/report.html from config.yaml, log.jsonl, metrics.json and samples/*.npy, and returns its path.
 
-    The page needs no network and no other file. A part that is absent or cannot be read is left out and named in a
-    sentence. Raises ValueError where ``run_dir`` is no folder.
+    The page needs no network and, but for large videos that it links to, no other file. A part that is absent or cannot be read is
+    left out and named in a sentence. Raises ValueError where ``run_dir`` is no folder.
     """
     run = read_run(run_dir)
     path = Path(run_dir) / "report.html"
@@ -38,6 +39,7 @@ def page(run: RunRecord) -> str:
         _section("The run", _run(run), missing),
         _section("Stages beside real video", _tables(run), missing, "no final metrics are recorded"),
         _section("A measure in its parts", part_tables(run), [], ""),
+        _section("At fixed prompts", validation(run), [], ""),
         _section("Clips, playing", players(run), missing, "no samples are saved"),
         _section("Frame by frame", contact_sheets(run), [], ""),
         _section("Metrics while training", _metric_curves(run), missing, "the log holds no evaluation"),
