@@ -12,7 +12,6 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -33,6 +32,7 @@ from aadkern_train.prepared.prepare import prepare
 from aadkern_train.prepared.settings import PrepareSettings
 from aadkern_train.prepared.sources import read_source
 from aadkern_train.worlds.clips import make_example_videos
+from tests.test_prepare_sources import write_table
 from tests.tiny_wan import CHANNELS, TEXT_DIM, save_tiny_wan
 
 SIZE, FRAMES = (32, 48), 9
@@ -259,20 +259,6 @@ def test_texts_that_are_not_finite(films, wan, tmp_path, monkeypatch):
     assert [record["reason"] for record in Prepared(tmp_path).skipped] == ["text not finite"]
 
 
-def write_table(path: Path, rows: list[dict]) -> Path:
-    if path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
-        return path
-    import csv
-
-    with path.open("w", newline="", encoding="utf-8") as file:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_tables(films, wan, tmp_path, suffix):
     picture = Image.fromarray(read_video(films / "example-002.mp4")[0][3].numpy())
@@ -339,47 +325,6 @@ def test_clips_of_one_video_do_not_overlap_and_share_a_split(films, wan, tmp_pat
     assert run(films, tmp_path / "short", wan, clips_per_video=2, limit=4) == 4  # 24 frames hold 2
     read = [(entry.source, entry.clip) for entry in read_source(films, clips_per_video=2, limit=4).entries]
     assert read == [("example-000.mp4", 0), ("example-000.mp4", 1), ("example-001.mp4", 0), ("example-001.mp4", 1)]
-
-
-@pytest.mark.parametrize("rate", [16, 24, 25, 29.97, 60])
-def test_spans_are_the_frames_of_the_whole_file(tmp_path, rate):
-    """A jump into the file gives what decoding from the beginning gives, and the times are those that were asked for."""
-    count = int(4 * rate)
-    frames = np.zeros((count, 40, 64, 3), np.uint8)
-    for i in range(count):  # a picture tells its own number, in a code that survives encoding
-        for bit in range(8):
-            frames[i, :, 8 * bit : 8 * bit + 8] = 200 if i >> bit & 1 else 40
-    path = write_video(tmp_path / "a.mp4", frames, rate)
-
-    def numbers(pixels):
-        bits = pixels[:, 20, 4::8, 0].numpy() > 120
-        return (bits * (1 << np.arange(8))).sum(1)
-
-    assert numbers(decode(path, (40, 64), None)).tolist() == [i % 256 for i in range(count)]
-    for start in (0.0, 0.3, 1.7, 2.5):
-        made = videos.read_frames(path, (40, 64), 16, 17, start)
-        wanted = (start + np.arange(17) / 16) * rate
-        assert np.abs(numbers(made) - wanted).max() <= 1.01
-        assert torch.equal(made, decode(path, (40, 64), None)[numbers(made)])
-    with pytest.raises(ValueError, match=r"too short: \d+ frames at 16 a second, of 17"):
-        videos.read_frames(path, (40, 64), 16, 17, 3.2)
-    with pytest.raises(ValueError, match=r"too short: [89] frames at 16 a second, of 17"):
-        videos.read_frames(path, (40, 64), 16, 17, 1.0, 1.5)
-
-
-def test_a_video_with_a_gap_is_refused(tmp_path):
-    import av
-
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=16)
-        stream.width, stream.height = 64, 48
-        for i in range(24):
-            frame = av.VideoFrame.from_ndarray(np.random.default_rng(i).integers(0, 255, (48, 64, 3), np.uint8), "rgb24")
-            frame.pts = i + (16 if i > 6 else 0)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    with pytest.raises(ValueError, match=r"too few frames a second|uneven times: 17 frames take 2\.00 s, not 1\.00 s"):
-        videos.read_frames(tmp_path / "a.mp4", SIZE, 16, 17)
 
 
 def test_lmdb(wan, tmp_path):
@@ -454,36 +399,6 @@ def test_bad_settings_are_one_line(films, wan, tmp_path, monkeypatch, capsys, wo
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_sources(films, wan, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a.mp4").touch()
-    (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    lines = write_table(tmp_path / "a.jsonl", [{"path": "a.mp4", "text": "a cat"}])
-    for source, columns, says in (
-        ("none", None, "source must be a folder or a list of videos or prompts, found nothing at"),
-        ("empty", None, "source must hold videos with captions, found none in"),
-        ("a.mp4", None, r"source must be a folder, \.jsonl, \.csv or \.txt, got"),
-        ("empty.txt", None, "source must hold something to prepare"),
-        ("latin.txt", None, "source must be UTF-8 text"),
-        (lines.name, None, r"columns must be in the table, .* has no 'caption'; it has path, text: say --columns caption=NAME"),
-        (lines.name, {"caption": "text", "video": "film"}, r"columns must be in the table, .* has no 'film'"),
-        (lines.name, {"words": "text"}, "columns must name some of video, image, caption, start, end, id, got 'words'"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=says):
-            run(tmp_path / source, tmp_path / "out", wan, columns=columns or {})
-    assert not (tmp_path / "out").exists()
-
-
-def test_broken_lines_of_a_table_are_skipped(tmp_path):
-    table = tmp_path / "a.jsonl"
-    table.write_bytes(
-        b'{"video": "a.mp4", "caption": "a cat"}\n{"video":\n[1]\n\n{"video": "b.mp4", "caption": 3}\n{"caption": "\\ud800 x"}\n'
-    )
-    problems = [entry.problem.partition(":")[0] for entry in read_source(table).entries]
-    assert problems == ["", "broken line", "broken line", "no caption", "no video"]
-
-
 def test_another_data_set_or_model_is_refused(films, wan, tmp_path):
     out = tmp_path / "out"
     run(films, out, wan, limit=1)
@@ -531,6 +446,14 @@ def test_parts_that_do_not_fit_are_refused(films, wan, tmp_path):
             run(films, tmp_path / "out", (other,))
         shutil.rmtree(other / name)
         shutil.copytree(wan[0] / name, other / name)
+
+
+def test_nothing_is_rounded_to_tf32_on_a_gpu():
+    with module.exactly(torch.device("cpu")):
+        assert torch.backends.cudnn.allow_tf32
+    with module.exactly(torch.device("cuda")):
+        assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic and torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_one_shard_is_held_at_most(films, wan, tmp_path, monkeypatch):

@@ -21,8 +21,8 @@ C, D = 5, 7
 NAMES = [["b", "ünï/a b", "c"], ["z0", "z1"]]
 
 
-def make(folder: Path, kind: str = "clips") -> dict[str, dict[str, torch.Tensor]]:
-    """Two shards of random items, one of them bad; returns what was written, by what and id."""
+def make(folder: Path, kind: str = "clips", again: bool = False) -> dict[str, dict[str, torch.Tensor]]:
+    """Two shards of random items, one of them bad; returns what was written, by what and id. ``again``: what is done is kept."""
     writer = Writer(folder, {"kind": kind, "shards": len(NAMES), "size": (32, 48)})
     wrote: dict[str, dict[str, torch.Tensor]] = {"text": {}, "latents": {}}
     for shard, names in enumerate(NAMES):
@@ -31,8 +31,9 @@ def make(folder: Path, kind: str = "clips") -> dict[str, dict[str, torch.Tensor]
         latents = {name: torch.randn(*lead, 4 + i, C, 3, 2).half() for i, name in enumerate(names)}
         records = [{"id": name, "ok": True, "split": split_of(name), "caption": f"{name} \u2028 雪"} for name in names]
         bad = {"id": "b", "ok": False, "reason": "no caption \udc80"}  # of a file's name that is no Unicode
-        assert not writer.done(shard)
-        writer.write(shard, texts, {} if kind == "prompts" else latents, [bad, *records])
+        assert again or not writer.done(shard)
+        if not writer.done(shard):
+            writer.write(shard, texts, {} if kind == "prompts" else latents, [bad, *records])
         assert writer.done(shard)
         wrote["text"] |= texts
         wrote["latents"] |= latents
@@ -299,6 +300,40 @@ def test_a_full_disk_leaves_the_old_and_says_what_is_needed(tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"No space left on device; it needs 4\.2 MB: .*shard-00001\.text\.safetensors") as error:
         writer.write(1, {"a": torch.randn(512, 4096).bfloat16()}, {}, [])
     assert error.value.errno == errno.ENOSPC and contents(tmp_path) == before
+
+
+def test_a_job_that_dies_at_any_durable_operation_leaves_nothing_wrong(tmp_path):
+    torch.manual_seed(3)
+    make(tmp_path / "whole")
+    whole, out = contents(tmp_path / "whole"), tmp_path / "out"
+    for deaths in range(100):
+        child = os.fork()
+        if child == 0:
+            calls = 0
+
+            def dying(operation):
+                def call(*arguments, **keywords):
+                    nonlocal calls
+                    calls += 1
+                    if calls > deaths:  # noqa: B023 (a process of its own)
+                        os._exit(9)
+                    return operation(*arguments, **keywords)
+
+                return call
+
+            for name in ("fsync", "replace", "unlink"):
+                setattr(os, name, dying(getattr(os, name)))
+            torch.manual_seed(3)
+            try:
+                make(out, again=True)
+            finally:
+                os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for file in out.glob("shard-*.jsonl"):
+            assert all((out / name).read_bytes() == whole[name] for name in whole if name.startswith(file.stem))
+        if status == 0:
+            break
+    assert deaths > 10 and {name: held for name, held in contents(out).items() if not name.endswith(".tmp")} == whole
 
 
 def test_half_written_files_of_dead_jobs_go(tmp_path):

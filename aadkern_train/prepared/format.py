@@ -173,12 +173,17 @@ class Writer:
             with own_path(file) as waiting:
                 told = json.dumps(self.header, ensure_ascii=False, indent=1, sort_keys=True)
                 waiting.write_bytes(f"{told}\n".encode("utf-8", "backslashreplace"))
+        self._agree()
+        clear_leftovers(self.folder)
+
+    def _agree(self) -> None:
+        """Raises ValueError where dataset.json says something else, as after a job with other settings that began just now."""
+        file = self.folder / "dataset.json"
         found = layout.read_header(self.folder)
         for key in sorted({*found, *self.header}):
             if found.get(key) != self.header.get(key):
                 had, got = _short(found.get(key)), _short(self.header.get(key))
                 raise ValueError(f"{key} must be {had}, as {file} says, got {got}: name another folder, or go on as it was begun")
-        clear_leftovers(self.folder)
 
     def done(self, shard: int) -> bool:
         """Whether a shard is written."""
@@ -236,6 +241,7 @@ class Writer:
         return _whole(self.folder / "null.safetensors", tokens) is not None
 
     def _checked(self, shard: int) -> int:
+        self._agree()
         if not 0 <= shard < self.header["shards"]:
             raise ValueError(f"shard must lie in [0, {self.header['shards']}), got {shard}")
         return shard

@@ -5,6 +5,7 @@ A job makes its shards one after another and may be killed anywhere: what is fin
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import shutil
@@ -49,7 +50,7 @@ def prepare(source: Path, out: Path, wan: Path, settings: PrepareSettings | None
         for entry in found.entries:
             _refuse(entry, entry.problem)
     text_dtype = settings.text_dtype or ("bf16" if device.type == "cuda" else "fp32")
-    writer = Writer(out, header(settings, encoders, found, text_dtype))
+    writer = Writer(out, header(settings, encoders, found, text_dtype, rows))
     job = Job(settings, encoders, found, rows, writer, device, TORCH_DTYPES[text_dtype])
     job.tell_size()
     job.run()
@@ -83,11 +84,7 @@ class Job:
 
     def tell_size(self) -> None:
         """How much there is to do, and what it takes on the disk."""
-        shape = None
-        if self.rows is not None:
-            frames, _, *sides = next(iter(self.rows.shapes.values()))[1:]
-            shape = (frames, *sides)
-        needed = estimate(self.source, self.encoders, self.settings, shape)
+        needed = estimate(self.source, self.encoders, self.settings, self.rows)
         free = shutil.disk_usage(self.writer.folder).free
         share = f", a part of {self.settings.part[1]} in this job" if self.settings.part[1] > 1 else ""
         _say(
@@ -211,7 +208,8 @@ class Job:
             from aadkern.wan.vae import encode_video
 
             video = frames.to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-            latents = encode_video(vae, video)[0].transpose(0, 1).contiguous()
+            with exactly(self.device):
+                latents = encode_video(vae, video)[0].transpose(0, 1).contiguous()
         largest = float(latents.abs().max())
         if not largest <= LARGEST:  # of a NaN too
             raise BadItem(f"latents out of range: {largest:g} in size, of at most {LARGEST:g}")
@@ -235,6 +233,13 @@ class Job:
         if videos.blank(frames):
             raise ValueError("blank: its pixels vary by less than 1 of 255")
         return frames, told
+
+
+def exactly(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Convolutions in fp32, and the same each time: by default cuDNN rounds what they multiply to TF32, of 10 bits."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 class BadItem(Exception):

@@ -11,6 +11,7 @@ from typing import Any
 
 from aadkern_train.engine.files import read_json
 from aadkern_train.networks.wan_parts import Encoders
+from aadkern_train.prepared import lineage
 from aadkern_train.prepared.layout import NULLS
 from aadkern_train.prepared.sources import Source
 
@@ -65,7 +66,9 @@ class PrepareSettings:
         return ((self.frames - 1) // 4 + 1, self.size[0] // encoders.pixels, self.size[1] // encoders.pixels)
 
 
-def header(settings: PrepareSettings, encoders: Encoders, source: Source, text_dtype: str) -> dict[str, Any]:
+def header(
+    settings: PrepareSettings, encoders: Encoders, source: Source, text_dtype: str, rows: lineage.Rows | None
+) -> dict[str, Any]:
     """What dataset.json says; every job of a data set must say the same. Reads the weights, to tell which they are."""
     told: dict[str, Any] = {
         "kind": source.kind,
@@ -82,8 +85,8 @@ def header(settings: PrepareSettings, encoders: Encoders, source: Source, text_d
         return told
     vae = {"channels": encoders.channels, "vae_config": read_json(encoders.vae / "config.json"), "vae": digest(encoders.vae)}
     vae["vae_config"].pop("_name_or_path", None)
-    if source.lmdb is not None:
-        return {**told, **vae}
+    if rows is not None:
+        return {**told, **vae, "buckets": sorted({(shape[1], *shape[3:]) for shape in rows.shapes.values()})}
     frames, rows, columns = settings.bucket(encoders)
     buckets = {(1 if entry.image else frames, rows, columns) for entry in source.entries}
     return {
@@ -108,11 +111,13 @@ def digest(folder: Path, *names: str) -> str:
     return made.hexdigest()
 
 
-def estimate(source: Source, encoders: Encoders, settings: PrepareSettings, shape: tuple[int, ...] | None = None) -> float:
+def estimate(source: Source, encoders: Encoders, settings: PrepareSettings, rows: lineage.Rows | None) -> float:
     """About how many bytes a data set takes: latents exactly, texts at 120 tokens each."""
     good = [entry for entry in source.entries if not entry.problem]
     total = 2.0 * 120 * encoders.text_dim * len(good)
-    frames, rows, columns = shape or settings.bucket(encoders)
+    if rows is not None:
+        return total + sum(2.0 * math.prod(rows.shapes[rows.places[entry.row][0]][1:]) for entry in good if entry.row is not None)
     if source.kind == "clips":
-        total += 2.0 * encoders.channels * rows * columns * sum(1 if entry.image else frames for entry in good)
+        frames, height, width = settings.bucket(encoders)
+        total += 2.0 * encoders.channels * height * width * sum(1 if entry.image else frames for entry in good)
     return total

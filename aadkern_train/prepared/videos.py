@@ -87,7 +87,7 @@ class _opened:
         import av
 
         try:
-            self.container = av.open(os.fspath(self.path))
+            self.container = av.open(os.path.abspath(self.path))  # "a:b" would be a protocol of FFmpeg's
         except (av.FFmpegError, OSError) as error:
             raise ValueError(f"unreadable: {error.strerror or error}") from error
         if not self.container.streams.video:
