@@ -258,6 +258,19 @@ def test_streaming_a_sharded_network_under_captions_is_streaming_it_whole(two, o
         torch.testing.assert_close(two[rank]["stream"], expected[rank : rank + 1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_sharded_networks_text_cache_is_a_lazy_one_and_its_time_cache_is_refused(folder):
+    with start("cpu") as processes:
+        net = small_run(folder, processes).networks.make(str(folder / "small")).net
+        for _ in range(2):  # the second time with the root gathered, as a forward leaves it
+            lazy = net.text_cache(torch.randn(1, 3, 16))
+            assert lazy.text is not None and not lazy.layers
+            with pytest.raises(ValueError, match="timestep must be given to each pass of a model under FSDP"):
+                net.time_cache(torch.rand(1))
+            with torch.no_grad():
+                net(torch.randn(1, 1, 2, 12, 12), torch.rand(1), lazy)
+            assert len(lazy.layers) == 2
+
+
 def test_what_is_kept_gathered_is_dropped_afterwards(two, one):
     for told in (one, *two):
         assert told["kept within"] == ("Parameter", "Parameter") and told["sharded after"] and told["blocks dropped"]
