@@ -83,12 +83,13 @@ def make_stage(run: Run, name: str) -> Stage:
 
 
 def check_networks(run: Run) -> None:
-    """That networks from folders fit one another and their stages. Raises ValueError, naming the setting, before any is loaded."""
-    run.networks.check()
-    for name in stages_of(run):
-        if not run.processes.on_main(run.folder.weights(name).exists):
-            settings = run.recipe.stages[name]
-            KINDS[settings.kind].check(run, name, settings)
+    """That networks from folders fit the run and the stages still to come. Raises ValueError, naming the setting, before any is
+    loaded."""
+    waiting = [name for name in stages_of(run) if not run.processes.on_main(run.folder.weights(name).exists)]
+    run.networks.check(waiting)
+    for name in waiting:
+        settings = run.recipe.stages[name]
+        KINDS[settings.kind].check(run, name, settings)
 
 
 def train(run: Run) -> dict[str, Any]:

@@ -120,3 +120,20 @@ def test_the_discriminators_gradient_in_closed_form_is_autograds(relativistic, s
     torch.testing.assert_close(got.gradient, wanted)
     torch.testing.assert_close((got.adversarial, got.penalty), (adversarial.detach(), penalty.detach()))
     assert not got.gradient.requires_grad and not got.adversarial.requires_grad
+
+
+@pytest.mark.parametrize("frames", [None, 3])
+def test_the_two_sides_objectives_are_the_whole_ones(frames):
+    """Real and fake views in batches of their own: the same gradient and the same sums."""
+    count, chosen = 4, torch.tensor([0, 2, 3])
+    logits = torch.randn(2 * count + 6, *([] if frames is None else [frames]), dtype=torch.float64)
+    whole = losses.discriminator_objective(logits, count, chosen, weight=7.0, share=0.6)
+    real, fake, real_twins, fake_twins = logits.split([count, count, 3, 3])
+    sides = [
+        losses.side_objective(torch.cat([own, twins]), count, chosen, real=real, weight=7.0, share=0.6)
+        for own, twins, real in ((real, real_twins, True), (fake, fake_twins, False))
+    ]
+    (of_real, of_real_twins), (of_fake, of_fake_twins) = (side.gradient.split([count, 3]) for side in sides)
+    torch.testing.assert_close(torch.cat([of_real, of_fake, of_real_twins, of_fake_twins]), whole.gradient, rtol=0, atol=0)
+    for part in ("adversarial", "penalty"):
+        torch.testing.assert_close(sum(getattr(side, part) for side in sides), getattr(whole, part))

@@ -115,3 +115,27 @@ def test_a_failed_write_leaves_nothing_and_is_raised(run, tmp_path, monkeypatch)
     with start("cpu") as processes, pytest.raises(OSError, match="No space left"):
         export(tmp_path / "a", denoiser.net, processes, {})
     assert not (tmp_path / "a").exists()
+
+
+def test_weights_that_are_there_twice_or_are_pickles_are_refused(run, tmp_path, monkeypatch):
+    """An fp16 variant beside the weights, a file that an earlier version left, a tensor in two shards."""
+    net = run.networks.plain(None).net
+    path = run.folder.weights("random")
+    file = path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    variant = path / "diffusion_pytorch_model.fp16.safetensors"
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, variant)
+    with pytest.raises(ValueError, match=r"must hold its weights once, .*fp16.safetensors lies beside .*model.safetensors: leave"):
+        load(path)
+    variant.unlink()
+    load(path)
+    torch.save(tensors, path / "diffusion_pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(ValueError, match="must hold its weights as safetensors, it holds pickles"):
+        load(path)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 8000)
+    folders.write_folder(tmp_path / "b", net, tensors.items(), {"predicts": "x0"})
+    second = sorted((tmp_path / "b").glob("*-00002-of-*.safetensors"))[0]
+    save_file({**load_file(second), "proj_out.bias": tensors["proj_out.bias"]}, second, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"must hold each weight once, .*00002-of.* and .*-of-.* of .* hold proj_out.bias"):
+        load(tmp_path / "b")

@@ -92,7 +92,8 @@ def check_clip(model: CausalWan, x: Any, timestep: Any, text: Any, condition_of:
         shapes = f"[{samples}], [{samples}, {frames}] or [{samples}, {tokens}]"
         raise ValueError(f"timestep must be {shapes} for hidden_states {list(x.shape)}, got {list(timestep.shape)}")
     if isinstance(text, TextCache):
-        shape, heads, head_dim = text.layers[0][0].shape, model.config["num_attention_heads"], model.config["attention_head_dim"]
+        shape = next((entry[0].shape for entry in text.layers if entry is not None), torch.Size((0, 0, 0, 0)))
+        heads, head_dim = model.config["num_attention_heads"], model.config["attention_head_dim"]
         if len(text.layers) != len(model.blocks) or shape[0] != samples or shape[1::2] != (heads, head_dim):
             ours = f"{len(model.blocks)} layers, batch {samples}, {heads} heads of {head_dim}"
             theirs = f"{len(text.layers)}, {shape[0]}, {shape[1]} of {shape[3]}"

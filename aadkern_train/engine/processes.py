@@ -185,30 +185,33 @@ def shard(
     bf16: bool | None = None,
     storage: torch.dtype | None = None,
     offload: bool = False,
-    shard_blocks_above: int = SHARD_BLOCKS_ABOVE,
+    shard_blocks_above: int | None = None,
 ) -> nn.Module:
     """Applies FSDP2 to the module in place, and returns it: parameters become DTensors sharded over the ranks.
 
     What is on the meta device gets memory for this rank's part alone, of any content: fill it before use. The blocks are sharded
-    one by one only when the module has more than shard_blocks_above parameters. ``storage`` is the dtype that parameters are kept
-    in (None: as they are); bf16 (default: on CUDA) computes in bf16 from them and reduces gradients in fp32. Inputs are not cast (a
-    sigma in bf16 would be off by half a percent), so in bf16 the module casts what it multiplies. ``offload`` keeps the shards in
-    host memory and copies each block over for its pass: CUDA only, and for a frozen module. Freeze before, build optimisers and
-    Ema afterwards.
+    one by one only when the module has more than shard_blocks_above (SHARD_BLOCKS_ABOVE) parameters. ``storage`` is the dtype that
+    parameters are kept in (None: as they are); bf16 (default: on CUDA) computes in bf16 from them and reduces gradients in fp32.
+    Inputs are not cast (a sigma in bf16 would be off by half a percent), so in bf16 the module casts what it multiplies.
+    ``offload`` keeps the shards in host memory and copies each block over for its pass: CUDA only, and for a frozen module. Freeze
+    before; build optimisers and Ema afterwards.
     """
     use_bf16 = processes.device.type == "cuda" if bf16 is None else bf16
     if offload and processes.device.type != "cuda":
         raise ValueError(f"offload must be False for a module on {processes.device.type}, whose memory is the host's, got True")
-    if storage is not None:
-        module.to(dtype=storage)
     home = torch.device("cpu") if offload else processes.device
-    module._apply(lambda t: t if t.is_meta else t.to(home))
+
+    def placed(t: Tensor) -> Tensor:
+        return t.to("meta" if t.is_meta else home, storage if storage is not None and t.is_floating_point() else t.dtype)
+
+    module._apply(placed)  # Module.to, but it takes what is on meta too
     options: dict[str, Any] = {
         "mesh": processes.mesh,
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if use_bf16 else None, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
-    if sum(p.numel() for p in module.parameters()) > shard_blocks_above:
+    limit = SHARD_BLOCKS_ABOVE if shard_blocks_above is None else shard_blocks_above
+    if sum(p.numel() for p in module.parameters()) > limit:
         for block in blocks:
             fully_shard(block, **options)
     fully_shard(module, **options)

@@ -48,7 +48,6 @@ class Weights:
 class Stored:
     """A network as its folder tells, before any weight is read."""
 
-    path: Path
     config: dict[str, Any]
     weights: Weights
     predicts: str
@@ -74,7 +73,7 @@ def inspect(path: Path) -> Stored:
     if beside:
         used = sorted({file.name for file in weights.files.values()})[0]
         raise ValueError(f"{path} must hold its weights once, {beside[0]} lies beside {used}: leave one of them")
-    return Stored(path, config, weights, facts(path).get("predicts", "flow"))
+    return Stored(config, weights, facts(path).get("predicts", "flow"))
 
 
 def empty(stored: Stored) -> Denoiser:

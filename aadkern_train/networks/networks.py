@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,9 @@ class Networks:
         ``storage`` is the dtype that weights are kept in (None: fp32); ``offload`` keeps them in host memory.
         """
         path = self.source(name)
-        setting = " and ".join(setting for setting, named in self._settings().items() if named == name) or "the network"
+        setting = (
+            " and ".join(setting for setting, named in self._settings(self.recipe.stages).items() if named == name) or "the network"
+        )
         stored = self.processes.on_main(lambda: self._checked(path, setting))
         denoiser = empty(stored)
         freeze_unused(denoiser.net, words=self.null is not None)
@@ -74,21 +76,22 @@ class Networks:
         fill(denoiser.net, stored)
         return module
 
-    def check(self) -> None:
-        """That every network which the recipe takes from a folder is there and fits the run, before any is loaded.
+    def check(self, stages: Collection[str]) -> None:
+        """That every network which these stages may take from a folder is there and fits the run, before any is loaded.
 
         Raises ValueError, naming the setting.
         """
 
         def look() -> None:
-            for setting, name in self._settings().items():
+            for setting, name in self._settings(stages).items():
                 if not name:
                     raise ValueError(f"{setting} must name a network's folder in diffusers' format, say WAN/transformer")
                 if name not in self.recipe.stages:
                     self._checked(Path(name), setting)
 
-        self._check_teacher()
-        self.processes.on_main(look)
+        if stages:
+            self._check_teacher()
+            self.processes.on_main(look)
 
     def layers(self, name: str | None) -> int:
         """Transformer blocks of a source's network; of one that is still to be trained, those of what it starts from."""
@@ -122,13 +125,13 @@ class Networks:
         if self.recipe.models.offload_teacher and self.processes.device.type != "cuda":
             raise ValueError("models.offload_teacher must be false without CUDA, as it frees a GPU's memory, got true")
 
-    def _settings(self) -> dict[str, str]:
-        """The settings that name a network, but for a teacher that nobody set and no stage trains."""
+    def _settings(self, stages: Collection[str]) -> dict[str, str]:
+        """The settings that name a network of these stages, but for a teacher that nobody set and no stage trains."""
         models = self.recipe.models
         named = {f"models.{role}": getattr(models, role) for role in ("generator", "teacher", "fake", "discriminator")}
-        if models.teacher == "exact" or models.teacher == type(models).model_fields["teacher"].default:
+        if models.teacher in ("exact", type(models).model_fields["teacher"].default):
             del named["models.teacher"]
-        named |= {f"{name}.start": stage.start for name, stage in self.recipe.stages.items() if stage.steps > 0}
+        named |= {f"{stage}.start": self.recipe.stages[stage].start for stage in stages}
         return {setting: name for setting, name in named.items() if name is not None}
 
     def _checked(self, path: Path, setting: str) -> Stored:
