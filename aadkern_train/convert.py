@@ -52,8 +52,8 @@ def convert(
 
     Both are a folder in diffusers' format, a ``.pt`` or a ``.safetensors``. ``key``: the entry of a ``.pt`` ("generator",
     "generator_ema"); None reads the averaged weights where there are any, and writes "generator". ``dtype`` None: as stored.
-    ``rope``, of a folder alone: the positions that its model uses. A folder is read and written tensor by tensor; a file is
-    written from memory that holds the model once.
+    ``rope``, of a folder alone: the positions that its model uses. Files are mapped, not read into memory, and a folder is written
+    shard by shard; a file in another ``dtype`` is written from memory that holds the model once.
 
     Raises ValueError or FileNotFoundError, before anything is written, for what is no such model, for names that Wan's transformer
     does not have, and where something else lies at ``out`` (the same model there is left as it is) without ``overwrite``.
