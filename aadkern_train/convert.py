@@ -35,12 +35,12 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 @dataclass(frozen=True)
 class Weights:
     """A transformer as it lies on a disk. ``shapes`` are tensors on "meta" by diffusers' names, ``read`` gives the real one of a
-    name, and ``told`` is a folder's run.json."""
+    name, and ``predicts`` is what its run.json says (a run's own facts stay with the run)."""
 
     path: Path
     config: Mapping[str, Any]
     shapes: Mapping[str, Tensor]
-    told: Mapping[str, Any]
+    predicts: str
     read: Callable[[str], Tensor]
 
 
@@ -52,8 +52,8 @@ def convert(
 
     Both are a folder in diffusers' format, a ``.pt`` or a ``.safetensors``. ``key``: the entry of a ``.pt`` ("generator",
     "generator_ema"); None reads the averaged weights where there are any, and writes "generator". ``dtype`` None: as stored.
-    ``rope``, of a folder alone: the positions that its model uses. A folder is read and written tensor by tensor; a file is
-    written from memory that holds the model once.
+    ``rope``, of a folder alone: the positions that its model uses. Files are mapped, not read into memory, and a folder is written
+    shard by shard; a file in another ``dtype`` is written from memory that holds the model once.
 
     Raises ValueError or FileNotFoundError, before anything is written, for what is no such model, for names that Wan's transformer
     does not have, and where something else lies at ``out`` (the same model there is left as it is) without ``overwrite``.
@@ -79,10 +79,10 @@ def convert(
         _say(f"{out} holds this model already")
         return out
     if not is_file:
-        write_folder(out, net, _cast(weights, dtype), {"predicts": "flow", **weights.told})
+        write_folder(out, net, _cast(weights, dtype), {"predicts": weights.predicts})
     else:
-        if weights.told.get("predicts", "flow") != "flow":
-            raise ValueError(f"source must predict the flow to become a file: {source} predicts {weights.told['predicts']!r}")
+        if weights.predicts != "flow":
+            raise ValueError(f"source must predict the flow to become a file: {source} predicts {weights.predicts!r}")
         # A tensor of a file that is mapped into memory may share its storage with others, which torch.save would write too.
         state = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for n, t in _cast(weights, dtype)}
         if file == ".pt":
@@ -98,13 +98,13 @@ def convert(
 
 def open_weights(path: Path, key: str | None = None) -> Weights:
     """What ``convert`` reads, its names, shapes and configuration checked; no weights are read yet."""
-    told: dict[str, Any] = {}
+    predicts = "flow"
     config: Mapping[str, Any] | None = None
     if not path.exists():
         raise FileNotFoundError(f"source must be a folder, a .pt or a .safetensors; found nothing at {path}")
     if path.is_dir():
         path = path / "transformer" if not (path / "config.json").is_file() and (path / "transformer").is_dir() else path
-        files, told = weight_files(path, STEM), facts(path)
+        files, predicts = weight_files(path, STEM), facts(path).get("predicts", "flow")
         own = (path / "config.json").is_file() and read_json(path / "config.json").get("_class_name")
         if own in TRANSFORMERS or not own:  # Wan's own folders hold a WanModel: their shapes tell as much
             config = transformer_config(path)
@@ -132,7 +132,7 @@ def open_weights(path: Path, key: str | None = None) -> Weights:
     unknown = sorted(set(shapes) - set(_network(config, None).state_dict()))
     if unknown:
         raise ValueError(f"source must hold no more than its transformer, {path} has {', '.join(unknown[:3])}")
-    return Weights(path, config, shapes, told, read)
+    return Weights(path, config, shapes, predicts, read)
 
 
 def _header(file: Path) -> dict[str, Tensor]:
@@ -202,7 +202,7 @@ def _difference(weights: Weights, net: Any, out: Path, dtype: str | None, entry:
         return f"holds something else ({error})"
     if not is_file and _facts(read_json(out / "config.json")) != _facts(json.loads(json.dumps(dict(net.config)))):
         return "has another configuration"
-    if not is_file and facts(out) != {"predicts": "flow", **weights.told}:
+    if not is_file and facts(out) != {"predicts": weights.predicts}:
         return "has another run.json"
     if there.shapes.keys() != weights.shapes.keys():
         return "holds other tensors"

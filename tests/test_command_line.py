@@ -81,6 +81,14 @@ def test_of_words_on_both_sides_of_an_option_the_later_counts(capsys, started):
         ("generate --checkpoint nowhere", "found nothing at nowhere"),
         ("generate --checkpoint nowhere more", "unrecognized arguments: more"),
         ("generate --checkpoint nowhere --chunks many", "--chunks: invalid int value: 'many'"),
+        ("convert a", "required: --out"),
+        ("convert nowhere --out b", "found nothing at nowhere"),
+        ("convert a --out b", "a must hold weights"),
+        ("convert a --out b.bin", "out must be a folder, or a file that ends in .pt or .safetensors"),
+        ("convert a --out b --dtype int8", "--dtype: invalid choice: 'int8'"),
+        ("vbench-export --checkpoint a --out b", "required: --info"),
+        ("vbench-export --checkpoint a --out b --info c", "info must be a file, found none at c"),
+        ("vbench-export --checkpoint a --out b --info c --part 3", "found none at c"),
         ("report nowhere", "nowhere holds no run"),
         ("report .", "holds no run (no config.yaml)"),
         ("report", "required: folder"),
@@ -144,10 +152,11 @@ def test_junk_words_never_end_in_a_traceback(examples, capsys, started, tmp_path
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_junk_options_of_generate_and_report_neither(examples, capsys, tmp_path, monkeypatch):
+def test_junk_options_of_the_other_commands_neither(examples, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wan" / "transformer").mkdir(parents=True)
     (tmp_path / "wan" / "transformer" / "config.json").write_text("{}")
+    (tmp_path / "list.json").write_text('[{"prompt_en": "a"}]')
 
     @settings(max_examples=examples)
     @given(st.sampled_from(["nowhere", ".", "wan", "/dev/null", ""]), st.lists(option, max_size=4))
@@ -159,8 +168,23 @@ def test_junk_options_of_generate_and_report_neither(examples, capsys, tmp_path,
     def report(words):
         assert answer(["report", *words], capsys)[0] in (0, 2)
 
+    @settings(max_examples=examples // 5)
+    @given(
+        st.lists(st.one_of(junk, option), max_size=3), st.sampled_from(["nowhere", ".", "wan", "/dev/null", "", "a" * 5000]), junk
+    )
+    def convert(words, source, out):
+        assert answer(["convert", source, *words, f"--out={out}"], capsys)[0] in (0, 2)
+
+    @settings(max_examples=examples // 5)
+    @given(st.lists(option, max_size=3), st.sampled_from(["nowhere", ".", "list.json", "/dev/null", "", "a" * 5000]), junk, junk)
+    def export(words, info, out, part):
+        words = [*words, f"--info={info}", f"--out={out}", f"--part={part}", "--checkpoint", "wan"]
+        assert answer(["vbench-export", *words], capsys)[0] in (0, 2)
+
     generate()
     report()
+    convert()
+    export()
 
 
 @pytest.mark.parametrize(

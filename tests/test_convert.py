@@ -97,6 +97,8 @@ def test_a_single_safetensors_in_either_spelling(tmp_path, wans_names, capsys):
     assert_same(load_file(tmp_path / "back.safetensors"), compat.to_wan_names(state))
     assert convert(tmp_path / "back.safetensors", "--out", tmp_path / "back.pt") == 0
     assert_same(compat.load_checkpoint(tmp_path / "back.pt"), state)
+    torch.save({name: torch.cat([tensor, tensor])[: len(tensor)] for name, tensor in state.items()}, tmp_path / "v.pt")
+    assert convert(tmp_path / "v.pt", "--out", tmp_path / "back.pt", "--overwrite") == 0  # parts of larger storages
     size = sum(tensor.nbytes for tensor in state.values())
     assert max((tmp_path / f"back.{kind}").stat().st_size for kind in ("pt", "safetensors")) < 1.1 * size + 60_000
     assert not [file for file in os.listdir(tmp_path) if file.endswith(".tmp")]

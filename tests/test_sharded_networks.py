@@ -231,7 +231,7 @@ def close(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol
 
 def test_a_process_reads_its_own_rows_and_no_more(two, one):
     for told in (process["loading"] for process in two):
-        # The shard is 47 MB, the whole 93. Beside the shard stand what gloo and the allocator keep and, at the peak, the mapped files
+        # The shard is 47 MB, the whole 93. Beside the shard stand what gloo and the allocator keep and, at the peak, mapped files
         # (47 MB of bf16, whose pages are the system's to take back) and the rows of one tensor while they are cast (2).
         assert told["mine"] < 50 and told["grown"] < told["mine"] + 20 and told["peak"] < told["mine"] + 70, told
     for told in (two[0]["loading"], two[1]["loading"], one["loading"]):

@@ -156,9 +156,10 @@ class WanStreamer:
         vae = load_part(AutoencoderKLWan, parts.vae, dtype).eval().to(device)
         model = prepare_model(parts, settings)
         self._decoder, self._device = StreamingDecoder(vae), device
-        self._frame = (parts.channels, *(side // parts.pixels for side in settings.size))
+        height, width = (side // parts.pixels for side in settings.size)
+        self._frame = (parts.channels, height, width)
         window, most = Window(settings.window, sink=settings.sink), settings.chunk_frames
-        cache = StreamingCache.for_model(model, 1, *self._frame[1:], window, max_chunk_frames=most, merged=True)
+        cache = StreamingCache.for_model(model, 1, height, width, window, max_chunk_frames=most, merged=True)
         graphs = device.type == "cuda" if settings.cuda_graphs is None else settings.cuda_graphs
         levels = {"levels": settings.steps, "first_levels": settings.first_steps}
         self._generator = StreamingGenerator(model, cache, cuda_graphs=graphs, **levels)
