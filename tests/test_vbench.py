@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +157,29 @@ def test_a_restart_makes_what_is_missing(wan, tmp_path, capsys, monkeypatch):
     )
     assert export(wan, out, "--chunks", 2) == 0
     assert embedded == [["A Cat Runs"]] and content(out) == content(tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+def test_a_real_kill(wan, tmp_path):
+    """Each video that is there when the process dies at any moment is whole, and the next export makes the rest."""
+    out, code = tmp_path / "out", "import sys; from aadkern_train.cli import main; sys.exit(main())"
+    words = ["vbench-export", "--checkpoint", wan / "pipeline", "--info", wan / "info.json", "--out", out, "--seeds", 40, *COMMON]
+    killed = 0
+    for wanted in (3, 9, 20):
+        process = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                if (out / "videos").is_dir() and len(os.listdir(out / "videos")) >= wanted:
+                    time.sleep(0.03 * float(torch.rand(())))
+                    break
+        finally:
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+        assert all(len(read_video(path)[0]) == 5 for path in (out / "videos").iterdir())
+    assert killed == 3
+    assert export(wan, out, videos=40) == 0 and export(wan, tmp_path / "unbroken", videos=40) == 0
+    assert len(content(out)) == 160 and content(out) == content(tmp_path / "unbroken")
 
 
 def test_images_and_rewrites(wan, tmp_path, loaded, capsys):
