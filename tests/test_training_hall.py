@@ -16,23 +16,13 @@ from tests.test_contracts import ROOT, imports, module_name
 HALL = ROOT / "aadkern_train"
 FILES = sorted(HALL.rglob("*.py"))
 # Who stands on whom: a room imports its own files and those of rooms before it.
-<<<<<<< HEAD
 ROOMS = ("diffusion", "engine", "learning", "networks", "prepared", "worlds", "report", "run", "stages", "recipes", "generate")
 ORDER = {name: place for place, name in enumerate((*ROOMS, "convert", "vbench", "evaluation", "validation", "trainer", "cli"))}
-=======
-ROOMS = ("diffusion", "engine", "learning", "networks", "worlds", "report", "run", "stages", "recipes", "generate", "evaluation")
-ORDER = {name: place for place, name in enumerate((*ROOMS, "convert", "vbench", "trainer", "cli"))}
->>>>>>> vbench
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 RECIPE_FILES = {path.relative_to(HALL).as_posix() for path in FILES if path.parent == HALL / "recipes"}
 SCHEMA = HALL / "engine" / "recipe.py"  # says whom stages distil unless a recipe says otherwise
-<<<<<<< HEAD
 FRONT = ("trainer.py", "evaluation.py", "validation.py", "cli.py", "run.py", "convert.py", "vbench.py")
 NAMELESS = (*FRONT, "engine", "generate", "report", "learning", "diffusion", "prepared")
-=======
-NAMELESS = ("trainer.py", "evaluation.py", "cli.py", "run.py", "engine", "generate", "report", "learning", "diffusion")
-NAMELESS += ("convert.py", "vbench.py")
->>>>>>> vbench
 
 
 def room(module: str) -> str:
