@@ -84,6 +84,7 @@ def test_files_are_plain_safetensors_and_lines(tmp_path):
             for what, told in line["crc32"].items():
                 assert int(told, 16) == zlib.crc32(wrote[what][line["id"]].view(torch.int16).numpy().tobytes())
     assert not list(tmp_path.glob("*.tmp"))
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "dataset.json").stat().st_mode}
 
 
 def test_the_same_content_has_the_same_bytes_and_fingerprint(tmp_path):
