@@ -62,7 +62,7 @@ def run(source, out, wan, **change):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".tmp"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if ".tmp" not in path.name}
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def test_first_frame(config):
 
 @pytest.mark.parametrize("config", [WAN21, WAN22], ids=["wan2.1", "wan2.2"])
 def test_videos(config):
-    """Whole clips, whose latents begin with those of shorter ones and with their first picture's."""
+    """Whole clips, whose latents begin with those of shorter ones, and up to rounding with their first picture's."""
     vae = random_vae(config)
     side = pixels_per_latent(vae)
     video = 2 * torch.rand(2, 3, 9, 2 * side, 3 * side) - 1
@@ -125,7 +125,7 @@ def test_videos(config):
         mean_of_posterior = vae.encode(video).latent_dist.mean
     torch.testing.assert_close(denormalised(latents, vae), mean_of_posterior, atol=1e-5, rtol=1e-5)
     assert torch.equal(encode_video(vae, video[:, :, :5]), latents[:, :, :2])
-    assert torch.equal(encode_image(vae, video[:, :, 0]), latents[:, :, :1])
+    torch.testing.assert_close(encode_image(vae, video[:, :, 0]), latents[:, :, :1], atol=1e-6, rtol=1e-5)
     for wrong, says in (
         (video[:, :, :8], r"video must have 4k \+ 1 frames, got 8"),
         (video[..., :-1], rf"video must be \[B, 3, T, H, W\] with H and W multiples of {side}, got \[2, 3, 9, "),

@@ -64,7 +64,7 @@ def own_path(path: Path) -> Any:
 
 def clear_leftovers(folder: Path) -> None:
     """Removes half-written files of processes that were killed: those that nobody has written to for an hour."""
-    for waiting in folder.glob("*.tmp"):
+    for waiting in [*folder.glob("*.tmp"), *folder.glob(".tmp??????")]:  # ours, and those that safetensors renames to ours
         try:
             if time.time() - waiting.stat().st_mtime > LEFT_BEHIND:
                 waiting.unlink()
