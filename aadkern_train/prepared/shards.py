@@ -44,8 +44,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     sums = {name: crc32(tensor) for name, tensor in sorted(held.items())}
     try:
         with own_path(path) as waiting:
+            waiting.touch()
+            mode = waiting.stat().st_mode  # as the umask has it: safetensors makes files that only their owner can read
             # One entry of metadata: safetensors writes several in an order that changes from process to process.
             save_file(held, waiting, metadata={"crc32": json.dumps(sums, ensure_ascii=False)})
+            waiting.chmod(mode)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -61,7 +64,7 @@ def own_path(path: Path) -> Any:
 
 def clear_leftovers(folder: Path) -> None:
     """Removes half-written files of processes that were killed: those that nobody has written to for an hour."""
-    for waiting in folder.glob("*.tmp"):
+    for waiting in [*folder.glob("*.tmp"), *folder.glob(".tmp??????")]:  # ours, and those that safetensors renames to ours
         try:
             if time.time() - waiting.stat().st_mtime > LEFT_BEHIND:
                 waiting.unlink()
