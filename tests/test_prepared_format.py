@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_the_old_and_says_what_is_needed(tmp_path, monkeypatc
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(shards, "save_tensors", full)
     with pytest.raises(OSError, match=r"No space left on device; it needs 4\.2 MB: .*shard-00001\.text\.safetensors") as error:
         writer.write(1, {"a": torch.randn(512, 4096).bfloat16()}, {}, [])
     assert error.value.errno == errno.ENOSPC and contents(tmp_path) == before

@@ -215,9 +215,12 @@ class Recipe(Config):
         return None if stage.start is None else self.trained(stage.start)
 
     def origin(self, source: str | None) -> str | None:
-        """The folder in which a source's first weights lie, whose shape it has. None: the run's own random network."""
-        stage: Any = self.stages.get(source)
-        return source if stage is None else self.origin(stage.start)
+        """The folder in which a source's first weights lie, whose shape it has; ``<stage>.<learner>`` as it is. None: the run's own
+        random network."""
+        for _ in self.stages:  # not recursion: a stage that starts from itself is told of later
+            stage: Any = self.stages.get(source)
+            source = source if stage is None else stage.start
+        return source
 
 
 def _listed(names: list[str]) -> str:

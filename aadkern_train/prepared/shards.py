@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from aadkern_train.engine.files import atomic_path
+from aadkern_train.engine.files import atomic_path, save_tensors
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # all that prepared data hold, as safetensors name them
 HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
@@ -44,11 +43,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     sums = {name: crc32(tensor) for name, tensor in sorted(held.items())}
     try:
         with own_path(path) as waiting:
-            waiting.touch()
-            mode = waiting.stat().st_mode  # as the umask has it: safetensors makes files that only their owner can read
             # One entry of metadata: safetensors writes several in an order that changes from process to process.
-            save_file(held, waiting, metadata={"crc32": json.dumps(sums, ensure_ascii=False)})
-            waiting.chmod(mode)
+            save_tensors(held, waiting, metadata={"crc32": json.dumps(sums, ensure_ascii=False)})
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

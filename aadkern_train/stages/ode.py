@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aadkern.streaming.context import CausalContext
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.flow import ode_trajectory, solver_grid
 from aadkern_train.diffusion.losses import regression
-from aadkern_train.engine.files import atomic_path
+from aadkern_train.engine.files import atomic_path, save_tensors
 from aadkern_train.engine.processes import accumulating
 from aadkern_train.engine.recipe import Count, Guidance, Rate, StageSettings
 from aadkern_train.engine.run_folder import Progress
@@ -109,7 +109,7 @@ class OdeInitialisation(Stage):
             def write() -> None:
                 path.parent.mkdir(exist_ok=True)
                 with atomic_path(path) as waiting:
-                    save_file({"latents": whole.cpu().contiguous(), "sigmas": torch.tensor(self.levels)}, waiting)
+                    save_tensors({"latents": whole.cpu().contiguous(), "sigmas": torch.tensor(self.levels)}, waiting)
 
             run.processes.on_main(write)
         try:
