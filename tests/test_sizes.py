@@ -24,7 +24,7 @@ STAGES += ["pretrain.steps=0", "dmd_continued.steps=0"]
 def folder(path: Path, heads: int, layers: int, **changes) -> str:
     """A random network's folder; the path in full, as recipes take it."""
     torch.manual_seed(heads)
-    net = CausalWan(**{**SIZE, "num_attention_heads": heads, "num_layers": layers, "ffn_dim": 24, **changes})
+    net = CausalWan(**{**SIZE, "num_attention_heads": heads, "num_layers": layers, "ffn_dim": 24, "rope": "relative", **changes})
     torch.nn.init.normal_(net.proj_out.weight, std=0.2)
     write_folder(path, net, net.state_dict().items(), {"predicts": "flow"})
     return str(path)

@@ -220,7 +220,7 @@ class Recipe(Config):
         for _ in self.stages:  # not recursion: a stage that starts from itself is told of later
             stage: Any = self.stages.get(source)
             source = source if stage is None else stage.start
-        return source
+        return self.models.generator if source is None else source
 
 
 def _listed(names: list[str]) -> str:
