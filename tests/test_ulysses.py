@@ -16,17 +16,19 @@ from aadkern import AttentionPlan, SequenceGroup, VideoLayout, Window, attention
 from aadkern.ulysses import enter, leave, merge_pooled, shares
 from aadkern.ulysses.exchange import Moves, to_heads, to_tokens
 from aadkern.ulysses.group import spans_of
-from aadkern.ulysses.ops import ulysses_pack, ulysses_unpack
+from aadkern.ulysses.ops import split, ulysses_pack, ulysses_unpack
 from aadkern.ulysses.shares import frame_areas, kept_heads, work_of
 from tests.processes import run_processes
 from tests.ulysses_cases import random_plan
 
-PROGRAM = str(Path(__file__).with_name("ulysses_cases.py"))
+PROGRAM, MODELS = (str(Path(__file__).with_name(name)) for name in ("ulysses_cases.py", "ulysses_models.py"))
 ALONE = SequenceGroup(None, 4)
 
 
 def test_on_two_to_four_processes():
-    run_processes(PROGRAM, "attention_up_to_four", "slices", "pooling", "refusals", "disagreements", count=4)
+    """One start of four processes for all: torch's import is most of the cost."""
+    alone = ("attention_up_to_four", "slices", "pooling", "refusals", "disagreements")
+    run_processes(MODELS, *alone, "model", "discriminator", "streaming", "generator", "other_clips", count=4)
 
 
 def test_compiled_on_two_processes():
@@ -109,13 +111,14 @@ def in_one_process(ranks: int, moves: list[Moves], parts: list[list[torch.Tensor
 
     packed = []
     for mine, own in zip(parts, moves, strict=True):
-        sizes = [ulysses_pack(mine, flat([boxes])).numel() for boxes in own.sent]
-        packed.append(ulysses_pack(mine, flat(own.sent)).split(sizes))
+        given = (*mine, *(None,) * (5 - len(mine)))
+        sizes = [ulysses_pack(*given, flat([boxes])).numel() for boxes in own.sent]
+        packed.append(ulysses_pack(*given, flat(own.sent)).split(sizes))
     arrived = []
     for rank, own in enumerate(moves):
         shapes = [number for shape in own.new_shapes for number in shape]
         buffer = torch.cat([packed[source][rank] for source in range(ranks)])
-        arrived.append(ulysses_unpack(buffer, flat(own.received), shapes, batch, head_dim))
+        arrived.append(split(ulysses_unpack(buffer, flat(own.received), shapes, batch, head_dim), shapes, batch, head_dim))
     return arrived
 
 
@@ -150,9 +153,22 @@ def test_exchanges_bring_each_head_where_it_is_wanted_and_are_transposes(seed):
 def test_operators_are_what_their_schemas_say():
     parts = [torch.randn(2, 3, 4, 5, 6).transpose(1, 2), torch.randn(2, 2, 4, 1, 6)]
     boxes = [0, 1, 3, 0, 2, 1, 4, 1, 0, 2, 2, 4, 0, 1, 0, 0, 1, 0, 3, 0, 5]
-    torch.library.opcheck(torch.ops.aadkern.ulysses_pack.default, (parts, boxes))
-    buffer = ulysses_pack(parts, boxes)
+    torch.library.opcheck(torch.ops.aadkern.ulysses_pack.default, (*parts, None, None, None, boxes))
+    buffer = ulysses_pack(*parts, None, None, None, boxes)
     torch.library.opcheck(torch.ops.aadkern.ulysses_unpack.default, (buffer, boxes, [4, 3, 5, 2, 4, 1], 2, 6))
+
+
+def test_operators_refuse_derivatives_by_name():
+    x, boxes = torch.randn(1, 2, 3, 4, 5, requires_grad=True), [0, 0, 2, 0, 3, 0, 4]
+    flat = torch.randn(120, requires_grad=True)
+    for operator, argument in (
+        (lambda y: ulysses_pack(y, None, None, None, None, boxes), x),
+        (lambda y: ulysses_unpack(y, boxes, [2, 3, 4], 1, 5), flat),
+    ):
+        with pytest.raises(RuntimeError, match="ulysses_pack and ulysses_unpack"):
+            operator(argument).sum().backward()
+        with pytest.raises(RuntimeError, match="ulysses_pack and ulysses_unpack"):
+            torch.func.jvp(operator, (argument.detach(),), (argument.detach(),))
 
 
 def test_a_group_is_a_plain_value():

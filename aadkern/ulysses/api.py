@@ -49,7 +49,8 @@ def ulysses_attention(
     if torch.compiler.is_compiling():
         _check(q, k, v, plan, group)
     else:
-        _agree(q, k, v, plan, group, options)
+        with group.together("ulysses_attention: what ranks come with", lambda: _said(q, k, v, plan, group, options)):
+            _check(q, k, v, plan, group)
     if group.size == 1:
         return attention(q, k, v, plan, **options)  # type: ignore[arg-type, no-any-return]
     way = route(plan.code, q.shape[2], group.rank, group.size, group.tokens_per_frame, k.shape[1] // group.tokens, False)
@@ -57,18 +58,14 @@ def ulysses_attention(
     return _attended(parts, heads_k, heads_v, way, group, options)
 
 
-def _agree(q: Any, k: Any, v: Any, plan: Any, group: SequenceGroup, options: dict[str, Any]) -> None:
-    wrong: Exception | None = None
-    try:
-        _check(q, k, v, plan, group)
-        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        words = f"{q.shape[0]} x {plan_word(plan)}, {group.tokens_per_frame} tokens a frame, {list(q.shape[2:])} {q.dtype}"
-        said = f"{words}, {options}, {'with' if recorded else 'without'} gradients"
-    except (ValueError, TypeError, RuntimeError) as error:  # told to the others, which would wait for this rank
-        wrong, said = error, f"{type(error).__name__}: {error}"
-    group.agree(said, "ulysses_attention: what ranks come with")
-    if wrong is not None:
-        raise wrong
+def _said(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: SequenceGroup, options: dict[str, Any]) -> str:
+    """What all ranks must say alike."""
+    words = f"{q.shape[0]} x {plan_word(plan)}, {group.tokens_per_frame} tokens a frame, {list(q.shape[2:])} {q.dtype}"
+    return f"{words}, {options}, {recording(q, k, v)}"
+
+
+def recording(*tensors: Tensor) -> str:
+    return "with gradients" if torch.is_grad_enabled() and any(x.requires_grad for x in tensors) else "without gradients"
 
 
 def _check(q: Any, k: Any, v: Any, plan: Any, group: SequenceGroup) -> None:

@@ -115,10 +115,11 @@ def _moved(parts: Sequence[Tensor], moves: Moves, name: str) -> list[Tensor]:
     collectives = torch.ops._c10d_functional
     a_place = parts[0].shape[0] * parts[0].shape[4]
     sizes, new_sizes = ([a_place * sum(map(volume, boxes)) for boxes in side] for side in (moves.sent, moves.received))
-    packed = ops.ulysses_pack(list(parts), _flat(moves.sent))
+    none = (None,) * (ops.MOST - len(parts))
+    packed = ops.ulysses_pack(*parts, *none, _flat(moves.sent))
     arrived = collectives.wait_tensor(collectives.all_to_all_single(packed, new_sizes, sizes, name))
-    shapes = [number for shape in moves.new_shapes for number in shape]
-    return ops.ulysses_unpack(arrived, _flat(moves.received), shapes, parts[0].shape[0], parts[0].shape[4])  # type: ignore[no-any-return]
+    shapes, of_each = [number for shape in moves.new_shapes for number in shape], (parts[0].shape[0], parts[0].shape[4])
+    return ops.split(ops.ulysses_unpack(arrived, _flat(moves.received), shapes, *of_each), shapes, *of_each)
 
 
 class _Exchange(torch.autograd.Function):

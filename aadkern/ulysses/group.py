@@ -7,6 +7,8 @@ gradient is this rank's part times the number of ranks, so that a mean over rank
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -67,6 +69,16 @@ class SequenceGroup:
     @property
     def process_group(self) -> dist.ProcessGroup:
         return dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[arg-type]
+
+    @contextmanager
+    def together(self, name: str, said: Callable[[], str]) -> Iterator[None]:
+        """Around what a rank looks at before it talks to the others: then all ``agree`` on what is said, or on the error."""
+        try:
+            yield
+        except (ValueError, TypeError, RuntimeError) as error:  # told to the others, which would wait for this rank
+            self.agree(f"{type(error).__name__}: {error}", name)
+            raise
+        self.agree(said(), name)
 
     def agree(self, said: str, name: str) -> None:
         """Raises ValueError on every rank unless all of them say the same: what would else wait for one another without end.

@@ -7,15 +7,18 @@ box is [B, frames, places, heads, D] without gaps. Derivatives are the exchange'
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from aadkern.library import library
+from aadkern.library import differentiable, library
 from aadkern.spans import span
 
-library.define("ulysses_pack(Tensor[] parts, int[] boxes) -> Tensor")
-library.define("ulysses_unpack(Tensor buffer, int[] boxes, int[] shapes, int batch, int head_dim) -> Tensor[]")
+library.define("ulysses_pack(Tensor a, Tensor? b, Tensor? c, Tensor? d, Tensor? e, int[] boxes) -> Tensor")
+library.define("ulysses_unpack(Tensor buffer, int[] boxes, int[] shapes, int batch, int head_dim) -> Tensor")
+
+MOST = 5  # tensors of one exchange: three shares of q, k and v
 
 
 def _boxes(flat: Sequence[int]) -> Iterator[tuple[int, slice, slice, slice, int]]:
@@ -30,7 +33,8 @@ def _places(boxes: Sequence[int]) -> int:
 
 
 @torch.library.impl(library, "ulysses_pack", "CompositeExplicitAutograd")
-def _pack(parts: Sequence[Tensor], boxes: Sequence[int]) -> Tensor:
+def _pack(*arguments: Any) -> Tensor:
+    *parts, boxes = arguments
     batch, *_, head_dim = parts[0].shape
     a_place, at = batch * head_dim, 0
     with span("ulysses_pack"):
@@ -39,35 +43,53 @@ def _pack(parts: Sequence[Tensor], boxes: Sequence[int]) -> Tensor:
             box = parts[which][:, frames, places, heads]
             buffer[at : at + a_place * count].view(box.shape).copy_(box)
             at += a_place * count
-    return buffer
+    return buffer  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("aadkern::ulysses_pack", lib=library)
-def _pack_fake(parts: Sequence[Tensor], boxes: Sequence[int]) -> Tensor:
-    return parts[0].new_empty(parts[0].shape[0] * parts[0].shape[4] * _places(boxes))
+def _pack_fake(*arguments: Any) -> Tensor:
+    first, boxes = arguments[0], arguments[-1]
+    return first.new_empty(first.shape[0] * first.shape[4] * _places(boxes))  # type: ignore[no-any-return]
+
+
+def _whole(shapes: Sequence[int]) -> list[int]:
+    """The places of each tensor."""
+    return [shapes[i] * shapes[i + 1] * shapes[i + 2] for i in range(0, len(shapes), 3)]
 
 
 @torch.library.impl(library, "ulysses_unpack", "CompositeExplicitAutograd")
-def _unpack(buffer: Tensor, boxes: Sequence[int], shapes: Sequence[int], batch: int, head_dim: int) -> list[Tensor]:
-    """A place that several boxes have is their sum, in their order; one that none has is 0."""
-    sizes = [(batch, *shapes[i : i + 3], head_dim) for i in range(0, len(shapes), 3)]
+def _unpack(buffer: Tensor, boxes: Sequence[int], shapes: Sequence[int], batch: int, head_dim: int) -> Tensor:
+    """The tensors [B, F, n, H, D] of ``shapes``, (F, n, H) of each, one after another in one. A place that several boxes have is
+    their sum, in their order; one that none has is 0."""
+    a_place, at, wholes = batch * head_dim, 0, _whole(shapes)
     # Boxes of one exchange overlap only by whole heads that were sent to several ranks, and then hold more places than there are.
-    once = batch * head_dim * _places(boxes) == sum(f * n * h * batch * head_dim for _, f, n, h, _ in sizes)
-    a_place, at = batch * head_dim, 0
+    once = _places(boxes) == sum(wholes)
     with span("ulysses_unpack"):
-        parts = [buffer.new_empty(size) if once else buffer.new_zeros(size) for size in sizes]
+        size = a_place * sum(wholes)
+        out = buffer.new_empty(size) if once else buffer.new_zeros(size)
+        parts = split(out, shapes, batch, head_dim)
         for which, frames, places, heads, count in _boxes(boxes):
             box = parts[which][:, frames, places, heads]
             arrived = buffer[at : at + a_place * count].view(box.shape)
             box.copy_(arrived) if once else box.add_(arrived)
             at += a_place * count
-    return parts
+    return out
 
 
 @torch.library.register_fake("aadkern::ulysses_unpack", lib=library)
-def _unpack_fake(buffer: Tensor, boxes: Sequence[int], shapes: Sequence[int], batch: int, head_dim: int) -> list[Tensor]:
-    return [buffer.new_empty(batch, *shapes[i : i + 3], head_dim) for i in range(0, len(shapes), 3)]
+def _unpack_fake(buffer: Tensor, boxes: Sequence[int], shapes: Sequence[int], batch: int, head_dim: int) -> Tensor:
+    return buffer.new_empty(batch * head_dim * sum(_whole(shapes)))
 
+
+def split(flat: Tensor, shapes: Sequence[int], batch: int, head_dim: int) -> list[Tensor]:
+    """What ``ulysses_unpack`` gave, tensor by tensor."""
+    sizes = [batch * head_dim * places for places in _whole(shapes)]
+    return [part.view(batch, *shapes[3 * i : 3 * i + 3], head_dim) for i, part in enumerate(flat.split(sizes))]
+
+
+ALONE = "ulysses_pack and ulysses_unpack are differentiated by the exchange alone: call aadkern.ulysses_attention"
+differentiable("ulysses_pack", refusal=ALONE)
+differentiable("ulysses_unpack", refusal=ALONE)
 
 ulysses_pack = torch.ops.aadkern.ulysses_pack.default
 ulysses_unpack = torch.ops.aadkern.ulysses_unpack.default
