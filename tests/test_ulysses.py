@@ -10,7 +10,10 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from aadkern import AttentionPlan, SequenceGroup, VideoLayout, Window, attention, plans, ulysses_attention
 from aadkern.ulysses import enter, leave, merge_pooled, shares
@@ -31,6 +34,33 @@ def test_on_two_to_four_processes():
     run_processes(MODELS, *alone, "model", "discriminator", "streaming", "generator", "other_clips", count=4)
 
 
+@pytest.fixture
+def fake_ranks():
+    """This process as rank 1 of 3 whose collectives come back at once, with nothing in them."""
+    dist.init_process_group("fake", rank=1, world_size=3, store=FakeStore())
+    try:
+        yield SequenceGroup(dist.group.WORLD, 5)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_graph_with_two_collectives_each_way(fake_ranks):
+    plan = plans.block_causal(VideoLayout((1, 2), 5))
+    q, k, v = (torch.randn(1, 3 * fake_ranks.tokens, 4, 4, requires_grad=True) for _ in range(3))
+
+    def layer(q, k, v):
+        return 3 * ulysses_attention(2 * q, k, v, plan, fake_ranks)
+
+    with CommDebugMode() as counted:
+        torch.autograd.grad(layer(q, k, v).sum(), (q, k, v))
+    counts = {str(name): count for name, count in counted.get_comm_counts().items()}
+    assert sum(counts.values()) == 4 and all("all_to_all" in name for name in counts), counts
+    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [x.shape for x in (out, *grads)] == [q.shape] * 4
+
+
+@pytest.mark.slow
 def test_compiled_on_two_processes():
     run_processes(PROGRAM, "compiled", count=2)
 

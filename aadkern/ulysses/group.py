@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -42,18 +42,16 @@ class SequenceGroup:
     size: int
     tokens_per_frame: int
     name: str
+    spans: Spans = field(compare=False, repr=False)
+    """Each rank's places [first, end) in a frame."""
 
     def __init__(self, mesh: DeviceMesh | dist.ProcessGroup | None, tokens_per_frame: int) -> None:
         rank, size, name = _place(mesh)
         if whole(tokens_per_frame, "tokens_per_frame", 1) < size:
             raise ValueError(f"tokens_per_frame must be at least the group's {size} ranks, got {tokens_per_frame}")
-        for field, value in (("rank", rank), ("size", size), ("tokens_per_frame", int(tokens_per_frame)), ("name", name)):
-            object.__setattr__(self, field, value)
-
-    @property
-    def spans(self) -> Spans:
-        """Each rank's places [first, end) in a frame."""
-        return spans_of(self.tokens_per_frame, self.size)
+        values = {"rank": rank, "size": size, "tokens_per_frame": int(tokens_per_frame), "name": name}
+        for attribute, value in (values | {"spans": spans_of(int(tokens_per_frame), size)}).items():
+            object.__setattr__(self, attribute, value)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -108,7 +106,6 @@ class SequenceGroup:
 _said: dict[SequenceGroup, set[str]] = {}
 
 
-@lru_cache(maxsize=256)
 def spans_of(tokens: int, ranks: int) -> Spans:
     edges = [rank * tokens // ranks for rank in range(ranks + 1)]
     return tuple(itertools.pairwise(edges))

@@ -8,6 +8,7 @@ import itertools
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from aadkern import StreamingCache, StreamingGenerator, Window
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.processes import start
 from aadkern_train.engine.video import GrowingVideo
 from aadkern_train.generate.prompts import changes
+from aadkern_train.generate.ranks import sequence_of
 from aadkern_train.generate.wan_parts import WanParts, find_parts
 from aadkern_train.networks.rollout import TURNS, turn_to
 
@@ -199,6 +202,8 @@ def generate_wan(
     without, it is text to video. A line on stderr tells the seconds of each chunk. On Ctrl-C and on a full disk what is made so
     far stays as a file that plays, and the error is raised on.
 
+    Under torchrun all processes share each frame's tokens (docs/scale.md), and the main one embeds, decodes and writes.
+
     Raises ValueError or FileNotFoundError, before any weights are loaded, for parts that are missing or do not fit, and for
     settings that they do not allow.
     """
@@ -215,21 +220,38 @@ def generate_wan(
     height, width = settings.size
     if min(settings.size) < 1 or height % rows or width % columns:
         raise ValueError(f"size must be rows x columns, multiples of {rows} and {columns}, got {height}x{width}")
-    pixels = None if image is None else read_image(image, settings.size)
-    video = GrowingVideo(out, settings.fps)
+    tokens = height // rows * (width // columns)
 
     from diffusers import AutoencoderKLWan
 
     from aadkern.wan.vae import StreamingDecoder, encode_image
 
     later = changes(settings.then, settings.chunks)
-    text, *others = embed_prompts(found, [prompt, *later.values()], device, dtype)
-    vae = load_part(AutoencoderKLWan, found.vae, dtype).eval().to(device)
-    first = None if pixels is None else encode_image(vae, pixels)
-    model = prepare_model(found, settings)
-    frame = (found.channels, height // found.pixels, width // found.pixels)
-    stream = _stream(model, text, dict(zip(later, others, strict=True)), first, settings, frame)
-    _write(stream, StreamingDecoder(vae), first, video, settings.chunks)
+    with start(device.type) as processes, sequence_of(processes, tokens) as group:
+        pixels = None if image is None or not processes.is_main else read_image(image, settings.size)
+        video = GrowingVideo(out, settings.fps) if processes.is_main else None
+        vae: Any = None
+
+        def conditions() -> tuple[list[Tensor], Tensor | None]:
+            nonlocal vae
+            texts = embed_prompts(found, [prompt, *later.values()], device, dtype)
+            vae = load_part(AutoencoderKLWan, found.vae, dtype).eval().to(device)
+            first = None if pixels is None else encode_image(vae, pixels)
+            if group is None:
+                return texts, first
+            return [text.cpu() for text in texts], None if first is None else first.cpu()
+
+        texts, first = processes.on_main(conditions)
+        text, *others = (text.to(device) for text in texts)
+        first = None if first is None else first.to(device)
+        model = prepare_model(found, settings)
+        model.sequence = group
+        frame = (found.channels, height // found.pixels, width // found.pixels)
+        stream = _stream(model, text, dict(zip(later, others, strict=True)), first, settings, frame)
+        if video is None:
+            deque(stream, maxlen=0)
+        else:
+            _write(stream, StreamingDecoder(vae), first, video, settings.chunks)
     return out
 
 
@@ -245,7 +267,8 @@ def _stream(
 
     window = Window(settings.window, sink=settings.sink)
     cache = StreamingCache.for_model(model, 1, height, width, window, max_chunk_frames=settings.chunk_frames, merged=True)
-    graphs = text.is_cuda if settings.cuda_graphs is None else settings.cuda_graphs
+    # Collectives within a graph are not tried yet: only where they are asked for.
+    graphs = text.is_cuda and model.sequence is None if settings.cuda_graphs is None else settings.cuda_graphs
     levels = {"levels": settings.steps, "first_levels": settings.first_steps}
     generator = StreamingGenerator(model, cache, text=text, cuda_graphs=graphs, **levels)
     for count in range(1, settings.chunks + 1):
