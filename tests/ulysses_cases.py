@@ -1,15 +1,18 @@
 """For tests of sequence parallelism: the program that each of several processes runs, and what its cases share.
 
-`python ulysses_cases.py CASE ...` joins the process group and runs the cases, in order, in every process; an assertion that fails
-there fails the test, with what it printed.
+`python ulysses_cases.py COUNT CASE ...` runs the cases, in order, in COUNT processes of one group; an assertion that fails in one
+of them fails the test, with what it printed.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -244,12 +247,44 @@ def compare_compiled(backend: str) -> None:
         close(actual, grad, f"{backend}, gradient", 1e-5)
 
 
-def main(names: list[str]) -> None:
+def run_cases(rank: int, count: int, names: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for name in names:
         CASES[name]()
         dist.barrier()
     dist.destroy_process_group()
+
+
+def main(words: list[str]) -> None:
+    """``COUNT CASE ...``: forks that many processes after the imports, which cost more than the cases do. Fails as the first does,
+    and ends the others then."""
+    count, names = int(words[0]), words[1:]
+    ranks: dict[int, int] = {}
+    for rank in range(count):
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                run_cases(rank, count, names)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        ranks[pid] = rank
+    failed = False
+    while ranks:
+        pid, status = os.wait()
+        del ranks[pid]
+        if status and not failed:
+            failed = True
+            time.sleep(2)  # the others may fail for the same reason
+            for other in ranks:
+                os.kill(other, signal.SIGABRT)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aadkern import SequenceGroup, StreamingCache, StreamingGenerator, VideoLayout, Window, plans
+from aadkern.streaming import PassGraphs
 from aadkern.wan import CausalContext, CausalWan
+from aadkern.wan.fp8 import quantise
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.discriminator import Discriminator
+from tests.op_recorder import OpRecorder
 from tests.ulysses_cases import case, close, group_of, main, raises
 
 HEIGHT, WIDTH, TOKENS, HEADS = 4, 10, 10, 6
@@ -172,6 +175,36 @@ def generator() -> None:
             group = group_of(size, TOKENS)
             if group is not None:
                 close(made(group) / expected.abs().max(), expected / expected.abs().max(), f"{rope} video on {size}", 1e-10)
+
+
+@case
+def replayed() -> None:
+    """Passes replayed from recordings, as CUDA graphs replay them, are the passes."""
+    net, group = causal_wan("relative"), group_of(4, TOKENS)
+    net.sequence = group
+    videos = []
+    for recorder in (None, OpRecorder()):
+        cache = StreamingCache.for_model(net, 1, HEIGHT, WIDTH, Window(4, sink=1), max_chunk_frames=1, merged=True)
+        stream = StreamingGenerator(net, cache)
+        if recorder is not None:
+            stream._options["graphs"] = PassGraphs(recorder)
+        chunks = stream.chunks(lambda chunk, step: clip(1, chunk, 1)[0], 12, first_frame=clip(1, 7, 1)[0])
+        videos.append(torch.cat(list(chunks), dim=2))
+    assert recorder is not None and recorder.replayed > 0
+    close(videos[1], videos[0], "replayed")
+
+
+@case
+def quantised() -> None:
+    torch.manual_seed(3)
+    sizes = dict(num_attention_heads=4, attention_head_dim=16, in_channels=3, out_channels=3, text_dim=16, freq_dim=8, ffn_dim=64)
+    net = CausalWan(patch_size=(1, 2, 2), num_layers=2, **sizes).eval().requires_grad_(False)  # type: ignore[arg-type]
+    quantise(net)
+    x, t, _ = clip(3, 3, dtype=torch.float32)
+    expected = net(x, t)
+    net.sequence = group_of(3, TOKENS)
+    if net.sequence is not None:
+        close(net(x, t), expected, "quantised", 1e-4)
 
 
 @case

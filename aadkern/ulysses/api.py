@@ -45,14 +45,14 @@ def ulysses_attention(
     come with different shapes or plans.
     """
     check_group(group, "ulysses_attention: group")
-    options = {"scale": scale, "backend": backend, "deterministic": deterministic}
+    options: dict[str, Any] = {"scale": scale, "backend": backend, "deterministic": deterministic}
     if torch.compiler.is_compiling():
         _check(q, k, v, plan, group)
     else:
         with group.together("ulysses_attention: what ranks come with", lambda: _said(q, k, v, plan, group, options)):
             _check(q, k, v, plan, group)
     if group.size == 1:
-        return attention(q, k, v, plan, **options)  # type: ignore[arg-type, no-any-return]
+        return attention(q, k, v, plan, **options)
     way = route(plan.code, q.shape[2], group.rank, group.size, group.tokens_per_frame, k.shape[1] // group.tokens, False)
     *parts, heads_k, heads_v = _to_own_heads((q, k, v), way, group)
     return _attended(parts, heads_k, heads_v, way, group, options)
@@ -133,7 +133,8 @@ class SequenceAttention:
         plan: AttentionPlan = self.layer.plan_of(q.shape[1] // n_r * n, k.shape[1] // n_r * n)
         way = self._route(plan.code, k)
         *parts, k, v = _to_own_heads((q, k, v), way, self.group)
-        return _attended(parts, *self.layer.seen(k, v), way, self.group, {})
+        k, v = self.layer.seen(k, v)
+        return _attended(parts, k, v, way, self.group, {})
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """k, v [B, F n_r, H, D] into the cache, which holds this rank's heads."""

@@ -43,13 +43,13 @@ def _pack(*arguments: Any) -> Tensor:
             box = parts[which][:, frames, places, heads]
             buffer[at : at + a_place * count].view(box.shape).copy_(box)
             at += a_place * count
-    return buffer  # type: ignore[no-any-return]
+    return buffer
 
 
 @torch.library.register_fake("aadkern::ulysses_pack", lib=library)
 def _pack_fake(*arguments: Any) -> Tensor:
     first, boxes = arguments[0], arguments[-1]
-    return first.new_empty(first.shape[0] * first.shape[4] * _places(boxes))  # type: ignore[no-any-return]
+    return first.new_empty(first.shape[0] * first.shape[4] * _places(boxes))
 
 
 def _whole(shapes: Sequence[int]) -> list[int]:
