@@ -217,6 +217,24 @@ def disagreements() -> None:
 
 
 @case
+def a_dead_rank() -> None:
+    """The last case of a program, as its processes end here: the others hear of one that is gone."""
+    group, rank = group_of(4, 4), dist.get_rank()
+    assert group is not None
+    plan, x = plans.bidirectional(VideoLayout((2,), 4)), torch.randn(1, 2, 3, 4)
+    ulysses_attention(x, x, x, plan, group)
+    dist.barrier()
+    if rank == 3:
+        os._exit(0)
+    began = time.monotonic()
+    with raises(RuntimeError, ""):
+        ulysses_attention(x, x, x, plan, group)
+    assert time.monotonic() - began < 10
+    time.sleep(1)  # a rank that ends first would be the one that the others hear of
+    os._exit(0)
+
+
+@case
 def compiled() -> None:
     compare_compiled("aot_eager")
 
