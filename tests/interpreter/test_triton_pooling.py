@@ -10,7 +10,7 @@ import torch
 import aadkern
 from aadkern import ops, testing
 from aadkern.pooling import torch_path, triton_forward
-from tests.pooling_cases import gradient_for, make, results, run
+from tests.pooling_cases import gradient_for, make, results, run, with_lse
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +90,15 @@ def test_small_gradients_of_float16_tokens_do_not_underflow(monkeypatch):
     exact = run(aadkern.attention_pool, tensors, gradient, backend="reference", **settings)
     for name in ("query", "w_k", "w_v", "norm_weight"):
         assert (ours[name] - exact[name]).norm() < 1e-2 * exact[name].norm(), name
+
+
+@pytest.mark.parametrize(("norm", "keys"), [("rms", None), ("layer", None), ("rms", "head")])
+def test_lse_and_its_gradient(norm, keys):
+    tensors, settings = make(norm=norm, keys=keys, segments=2, dtype=torch.float32)
+    for of_pooled in (True, False):
+        ours, expected = with_lse("triton", tensors, settings, of_pooled)
+        for name, value in expected.items():
+            torch.testing.assert_close(ours[name].double(), value, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer", None])
