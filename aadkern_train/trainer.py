@@ -52,7 +52,7 @@ class Progressed:
 
 def run_recipe(recipe: Recipe, path: Path, *, resume: bool = False, overwrite: bool = False) -> Path | None:
     """Train ``recipe`` into the folder ``path`` and write its report; returns the report's path on the main process."""
-    with start() as processes:
+    with start(**recipe.parallel.model_dump()) as processes:
         folder = RunFolder(path, active=processes.is_main)
 
         def begin() -> None:
@@ -127,7 +127,7 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
     latest = checkpoints.latest()
     first = 0
     if latest is not None and latest.stage == stage.name:
-        first = checkpoints.load(state, run.recipe).step
+        first = checkpoints.load(state, run.recipe, ignore=("parallel",)).step
     run.folder.resume_log(stage.name, first - 1)
     settings = run.recipe.evaluate
     with Progress(stage.name, stage.steps, first, active=run.processes.is_main) as progress:

@@ -46,12 +46,12 @@ def validate(run: Run, stage: str, network: Any, step: int) -> None:
     settings, recipe, processes = run.recipe.validation, run.recipe, run.processes
     prepared, items = prompts(run)
     wanted = [(i, seed) for seed in range(settings.seeds) for i in range(len(items))]
-    rounds = -(-len(wanted) // processes.size)
+    rounds = -(-len(wanted) // processes.data_size)
     sizes = recipe.generated_chunks if settings.chunks is None else (max(recipe.chunks),) * settings.chunks
     folder = run.folder.samples / stage / f"step-{step:06d}"
     network.eval()
     for k in range(rounds):
-        place = k * processes.size + processes.rank
+        place = k * processes.data_size + processes.data_rank
         i, seed = wanted[min(place, len(wanted) - 1)]  # a rank without a prompt goes along with the last one
         item, draws = items[i], run.draws("validate", seed)
         text = run.read(lambda item=item: padded(prepared.text(item))[None].float())
@@ -65,7 +65,7 @@ def validate(run: Run, stage: str, network: Any, step: int) -> None:
         given = [] if condition.first is None else [condition.first[:, None]]
         made = stream(network, condition, run.world.frame_shape, run.window, sizes, noise, recipe.steps)
         x = torch.cat([*given, *made], dim=1)
-        if place < len(wanted):
+        if place < len(wanted) and processes.speaks:
             write_video(folder / f"{i:03d}-{slug(item.caption)}-s{seed}.mp4", run.world.to_rgb(x)[0], run.world.fps)
     network.train()
 

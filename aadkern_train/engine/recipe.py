@@ -132,6 +132,13 @@ class ValidationSettings(Config):
     chunks: Count | None = None  # how many chunks are streamed; None: a training clip's
 
 
+class ParallelSettings(Config):
+    """How processes share a run; what is trained does not depend on it, to rounding, and a resumed run may have others."""
+
+    sequence: Count = 1  # neighbouring processes that share each clip's tokens (Ulysses); they divide the batch no further
+    replicate: Count = 1  # groups of processes that each hold whole networks, sharded within (HSDP)
+
+
 class Recipe(Config):
     """A whole run."""
 
@@ -152,6 +159,7 @@ class Recipe(Config):
     stages: dict[str, one_of(StageSettings)] = {}  # type: ignore[valid-type]  # noqa: RUF012
     evaluate: EvaluationSettings = EvaluationSettings()
     validation: ValidationSettings = ValidationSettings()
+    parallel: ParallelSettings = ParallelSettings()
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 
+import torch.distributed as dist
+
 from aadkern import SequenceGroup
 from aadkern_train.engine.processes import Processes
 
@@ -21,4 +23,4 @@ def sequence_of(processes: Processes, tokens_per_frame: int) -> Iterator[Sequenc
         yield None
         return
     with Path(os.devnull).open("w") as nowhere, nullcontext() if processes.is_main else redirect_stderr(nowhere):
-        yield SequenceGroup(processes.mesh, tokens_per_frame)
+        yield SequenceGroup(dist.group.WORLD, tokens_per_frame)

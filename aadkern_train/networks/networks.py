@@ -69,6 +69,7 @@ class Networks:
         stored = self.processes.on_main(lambda: self._checked(path, setting))
         denoiser = empty(stored)
         freeze_unused(denoiser.net, words=self.null is not None)
+        denoiser.net.sequence = self.processes.sequence(denoiser.tokens_per_frame(*self.frame_shape[1:]))
         module = denoiser if around is None else around(denoiser)
         if frozen:
             module.requires_grad_(False)

@@ -149,7 +149,7 @@ class OdeInitialisation(Stage):
         draws, size = self.run.draws(self.name, step), self.settings.batch
         # Clips have unequal numbers of noisy frames; the mean is over those of the whole batch, however it is shared out.
         drawn = self.drawn_levels(draws, range(step * size, (step + 1) * size))
-        noisy = max(1, int((drawn < len(self.levels) - 1).sum())) / self.run.processes.size
+        noisy = max(1, int((drawn < len(self.levels) - 1).sum())) / self.run.processes.data_size
         for some, last in micro_batches(self.run.batch(step, self.settings.batch), self.settings.accumulate):
             x, sigma, target, text = self.inputs(draws, some)
             estimate = learner.module(x, sigma, text, plan=self.context)
