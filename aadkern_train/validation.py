@@ -14,6 +14,7 @@ from aadkern_train.engine.video import write_video
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.rollout import stream
 from aadkern_train.prepared.format import Item, Prepared, padded
+from aadkern_train.prepared.layout import check_made_with
 from aadkern_train.run import Run
 
 SLUG = 40  # letters of a prompt in a file's name
@@ -29,6 +30,7 @@ def prompts(run: Run) -> tuple[Prepared, tuple[Item, ...]]:
         raise ValueError(
             f"validation.path must be a folder of `aad prepare` with prompts, or images with prompts, got {prepared.kind}"
         )
+    check_made_with(getattr(world, "made_with", {}), prepared.header, "validation.path", "data.path")
     width = prepared.text(prepared.items[0]).shape[-1]
     if width != world.null.shape[-1]:
         raise ValueError(f"validation.path must have texts of width {world.null.shape[-1]}, the run's, it has {width}")
