@@ -28,7 +28,7 @@ from aadkern_train.engine.run_folder import Progress
 from aadkern_train.learning.learner import Learner
 from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.teacher import Teacher
-from aadkern_train.prepared.format import Prepared, padded
+from aadkern_train.prepared.format import Prepared, opened, padded
 from aadkern_train.prepared.layout import check_made_with
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, micro_batches, register
@@ -89,7 +89,7 @@ class OdeInitialisation(Stage):
         makes = f"`{command} --frames {4 * frames - 3} --size {8 * height}x{8 * width}` makes those"
         if not (Path(folder) / "dataset.json").is_file():
             raise ValueError(f"{setting} must name a folder of `aad pairs`, got {folder!r}: {makes}")
-        prepared = Prepared(Path(folder))
+        prepared = opened(setting, folder)
         if prepared.kind != "pairs" or not prepared.items:
             raise ValueError(f"{setting} must be a folder of `aad pairs`, {folder} holds {prepared.kind}: {makes}")
         given, wanted = [float(level) for level in prepared.header["levels"]], [*run.recipe.steps.distinct, 0.0]

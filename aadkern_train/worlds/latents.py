@@ -20,7 +20,7 @@ from torch import Tensor
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.recipe import Recipe, Whole, WorldSettings
 from aadkern_train.networks.conditions import Condition
-from aadkern_train.prepared.format import Item, Prepared, padded
+from aadkern_train.prepared.format import Item, Prepared, opened, padded
 from aadkern_train.prepared.layout import MADE_WITH, check_made_with
 from aadkern_train.prepared.settings import digest
 from aadkern_train.prepared.shards import crc32
@@ -84,8 +84,8 @@ class LatentsData(WorldSettings):
             if not getattr(self, name):
                 what = "a folder that `aad prepare` made" if name == "path" else "a Wan folder, whose vae shows what is generated"
                 raise ValueError(f"data.{name} must name {what}")
-        prepared = Prepared(Path(self.path))
-        curated = prepared if self.curated in (None, self.path) else Prepared(Path(self.curated))
+        prepared = opened("data.path", self.path)
+        curated = prepared if self.curated in (None, self.path) else opened("data.curated", self.curated)
         return LatentsWorld(prepared, curated, Path(self.parts), frames, self.frame, self.null_text, self.held_out, seed)
 
 
