@@ -96,7 +96,8 @@ def references(run: Run) -> Measured:
     keep("real", real)
     clips["real_long"] = real
     keep("static", real[:, :1].expand_as(real))
-    if not torch.equal(run.world.clips(range(2), frames, "train"), run.world.clips(range(2), frames, "curated")):
+    other = run.world.longest("train") != 0  # prompts alone have no clips
+    if other and not torch.equal(*(run.world.clips(range(2), frames, split) for split in ("train", "curated"))):
         keep("web", real_clips(run, count, longer, "train"), "train")
     teacher, sigmas = run.teacher(), sigma_schedule(run.recipe.evaluate.teacher_steps, SOLVER_SHIFT)
 

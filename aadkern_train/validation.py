@@ -5,7 +5,6 @@ be set side by side. RUN/samples/<stage>/step-000050/003-a-cat-runs-s0.mp4
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ import torch
 from aadkern_train.engine.video import write_video
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.rollout import stream
-from aadkern_train.prepared.format import Item, Prepared, padded
+from aadkern_train.prepared.format import Item, Prepared, opened, padded
+from aadkern_train.prepared.layout import check_made_with
 from aadkern_train.run import Run
 
 SLUG = 40  # letters of a prompt in a file's name
@@ -24,11 +24,12 @@ def prompts(run: Run) -> tuple[Prepared, tuple[Item, ...]]:
     settings, world = run.recipe.validation, run.world
     if world.null is None or world.fingerprint is None:
         raise ValueError("validation.path must be left out: prompts are for runs on prepared data")
-    prepared = Prepared(Path(settings.path))
+    prepared = opened("validation.path", settings.path)
     if prepared.kind == "pairs" or not prepared.items:
         raise ValueError(
             f"validation.path must be a folder of `aad prepare` with prompts, or images with prompts, got {prepared.kind}"
         )
+    check_made_with(getattr(world, "made_with", {}), prepared.header, "validation.path", "data.path")
     width = prepared.text(prepared.items[0]).shape[-1]
     if width != world.null.shape[-1]:
         raise ValueError(f"validation.path must have texts of width {world.null.shape[-1]}, the run's, it has {width}")

@@ -116,6 +116,14 @@ class Processes:
         gather(out, rows.contiguous(), group=self.clips["data"].get_group())  # type: ignore[index]
         return out
 
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's (picklable) value, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Runs work on the main rank; every rank gets its (picklable) result, or an OtherRankError for its error.
 
