@@ -73,7 +73,6 @@ def _check(q: Any, k: Any, v: Any, plan: Any, group: SequenceGroup) -> None:
         raise TypeError(f"ulysses_attention: plan must be an aadkern.AttentionPlan, got {shown(plan)}")
     if not torch.compiler.is_compiling():  # there ``route`` does it
         frame_areas(plan, group.tokens_per_frame)
-    refuse_tangents(q, k, v)
     for name, x, length in (("q", q, plan.q_len), ("k", k, plan.k_len), ("v", v, plan.k_len)):
         frames = length // group.tokens_per_frame
         if tensor(x, f"ulysses_attention: {name}").dim() != 4 or x.shape[1] != frames * group.tokens or not x.shape[2]:
@@ -82,6 +81,8 @@ def _check(q: Any, k: Any, v: Any, plan: Any, group: SequenceGroup) -> None:
         if (x.shape[0], *x.shape[2:]) != (q.shape[0], *q.shape[2:]) or x.dtype != q.dtype or x.device != q.device:
             mine, of_q = (f"{list(y.shape)} {y.dtype} on {y.device}" for y in (x, q))
             raise ValueError(f"ulysses_attention: {name} must be as q but for its length, {of_q}, got {mine}")
+    if group.size > 1:
+        refuse_tangents(q, k, v)
 
 
 def plan_word(plan: AttentionPlan) -> str:
