@@ -73,7 +73,7 @@ def test_compiled_by_inductor_on_two_processes():
 
 @pytest.mark.slow
 def test_on_five_to_eight_processes():
-    run_processes(PROGRAM, "8", "attention_up_to_eight", count=1)
+    run_processes(MODELS, "8", "attention_up_to_eight", "model_on_eight", count=1)
 
 
 def test_one_process_is_attention_itself():

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from aadkern.checks import shown, tensor
-from aadkern.library import unpack
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.api import attention
 from aadkern.ulysses.exchange import Route, exchange, route
-from aadkern.ulysses.group import SequenceGroup, check_group
+from aadkern.ulysses.group import SequenceGroup, check_group, refuse_tangents
 from aadkern.ulysses.shares import frame_areas, kept_heads
-
-REFUSAL = "ulysses_attention is differentiable in reverse mode only: a tangent does not travel between ranks"
 
 
 def ulysses_attention(
@@ -82,17 +79,12 @@ def _check(q: Any, k: Any, v: Any, plan: Any, group: SequenceGroup) -> None:
             mine, of_q = (f"{list(y.shape)} {y.dtype} on {y.device}" for y in (x, q))
             raise ValueError(f"ulysses_attention: {name} must be as q but for its length, {of_q}, got {mine}")
     if group.size > 1:
-        refuse_tangents(q, k, v)
+        refuse_tangents("ulysses_attention", q, k, v)
 
 
 def plan_word(plan: AttentionPlan) -> str:
     """A plan in a few letters, for ranks to compare."""
     return f"plan {plan.q_len} x {plan.k_len} #{crc32(repr(plan.code).encode()):08x}"
-
-
-def refuse_tangents(*tensors: Any) -> None:
-    if any(isinstance(x, Tensor) and unpack(x)[1] is not None for x in tensors):
-        raise RuntimeError(REFUSAL)
 
 
 def by_frame(x: Tensor, tokens: int) -> Tensor:
@@ -129,7 +121,7 @@ class SequenceAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, F n_r, H, D] of this rank's tokens -> [B, F n_r, H, D]."""
-        refuse_tangents(q, k, v)
+        refuse_tangents("ulysses_attention", q, k, v)
         n, n_r = self.group.tokens_per_frame, self.group.tokens
         plan: AttentionPlan = self.layer.plan_of(q.shape[1] // n_r * n, k.shape[1] // n_r * n)
         way = self._route(plan.code, k)

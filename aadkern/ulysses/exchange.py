@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from aadkern.plans import AttentionPlan
 from aadkern.ulysses import ops
@@ -127,5 +128,6 @@ class _Exchange(torch.autograd.Function):
         return tuple(_moved(parts, moves, name))
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *_moved(grads, ctx.moves.back(), ctx.name))
