@@ -226,6 +226,8 @@ def disagreements() -> None:
             call(**(other if rank == 2 else {}))  # type: ignore[arg-type]
         assert time.monotonic() - began < 5
         call()
+    with raises(ValueError, "alike on all 4 ranks"):
+        group.agree("x" * 900 + str(rank == 2), "what is said")
 
 
 @case

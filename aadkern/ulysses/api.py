@@ -58,7 +58,7 @@ def ulysses_attention(
 def _said(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: SequenceGroup, options: dict[str, Any]) -> str:
     """What all ranks must say alike."""
     words = f"{q.shape[0]} x {plan_word(plan)}, {group.tokens_per_frame} tokens a frame, {list(q.shape[2:])} {q.dtype}"
-    return f"{words}, {options}, {recording(q, k, v)}"
+    return f"{words}, {shown(options)}, {recording(q, k, v)}"
 
 
 def recording(*tensors: Tensor) -> str:

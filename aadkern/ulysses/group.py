@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,9 @@ class SequenceGroup:
     @contextmanager
     def together(self, name: str, said: Callable[[], str]) -> Iterator[None]:
         """Around what a rank looks at before it talks to the others: then all ``agree`` on what is said, or on the error."""
+        if self.size == 1:
+            yield
+            return
         try:
             yield
         except (ValueError, TypeError, RuntimeError) as error:  # told to the others, which would wait for this rank
@@ -91,11 +95,13 @@ class SequenceGroup:
         if dist.get_backend(self.process_group) == "fake":
             return
         device = torch.device("cpu") if _on_host(self.name) else torch.device("cuda", torch.cuda.current_device())
-        words = said.encode()[:MESSAGE]
-        mine = torch.tensor(list(words.ljust(MESSAGE)), dtype=torch.uint8, device=device)
-        heard = [bytes(row).decode(errors="replace").rstrip() for row in gathered(mine, self.name, self.size).tolist()]
-        other = next((rank for rank, words in enumerate(heard) if words != heard[self.rank]), None)
+        words = said.encode()
+        message = crc32(words).to_bytes(4, "big") + words[: MESSAGE - 4].ljust(MESSAGE - 4)  # of long words the end counts too
+        mine = torch.tensor(list(message), dtype=torch.uint8, device=device)
+        rows = gathered(mine, self.name, self.size).tolist()
+        other = next((rank for rank, row in enumerate(rows) if row != rows[self.rank]), None)
         if other is not None:
+            heard = [bytes(row[4:]).decode(errors="replace").rstrip() for row in rows]
             raise ValueError(
                 f"{name} must be alike on all {self.size} ranks of a sequence; rank {self.rank} came with {heard[self.rank]}, "
                 f"rank {other} with {heard[other]}"
