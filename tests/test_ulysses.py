@@ -19,7 +19,7 @@ from aadkern import AttentionPlan, SequenceGroup, VideoLayout, Window, attention
 from aadkern.ulysses import enter, leave, merge_pooled, shares
 from aadkern.ulysses.exchange import Moves, to_heads, to_tokens
 from aadkern.ulysses.group import spans_of
-from aadkern.ulysses.ops import split, ulysses_pack, ulysses_unpack
+from aadkern.ulysses.ops import side_by_side, split, ulysses_pack, ulysses_unpack
 from aadkern.ulysses.shares import frame_areas, kept_heads, work_of
 from tests.processes import run_processes
 from tests.ulysses_cases import random_plan
@@ -73,7 +73,7 @@ def test_compiled_by_inductor_on_two_processes():
 
 @pytest.mark.slow
 def test_on_five_to_eight_processes():
-    run_processes(PROGRAM, "8", "attention_up_to_eight", count=1)
+    run_processes(MODELS, "8", "attention_up_to_eight", "model_on_eight", count=1)
 
 
 def test_one_process_is_attention_itself():
@@ -179,6 +179,19 @@ def test_exchanges_bring_each_head_where_it_is_wanted_and_are_transposes(seed):
     outs = [parts[:-2] or [torch.empty(2, 0, n, 0, 3, dtype=torch.float64)] for parts in arrived]
     for rank, (mine,) in enumerate(in_one_process(ranks, back, outs)):
         assert torch.equal(mine, local[rank][0])
+
+
+def test_where_ranks_divide_heads_and_tokens_a_tensor_is_moved_by_one_copy():
+    plan = plans.block_causal(VideoLayout((1, 2), 6))
+    for heads, n, counts in ((4, 6, (3, 3, 1, 1)), (4, 5, (3, 6, 2, 1)), (3, 6, (8, 4, 2, 4))):
+        work = work_of(plans.block_causal(VideoLayout((1, 2), n)) if n != 6 else plan, heads, 2, n, False)
+        inward = to_heads(work, 0, spans_of(n, 2), heads, 3, 3)
+        outward = to_tokens(work, 0, spans_of(n, 2), heads, 3)
+        found = []
+        for side in (inward.sent, inward.received, outward.sent, outward.received):
+            each, _ = side_by_side([box for boxes in side for box in boxes])
+            found.append(each)
+        assert tuple(found) == counts, (heads, n, found)
 
 
 def test_operators_are_what_their_schemas_say():

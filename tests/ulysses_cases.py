@@ -181,6 +181,18 @@ def refusals() -> None:
     q = torch.randn(1, 2, 3, 4)
     with raises(RuntimeError, "ulysses_attention is differentiable in reverse mode only"):
         torch.func.jvp(lambda x: ulysses_attention(x, x, x, plan, group), (q,), (q,))
+    x, y, lse = torch.randn(1, 2, 4, 3), torch.randn(1, 2, 1, 3), torch.randn(1, 2, 1, 3)
+    for name, function, argument in (
+        ("enter", lambda x: enter(x, group), x),
+        ("leave", lambda y: leave(y, group), y),
+        ("merge_pooled", lambda y: merge_pooled(y, lse, group), y),
+    ):
+        with raises(RuntimeError, f"{name} is differentiable in reverse mode only"):
+            torch.func.jvp(function, (argument,), (argument,))
+    q.requires_grad_()
+    (first,) = torch.autograd.grad(ulysses_attention(q, q, q, plan, group).square().sum(), q, create_graph=True)
+    with raises(RuntimeError, "once"):
+        first.sum().backward()
 
 
 @contextmanager
@@ -214,6 +226,8 @@ def disagreements() -> None:
             call(**(other if rank == 2 else {}))  # type: ignore[arg-type]
         assert time.monotonic() - began < 5
         call()
+    with raises(ValueError, "alike on all 4 ranks"):
+        group.agree("x" * 900 + str(rank == 2), "what is said")
 
 
 @case

@@ -107,6 +107,17 @@ def model() -> None:
 
 
 @case
+def model_on_eight() -> None:
+    """6 heads on 8 ranks, 10 tokens as 1 or 2 each."""
+    x, t, text = clip(5, 3)
+    net = causal_wan("relative")
+    compare(net, net, (8,), lambda leaf: net(leaf, t, text, plan=CausalContext(LAYOUT, WINDOW)), x, "relative positions")
+    both, times, _ = clip(10, 4, batch=1)
+    teacher = plans.teacher_forcing(LAYOUT, WINDOW)
+    compare(net, net, (5, 8), lambda leaf: net(leaf, times, plan=teacher), both, "teacher forcing")
+
+
+@case
 def discriminator() -> None:
     x, t, text = clip(5, 5)
     for backbone, per in (("bidirectional", "video"), ("causal", "frame")):

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from aadkern.checks import shown, tensor
-from aadkern.library import unpack
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.api import attention
 from aadkern.ulysses.exchange import Route, exchange, route
-from aadkern.ulysses.group import SequenceGroup, check_group
+from aadkern.ulysses.group import SequenceGroup, check_group, refuse_tangents
 from aadkern.ulysses.shares import frame_areas, kept_heads
-
-REFUSAL = "ulysses_attention is differentiable in reverse mode only: a tangent does not travel between ranks"
 
 
 def ulysses_attention(
@@ -61,7 +58,7 @@ def ulysses_attention(
 def _said(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: SequenceGroup, options: dict[str, Any]) -> str:
     """What all ranks must say alike."""
     words = f"{q.shape[0]} x {plan_word(plan)}, {group.tokens_per_frame} tokens a frame, {list(q.shape[2:])} {q.dtype}"
-    return f"{words}, {options}, {recording(q, k, v)}"
+    return f"{words}, {shown(options)}, {recording(q, k, v)}"
 
 
 def recording(*tensors: Tensor) -> str:
@@ -73,7 +70,6 @@ def _check(q: Any, k: Any, v: Any, plan: Any, group: SequenceGroup) -> None:
         raise TypeError(f"ulysses_attention: plan must be an aadkern.AttentionPlan, got {shown(plan)}")
     if not torch.compiler.is_compiling():  # there ``route`` does it
         frame_areas(plan, group.tokens_per_frame)
-    refuse_tangents(q, k, v)
     for name, x, length in (("q", q, plan.q_len), ("k", k, plan.k_len), ("v", v, plan.k_len)):
         frames = length // group.tokens_per_frame
         if tensor(x, f"ulysses_attention: {name}").dim() != 4 or x.shape[1] != frames * group.tokens or not x.shape[2]:
@@ -82,16 +78,13 @@ def _check(q: Any, k: Any, v: Any, plan: Any, group: SequenceGroup) -> None:
         if (x.shape[0], *x.shape[2:]) != (q.shape[0], *q.shape[2:]) or x.dtype != q.dtype or x.device != q.device:
             mine, of_q = (f"{list(y.shape)} {y.dtype} on {y.device}" for y in (x, q))
             raise ValueError(f"ulysses_attention: {name} must be as q but for its length, {of_q}, got {mine}")
+    if group.size > 1:
+        refuse_tangents("ulysses_attention", q, k, v)
 
 
 def plan_word(plan: AttentionPlan) -> str:
     """A plan in a few letters, for ranks to compare."""
     return f"plan {plan.q_len} x {plan.k_len} #{crc32(repr(plan.code).encode()):08x}"
-
-
-def refuse_tangents(*tensors: Any) -> None:
-    if any(isinstance(x, Tensor) and unpack(x)[1] is not None for x in tensors):
-        raise RuntimeError(REFUSAL)
 
 
 def by_frame(x: Tensor, tokens: int) -> Tensor:
@@ -128,7 +121,7 @@ class SequenceAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, F n_r, H, D] of this rank's tokens -> [B, F n_r, H, D]."""
-        refuse_tangents(q, k, v)
+        refuse_tangents("ulysses_attention", q, k, v)
         n, n_r = self.group.tokens_per_frame, self.group.tokens
         plan: AttentionPlan = self.layer.plan_of(q.shape[1] // n_r * n, k.shape[1] // n_r * n)
         way = self._route(plan.code, k)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from aadkern.plans import AttentionPlan
 from aadkern.ulysses import ops
@@ -102,11 +103,6 @@ def exchange(parts: Sequence[Tensor], moves: Moves, group: SequenceGroup) -> tup
     return _Exchange.apply(moves, group.name, *parts)  # type: ignore[no-any-return]
 
 
-def volume(box: Box) -> int:
-    _, f0, f1, p0, p1, h0, h1 = box
-    return (f1 - f0) * (p1 - p0) * (h1 - h0)
-
-
 def _flat(groups: Sequence[Sequence[Sequence[int]]]) -> list[int]:
     return [number for group in groups for box in group for number in box]
 
@@ -114,7 +110,7 @@ def _flat(groups: Sequence[Sequence[Sequence[int]]]) -> list[int]:
 def _moved(parts: Sequence[Tensor], moves: Moves, name: str) -> list[Tensor]:
     collectives = torch.ops._c10d_functional
     a_place = parts[0].shape[0] * parts[0].shape[4]
-    sizes, new_sizes = ([a_place * sum(map(volume, boxes)) for boxes in side] for side in (moves.sent, moves.received))
+    sizes, new_sizes = ([a_place * sum(map(ops.volume, boxes)) for boxes in side] for side in (moves.sent, moves.received))
     none = (None,) * (ops.MOST - len(parts))
     packed = ops.ulysses_pack(*parts, *none, _flat(moves.sent))
     arrived = collectives.wait_tensor(collectives.all_to_all_single(packed, new_sizes, sizes, name))
@@ -132,5 +128,6 @@ class _Exchange(torch.autograd.Function):
         return tuple(_moved(parts, moves, name))
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *_moved(grads, ctx.moves.back(), ctx.name))

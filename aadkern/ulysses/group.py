@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from aadkern.checks import shown, tensor, whole
+from aadkern.library import unpack
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -71,6 +74,9 @@ class SequenceGroup:
     @contextmanager
     def together(self, name: str, said: Callable[[], str]) -> Iterator[None]:
         """Around what a rank looks at before it talks to the others: then all ``agree`` on what is said, or on the error."""
+        if self.size == 1:
+            yield
+            return
         try:
             yield
         except (ValueError, TypeError, RuntimeError) as error:  # told to the others, which would wait for this rank
@@ -89,11 +95,13 @@ class SequenceGroup:
         if dist.get_backend(self.process_group) == "fake":
             return
         device = torch.device("cpu") if _on_host(self.name) else torch.device("cuda", torch.cuda.current_device())
-        words = said.encode()[:MESSAGE]
-        mine = torch.tensor(list(words.ljust(MESSAGE)), dtype=torch.uint8, device=device)
-        heard = [bytes(row).decode(errors="replace").rstrip() for row in gathered(mine, self.name, self.size).tolist()]
-        other = next((rank for rank, words in enumerate(heard) if words != heard[self.rank]), None)
+        words = said.encode()
+        message = crc32(words).to_bytes(4, "big") + words[: MESSAGE - 4].ljust(MESSAGE - 4)  # of long words the end counts too
+        mine = torch.tensor(list(message), dtype=torch.uint8, device=device)
+        rows = gathered(mine, self.name, self.size).tolist()
+        other = next((rank for rank, row in enumerate(rows) if row != rows[self.rank]), None)
         if other is not None:
+            heard = [bytes(row[4:]).decode(errors="replace").rstrip() for row in rows]
             raise ValueError(
                 f"{name} must be alike on all {self.size} ranks of a sequence; rank {self.rank} came with {heard[self.rank]}, "
                 f"rank {other} with {heard[other]}"
@@ -139,6 +147,12 @@ def check_group(group: Any, name: str) -> SequenceGroup:
     return group
 
 
+def refuse_tangents(name: str, *tensors: Any) -> None:
+    """Raises RuntimeError where one of the tensors has a tangent."""
+    if any(isinstance(x, Tensor) and unpack(x)[1] is not None for x in tensors):
+        raise RuntimeError(f"{name} is differentiable in reverse mode only: a tangent does not travel between ranks")
+
+
 def enter(x: Tensor, group: SequenceGroup) -> Tensor:
     """This rank's slice of every frame, of x [B, F, n, ...] that all ranks have: [B, F, n_r, ...].
 
@@ -147,7 +161,10 @@ def enter(x: Tensor, group: SequenceGroup) -> Tensor:
     check_group(group, "enter: group")
     if tensor(x, "enter: x").dim() < 3 or x.shape[2] != group.tokens_per_frame:
         raise ValueError(f"enter: x must be [B, F, {group.tokens_per_frame}, ...], got {list(x.shape)}")
-    return x if group.size == 1 else _Enter.apply(x, group.name, group.rank, group.spans)
+    if group.size == 1:
+        return x
+    refuse_tangents("enter", x)
+    return _Enter.apply(x, group.name, group.rank, group.spans)  # type: ignore[no-any-return]
 
 
 def leave(y: Tensor, group: SequenceGroup) -> Tensor:
@@ -159,7 +176,10 @@ def leave(y: Tensor, group: SequenceGroup) -> Tensor:
     check_group(group, "leave: group")
     if tensor(y, "leave: y").dim() < 3 or y.shape[2] != group.tokens:
         raise ValueError(f"leave: y must be [B, F, {group.tokens}, ...] on rank {group.rank}, got {list(y.shape)}")
-    return y if group.size == 1 else _Leave.apply(y, group.name, group.rank, group.spans)
+    if group.size == 1:
+        return y
+    refuse_tangents("leave", y)
+    return _Leave.apply(y, group.name, group.rank, group.spans)  # type: ignore[no-any-return]
 
 
 def merge_pooled(o: Tensor, lse: Tensor, group: SequenceGroup) -> Tensor:
@@ -176,6 +196,7 @@ def merge_pooled(o: Tensor, lse: Tensor, group: SequenceGroup) -> Tensor:
         raise ValueError(f"merge_pooled: lse must have heads that divide o's {o.shape[3]} channels, got {lse.shape[3]}")
     if group.size == 1:
         return o
+    refuse_tangents("merge_pooled", o, lse)
     wide = torch.promote_types(o.dtype, lse.dtype)
     both = torch.cat((o.to(wide), lse.to(wide)), dim=-1)
     parts, logs = _Parts.apply(both, group.name, group.rank, group.size).split([o.shape[3], lse.shape[3]], dim=-1)
@@ -205,6 +226,7 @@ class _Enter(torch.autograd.Function):
         return x[:, :, slice(*spans[rank])].clone()
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return _slices(dout, ctx.name, ctx.spans) / len(ctx.spans), None, None, None
 
@@ -216,6 +238,7 @@ class _Leave(torch.autograd.Function):
         return _slices(y, name, spans)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return dout[:, :, slice(*ctx.spans[ctx.rank])] * len(ctx.spans), None, None, None
 
@@ -227,5 +250,6 @@ class _Parts(torch.autograd.Function):
         return gathered(x, name, size)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return dout[ctx.rank] * ctx.size, None, None, None
