@@ -140,6 +140,7 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
             with span(f"{stage.name} step"):
                 values = run.processes.mean(stage.train_step(step))
             progressed.seconds += time.monotonic() - began
+            values |= used_memory(run)
             check_finite(run, stage.name, step, values)
             run.folder.log(stage.name, step, seconds=round(progressed.seconds, 3), **values)
             done = step + 1
@@ -157,6 +158,12 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
                 raise Leave(number, f"{stage.name}, step {done}")
     run.processes.on_main(run.folder.check_held)
     finish(run, stage, progressed)
+
+
+def used_memory(run: Run) -> dict[str, float]:
+    """The most that a GPU has held so far, for the log."""
+    device = run.processes.device
+    return {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)} if device.type == "cuda" else {}
 
 
 def check_finite(run: Run, stage: str, step: int, values: dict[str, float]) -> None:
