@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,8 @@ def test_one_two_and_three_processes_give_the_same_losses(tmp_path):
 def test_where_one_process_cannot_read_both_end_with_a_line(tmp_path):
     write_parts(tmp_path / "parts")
     run_processes(__file__, "fails", str(tmp_path / "parts"), str(tmp_path), timeout=120)
+    note = json.loads((tmp_path / "nan.json").read_text().splitlines()[-1])["text"]
+    assert set(note.rpartition("the samples: ")[2].split(", ")) == drawn_pairs(8), note
     for name, said in FAILURES.items():
         told = [json.loads((tmp_path / f"{name} {rank}.json").read_text()) for rank in (0, 1)]
         assert [status for status, _, _ in told] == [2, 2], told
@@ -48,6 +51,13 @@ def test_where_one_process_cannot_read_both_end_with_a_line(tmp_path):
         assert f"aad train: {said}" in told[1][2], told
         assert "aad train: rank 1 could not read its data, and said why; this rank stops too" in told[0][2], told
         assert all("Traceback" not in text and text.count("aad train:") == 1 for _, _, text in told), told
+
+
+def drawn_pairs(batch: int) -> set[str]:
+    """Those of step 0 of stage I, among six."""
+    from aadkern_train.diffusion.draws import Draws
+
+    return {f"pair item-{i:02d}" for i in Draws(0, "ode", 0).integers("pair", range(batch), 6).tolist()}
 
 
 FAILURES = {"world": "the disk went away: jsonl", "clips": "the disk went away: clips", "pairs": "the disk went away: text"}
@@ -83,6 +93,8 @@ def fail(parts: Path, folder: Path) -> None:
 
     rank = os.environ["RANK"]
     with start("cpu") as processes:  # one process group for all
+        one_is_asked_to_leave(parts, folder, rank)
+        one_is_not_finite(parts, folder, rank)
         for place in FAILURES:
             processes.barrier()
             patch, told, began = spoiled(place), io.StringIO(), time.monotonic()
@@ -93,6 +105,43 @@ def fail(parts: Path, folder: Path) -> None:
             patch.undo()
             report = json.dumps([status, time.monotonic() - began, told.getvalue()])
             (folder / f"{place} {rank}.json").write_text(report)
+
+
+def one_is_asked_to_leave(parts: Path, folder: Path, rank: str) -> None:
+    """Both save the same step and leave, where one is asked to."""
+    from aadkern_train import cli
+    from aadkern_train.stages.ode import OdeInitialisation
+
+    plain = OdeInitialisation.train_step
+
+    def asked(self, step):
+        if step == 1 and rank == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain(self, step)
+
+    OdeInitialisation.train_step = asked
+    alone = ["dmd.steps=0", "adversarial.steps=0", "ode.steps=4", "checkpoint_every=9"]
+    assert cli.main(["train", "wan_smoke", f"out={folder}/left", *words(parts, *SIX, *alone)]) == 128 + signal.SIGUSR1
+    OdeInitialisation.train_step = plain
+    assert (folder / "left" / "checkpoints" / "latest").read_text() == "ode/step-2\n"
+    assert cli.main(["train", f"resume={folder}/left"]) == 0
+
+
+def one_is_not_finite(parts: Path, folder: Path, rank: str) -> None:
+    """The log names the samples of all processes."""
+    from aadkern_train import cli
+    from aadkern_train.stages.ode import OdeInitialisation
+
+    plain = OdeInitialisation.train_step
+    OdeInitialisation.train_step = lambda self, step: {**plain(self, step), "loss": 1.0 if rank == "0" else float("nan")}
+    alone = ["dmd.steps=0", "adversarial.steps=0", "ode.batch=8"]
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        assert cli.main(["train", "wan_smoke", f"out={folder}/nan", *words(parts, *SIX, *alone)]) == 1
+    OdeInitialisation.train_step = plain
+    assert "ode, step 0: loss is not finite (samples: pair item-0" in told.getvalue()
+    if rank == "0":
+        (folder / "nan.json").write_text((folder / "nan" / "log.jsonl").read_text())
 
 
 if __name__ == "__main__":
