@@ -19,14 +19,16 @@ from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.recipe import Recipe, Whole, WorldSettings
+from aadkern_train.engine.work import Sizes
 from aadkern_train.networks.conditions import Condition
-from aadkern_train.prepared.format import Item, Prepared, padded
+from aadkern_train.prepared.format import TOKENS, Item, Prepared, padded
 from aadkern_train.prepared.shards import crc32
 from aadkern_train.worlds.base import SPLITS, Metric
 from aadkern_train.worlds.generic_metrics import METRICS, Described, compare, describe
 from aadkern_train.worlds.optical_flow import DYNAMIC_LK, moving_lk
 
 PREPARE = "`aad prepare` videos"
+WIDTH = 4096  # of UMT5-XXL's texts, which Wan takes
 Side = Annotated[int, Field(ge=1)]
 
 
@@ -48,6 +50,9 @@ class LatentsData(WorldSettings):
     def words(self) -> bool:
         """Captions, always."""
         return True
+
+    def sizes(self, recipe: Recipe) -> Sizes | None:
+        return None if self.frame is None else Sizes(self.frame, (TOKENS, WIDTH))
 
     def check(self, recipe: Recipe) -> None:
         if recipe.models.teacher == "exact":
