@@ -158,7 +158,10 @@ class AdversarialRefinement(Stage):
                 made, exit = self_rollout(
                     self.run, generator.module, draws, some, with_grad=learns and not settings.replay, split=settings.real
                 )
-                rolled.append((some, last, made, exit))
+                if learns:
+                    rolled.append((some, last, made, exit))
+                if settings.replay and settings.accumulate > 1:
+                    made.forget_cache()  # or those of the whole batch would wait for the discriminator
                 if discriminator_step is None:
                     continue
                 told = self.discriminator_part(draws, some, made.x.detach(), made.text, exit, last)

@@ -101,6 +101,7 @@ class DmdWarmUp(Stage):
                 send_back(rolled, gradient / self.settings.accumulate, generator.module, last, self.settings.replay)
                 logged["generator_loss"] += loss / self.settings.accumulate
                 logged["direction"] += size / self.settings.accumulate
+                del rolled  # its cache, before the next one and the fake score's updates
         logged["grad_norm"] = generator.update(step)
         logged["fake_loss"] = 0.0
         for k in range(updates):
@@ -117,6 +118,7 @@ class DmdWarmUp(Stage):
             for some, _ in micro_batches(samples, self.settings.accumulate):
                 rolled, _ = self_rollout(self.run, generator, draws, some, with_grad=False)
                 made.append((some, rolled.x, self.run.condition(some)))
+                del rolled
         return made
 
     @spanned("DMD gradient")
