@@ -18,6 +18,7 @@ from aadkern_train.generate.options import (
     given_options,
     wan_settings,
 )
+from aadkern_train.planning.command import add_plan
 from aadkern_train.prepared.command import add_pairs, add_prepare
 
 TRAIN_MODULES = {
@@ -62,7 +63,7 @@ def with_words(args: argparse.Namespace, more: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
-    names = "info,demo,train,generate,prepare,pairs,vbench-export,convert,report,bench"
+    names = "info,demo,train,generate,prepare,pairs,plan,vbench-export,convert,report,bench"
     commands = top.add_subparsers(dest="command", required=True, metavar=f"{{{names}}}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_prepare(commands)
     add_pairs(commands)
+    add_plan(commands)
     add_vbench_export(commands).set_defaults(run=run_vbench_export)
     add_convert(commands).set_defaults(run=run_convert)
 

@@ -139,6 +139,20 @@ def test_each_chunk_is_one_pass_under_its_caption(reader, first):
 
 
 @pytest.mark.parametrize("first", [True, False])
+def test_a_replay_makes_a_forgotten_cache_again_to_the_bit(reader, first):
+    """What a batch in parts does while its discriminator learns: the caches of all parts would not fit."""
+    layout, gradients = VideoLayout(CHUNKS if first else CHUNKS[1:], 9), []
+    for forget in (False, True):
+        made = rollout(reader, told(first), layout, WINDOW, noise_table(), StepPlan((1.0, 0.875), (1.0, 0.75)))
+        if forget:
+            made.forget_cache()
+        made.replay(torch.randn(made.x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)), reader)
+        gradients.append({name: p.grad.clone() for name, p in reader.named_parameters() if p.grad is not None})
+        reader.zero_grad()
+    assert len(gradients[0]) > 20 and all(torch.equal(gradients[1][name], grad) for name, grad in gradients[0].items())
+
+
+@pytest.mark.parametrize("first", [True, False])
 def test_replay_and_streaming_agree_under_captions(reader, first):
     condition, steps = told(first), StepPlan((1.0, 0.875), (1.0, 0.75))  # exact in float32
     layout = VideoLayout(CHUNKS if first else CHUNKS[1:], 9)

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from aadkern.plans import Window
 from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.engine.config import Choice, Config, one_of
+from aadkern_train.engine.work import Member, Sizes, Work
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -62,6 +63,20 @@ class ModelsSettings(Config):
         """The source of a bidirectional discriminator."""
         return self.discriminator or ("pretrain" if self.teacher == "exact" else self.teacher)
 
+    def score(self, start: str | None) -> str | None:
+        """The source of a fake score for a generator that started from ``start``."""
+        return self.fake or (start if self.teacher == "exact" else self.teacher)
+
+    @property
+    def distilled(self) -> tuple[Member, ...]:
+        """The teacher as a network of a stage; none where it is exact."""
+        fp32 = self.teacher_dtype == "fp32"
+        return (
+            ()
+            if self.teacher == "exact"
+            else (Member("teacher", self.teacher, learns=False, fp32=fp32, offloaded=self.offload_teacher),)
+        )
+
 
 class WorldSettings(Choice):
     """Base of the settings of a kind of world; each stands beside its world, with how that is opened."""
@@ -76,6 +91,10 @@ class WorldSettings(Choice):
     def words(self) -> bool:
         """Whether its clips have captions."""
         return False
+
+    def sizes(self, recipe: Recipe) -> Sizes | None:
+        """The shapes of frames and texts, where the settings tell them before the world is opened."""
+        return None
 
     @abstractmethod
     def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> Any:
@@ -104,6 +123,10 @@ class StageSettings(Choice):
         guidance = getattr(self, "guidance", 1.0)  # of the stages that have a teacher
         if guidance != 1 and not recipe.data.words:
             raise ValueError(f"{name}.guidance must be 1 in a world without captions, which has no null text, got {guidance}")
+
+    def work(self, recipe: Recipe) -> Work | None:
+        """What a step computes and keeps, by which ``aad plan`` counts. None: the stage does not tell."""
+        return None
 
 
 class EvaluationSettings(Config):

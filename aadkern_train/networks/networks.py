@@ -113,8 +113,7 @@ class Networks:
 
     def fake(self, start: str | None) -> str | None:
         """The source of a fake score for a generator that started from ``start``."""
-        models = self.recipe.models
-        return models.fake or (start if models.teacher == "exact" else models.teacher)
+        return self.recipe.models.score(start)
 
     def write(self, path: Path, denoiser: Denoiser, **facts: Any) -> None:
         """Writes a network that this run trained, with the run's settings beside it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,20 +46,37 @@ class Rollout:
     x: Tensor  # [B, F, C, H, W], a given first frame included
     made: list[Made]
     layout: VideoLayout
-    cache: StreamingCache
+    cache: StreamingCache | None
     text: Tensor | None
+    new_cache: Callable[[], StreamingCache]
+
+    def forget_cache(self) -> None:
+        """Frees the keys and values (6 GB a clip at 1.3B, 480p); ``replay`` makes them again, by one more clean pass a chunk."""
+        self.cache = None
 
     def replay(self, gradient: Tensor, generator: Denoiser, last: bool = True) -> None:
         """Add dL/d(parameters) given dL/dx ``gradient`` [B, F, C, H, W], running one chunk again at a time.
 
         ``last`` says that no further backward of this update follows, so sharded gradients are reduced in its final chunk.
         """
+        kept, cache = self.cache is not None, self.cache or self.new_cache()
+        text = None if self.text is None else TextCache.lazy(self.text)
         for made in self.made:
             start, end = self.layout.chunk_frames(made.chunk)
-            self.cache.rewind(start)
+            if kept:
+                cache.rewind(start)
+            elif start:
+                write_clean(generator, self.x[:, slice(*self.layout.chunk_frames(made.chunk - 1))].detach(), text, cache)
             with accumulating(generator, last=last and made is self.made[-1]), torch.enable_grad():
-                again = generator(made.exit_input, uniform(made.x, made.exit_level), self.text, cache=self.cache)
+                again = generator(made.exit_input, uniform(made.x, made.exit_level), self.text, cache=cache)
                 again.backward(gradient[:, start:end])
+
+
+def write_clean(generator: Denoiser, clean: Tensor, text: TextCache | None, cache: StreamingCache) -> None:
+    """The keys and values of a finished chunk, which later ones will see."""
+    with torch.no_grad():
+        generator(clean, uniform(clean, 0.0), text, cache=cache, cache_only=True)
+    cache.commit()
 
 
 def uniform(x: Tensor, level: float) -> Tensor:
@@ -86,16 +104,16 @@ def rollout(
     if first is not None and layout.chunks[0] != 1:
         raise ValueError(f"layout.chunks must start with the first frame's own chunk of 1, got {layout.chunks}")
     start = noise(1, 0)
-    cache = new_cache(generator, start.shape[0], start.shape[2:], window, max(layout.chunks), capacity_frames=layout.frames)
+    sizes = (start.shape[0], start.shape[2:], window, max(layout.chunks))
+    empty = partial(new_cache, generator, *sizes, capacity_frames=layout.frames)
+    cache = empty()
     given = 0 if first is None else 1
     clean = None if first is None else first[:, None]
     made: list[Made] = []
     for chunk in range(given, len(layout.chunks)):
         number = chunk - given + 1
         if clean is not None:
-            with torch.no_grad():
-                generator(clean, uniform(clean, 0.0), text, cache=cache, cache_only=True)
-            cache.commit()
+            write_clean(generator, clean, text, cache)
         x = start if number == 1 else noise(number, 0)
         levels = steps.levels(number == 1)
         for k, level in enumerate(levels[:-1]):
@@ -107,7 +125,7 @@ def rollout(
         made.append(Made(chunk, out, x, levels[-1]))
         clean = out.detach()
     frames = [] if first is None else [first[:, None]]
-    return Rollout(torch.cat([*frames, *(chunk.x for chunk in made)], dim=1), made, layout, cache, condition.text)
+    return Rollout(torch.cat([*frames, *(chunk.x for chunk in made)], dim=1), made, layout, cache, condition.text, empty)
 
 
 class _Sharded:

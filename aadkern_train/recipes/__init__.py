@@ -108,10 +108,15 @@ def make_recipe(name: str | None, words: Sequence[str] = ()) -> Recipe:
     if name not in RECIPES:
         came = "none" if name is None else repr(name)
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {came}")
-    words = [part for word in words for part in _long(name, word)]
+    words = expanded(name, words)
     plain = [word for word in words if not word.startswith("plugins=")]
     named = [_plugins(word.partition("=")[2]) for word in words if word.startswith("plugins=")]
     return apply_overrides(RECIPES[name](), [*named[-1:], *plain])
+
+
+def expanded(name: str | None, words: Sequence[str]) -> list[str]:
+    """The words with a recipe's shorthands written out. Raises ValueError for a shorthand that is neither true nor false."""
+    return [part for word in words for part in _long(name or "", word)]
 
 
 def _long(name: str, word: str) -> list[str]:

@@ -7,6 +7,7 @@ L_G = softplus(-l_fake), through (1 - tau). Real and fake share tau, the first f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -21,13 +22,14 @@ from aadkern_train.diffusion.flow import add_noise, clip_sigma, unshift
 from aadkern_train.diffusion.losses import DiscriminatorObjective, discriminator_objective, generator_loss, side_objective
 from aadkern_train.engine.processes import accumulating
 from aadkern_train.engine.recipe import Count, Rate, Recipe, StageSettings, Whole
+from aadkern_train.engine.work import Member, Pass, Work
 from aadkern_train.learning.learner import Learner, gradient_of
 from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.discriminator import Discriminator
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, register
-from aadkern_train.stages.common import gathered_once, self_rollout, send_back
+from aadkern_train.stages.common import gathered_once, self_rollout, send_back, sent_back
 
 
 @register("adversarial")
@@ -68,6 +70,25 @@ class AdversarialRefinement(Stage):
                 raise ValueError(f"{name}.views must be 4 with {name}.relativistic, which compares real with fake logits, got 2")
             if recipe.origin(self.source(recipe)) is None:
                 self.check_layers(name, recipe.network.layers)
+
+        def work(self, recipe: Recipe) -> Work:
+            generator = Member("generator", self.start, ema=True, muon=self.generator.kind == "muon")
+            seen = {"taps": self.layers, "queries": self.queries, "muon": self.discriminator.kind == "muon"}
+            judge = Member("discriminator", self.source(recipe), **seen)
+            each, batches = self.generator_per_discriminator, 4 // self.views
+            rows = 2 * (1 + (1 / self.penalty_every if self.penalty else 0)) / batches
+            rolled, back = sent_back(self.replay)
+            learned = Pass("discriminator", "discriminator", self.backbone, "discriminator", "weights", batches, rows)
+            # Of a batch in parts the rollouts are made and judged first, so their caches are made again for the replay.
+            kept = self.accumulate == 1
+            again = () if kept or not self.replay else (Pass("caches again", "generator", "clean", "generator", cache=True),)
+            judged = [Pass("generator gradient", "discriminator", self.backbone, "generator", "inputs", cache=kept)]
+            if self.relativistic:
+                judged.append(Pass("real logits", "discriminator", self.backbone, "generator", cache=kept))
+            first = (rolled, replace(learned, cache=kept))
+            step = (rolled, replace(learned, times=batches / each, cache=kept), *judged, *again, back)
+            kept_of_each = {"clips": 3, "texts": 1}  # whole, by chunk, and what each exit pass began with
+            return Work((generator, judge), step, first=first, first_steps=self.discriminator_first, **kept_of_each)
 
         def source(self, recipe: Recipe) -> str | None:
             """Whose weights the discriminator starts from: the paper's causal ablation takes stage II's generator, its
@@ -139,7 +160,10 @@ class AdversarialRefinement(Stage):
                 made, exit = self_rollout(
                     self.run, generator.module, draws, some, with_grad=learns and not settings.replay, split=settings.real
                 )
-                rolled.append((some, last, made, exit))
+                if learns:
+                    rolled.append((some, last, made, exit))
+                if settings.replay and settings.accumulate > 1:
+                    made.forget_cache()  # or those of the whole batch would wait for the discriminator
                 if discriminator_step is None:
                     continue
                 told = self.discriminator_part(draws, some, made.x.detach(), made.text, exit, last)

@@ -11,6 +11,7 @@ from aadkern.spans import spanned
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.engine.processes import accumulating, kept_gathered
+from aadkern_train.engine.work import Pass
 from aadkern_train.networks.rollout import Rollout, rollout
 from aadkern_train.run import Run
 
@@ -37,6 +38,12 @@ def self_rollout(
         return draws.normal(f"noise {number} {k}", samples, (sizes[number - 1], *shape), device=device)
 
     return rollout(generator, run.condition(samples, split), run.layout, run.window, noise, steps, with_grad=with_grad), exit
+
+
+def sent_back(replay: bool) -> tuple[Pass, Pass]:
+    """``self_rollout`` and ``send_back`` in the words of ``aad plan``."""
+    rolled = Pass("rollout", "generator", "rollout", "generator", cache=True)
+    return rolled, Pass("generator backward", "generator", "exits", "generator", "weights", replay=replay, cache=True)
 
 
 @spanned("generator backward")

@@ -18,13 +18,14 @@ from aadkern.spans import spanned
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.losses import dmd_direction, surrogate
 from aadkern_train.engine.processes import accumulating
-from aadkern_train.engine.recipe import Count, Decay, Guidance, Rate, Share, StageSettings
+from aadkern_train.engine.recipe import Count, Decay, Guidance, Rate, Recipe, Share, StageSettings
+from aadkern_train.engine.work import Member, Pass, Work
 from aadkern_train.learning.learner import Learner, gradient_of
 from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, noised, register
-from aadkern_train.stages.common import gathered_once, self_rollout, send_back
+from aadkern_train.stages.common import gathered_once, self_rollout, send_back, sent_back
 from aadkern_train.stages.pretrain import denoising_loss
 
 Clips = tuple[range, Tensor, Condition]
@@ -61,6 +62,19 @@ class DmdWarmUp(Stage):
         ema: Decay = 0.96
         stop_below_dynamic: Share = 0.9  # stop when dynamic degree falls below this share of the best seen (motion collapse)
 
+        def work(self, recipe: Recipe) -> Work:
+            generator = Member("generator", self.start, ema=True, muon=self.generator.kind == "muon")
+            fake = Member("fake score", recipe.models.score(self.start), muon=self.fake.kind == "muon")
+            teacher, rows = recipe.models.distilled, 1 if self.guidance == 1 else 2
+            passes = [*sent_back(self.replay), Pass("fake score", "fake score", "bidirectional", "generator", cache=True)]
+            if teacher:
+                passes.append(Pass("teacher", "teacher", "bidirectional", "generator", rows=rows, cache=True))
+            updates = self.fake_per_generator
+            if self.fake_rollouts == "fresh":
+                passes.append(Pass("fresh rollouts", "generator", "rollout", "fake score", times=updates, cache=True))
+            passes.append(Pass("fake updates", "fake score", "bidirectional", "fake score", "weights", times=updates))
+            return Work((generator, fake, *teacher), tuple(passes), clips=1, texts=1)
+
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)
         clip, networks = settings.clip, run.networks
@@ -87,6 +101,7 @@ class DmdWarmUp(Stage):
                 send_back(rolled, gradient / self.settings.accumulate, generator.module, last, self.settings.replay)
                 logged["generator_loss"] += loss / self.settings.accumulate
                 logged["direction"] += size / self.settings.accumulate
+                del rolled  # its cache, before the next one and the fake score's updates
         logged["grad_norm"] = generator.update(step)
         logged["fake_loss"] = 0.0
         for k in range(updates):
@@ -103,6 +118,7 @@ class DmdWarmUp(Stage):
             for some, _ in micro_batches(samples, self.settings.accumulate):
                 rolled, _ = self_rollout(self.run, generator, draws, some, with_grad=False)
                 made.append((some, rolled.x, self.run.condition(some)))
+                del rolled
         return made
 
     @spanned("DMD gradient")

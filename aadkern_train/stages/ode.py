@@ -23,8 +23,9 @@ from aadkern_train.diffusion.flow import ode_trajectory, solver_grid
 from aadkern_train.diffusion.losses import regression
 from aadkern_train.engine.files import atomic_path, save_tensors
 from aadkern_train.engine.processes import accumulating
-from aadkern_train.engine.recipe import Count, Guidance, Rate, StageSettings
+from aadkern_train.engine.recipe import Count, Guidance, Rate, Recipe, StageSettings
 from aadkern_train.engine.run_folder import Progress
+from aadkern_train.engine.work import Member, PairsWork, Pass, Work
 from aadkern_train.learning.learner import Learner
 from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.teacher import Teacher
@@ -64,6 +65,12 @@ class OdeInitialisation(Stage):
             5.0  # of the solver's grid: the student's levels are shifted by 5 too; Self-Forcing's pairs by 8 (its issue 68)
         )
         optimiser: OptimConfig = OptimConfig(kind="muon", lr=2e-3, decay="cosine", warmup_steps=20)
+
+        def work(self, recipe: Recipe) -> Work:
+            learner = Member("generator", self.start, ema=True, muon=self.optimiser.kind == "muon")
+            count = self.pairs if self.pairs_from is None else None
+            pairs = PairsWork(count, self.solver_steps, 1 if self.guidance == 1 else 2, len(recipe.steps.distinct) + 1)
+            return Work((learner,), (Pass("regression", "generator", "causal", "generator", "weights"),), pairs)
 
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)

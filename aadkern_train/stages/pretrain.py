@@ -13,7 +13,8 @@ from aadkern.plans import bidirectional
 from aadkern_train.diffusion.flow import flow_from_x0
 from aadkern_train.diffusion.losses import regression
 from aadkern_train.engine.processes import accumulating
-from aadkern_train.engine.recipe import Decay, Rate, Share, StageSettings
+from aadkern_train.engine.recipe import Decay, Rate, Recipe, Share, StageSettings
+from aadkern_train.engine.work import Member, Pass, Work
 from aadkern_train.learning.learner import Learner
 from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.denoiser import Denoiser
@@ -45,6 +46,10 @@ class Pretrain(Stage):
         shift: Rate = 4.0  # noise levels drawn for training; digits move legally or not at sigma 0.85 to 0.95
         drop_text: Share = 0.12  # share of the samples that see the null text
         optimiser: OptimConfig = OptimConfig(kind="muon", lr=3e-3, muon_lr=0.03, decay="cosine", warmup_steps=20)
+
+        def work(self, recipe: Recipe) -> Work:
+            learner = Member("generator", self.start, ema=True, muon=self.optimiser.kind == "muon")
+            return Work((learner,), (Pass("regression", "generator", "bidirectional", "generator", "weights"),))
 
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)

@@ -16,6 +16,7 @@ from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.decoding import decode
 from aadkern_train.engine.recipe import Recipe, WorldSettings
 from aadkern_train.engine.video import write_video
+from aadkern_train.engine.work import Sizes
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.worlds.base import SPLITS, Metric
 from aadkern_train.worlds.generic_metrics import METRICS, measure_generic
@@ -44,6 +45,9 @@ class ClipsData(WorldSettings):
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0  # frames per second that the model sees
     patch: Count = 4  # pixels per side of a latent's patch
     channels: Count = 16  # principal components kept of the 3 patch^2 numbers in a patch
+
+    def sizes(self, recipe: Recipe) -> Sizes:
+        return Sizes((self.channels, self.height // self.patch, self.width // self.patch), None)
 
     def check(self, recipe: Recipe) -> None:
         if recipe.models.teacher == "exact":

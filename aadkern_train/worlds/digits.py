@@ -14,9 +14,10 @@ from torch import Tensor
 
 from aadkern_train.engine.recipe import Recipe, WorldSettings
 from aadkern_train.engine.video import read_video
+from aadkern_train.engine.work import Sizes
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.worlds.base import Metric
-from aadkern_train.worlds.digits_captions import VELOCITIES, Captions
+from aadkern_train.worlds.digits_captions import TEXT_DIM, VELOCITIES, Captions
 from aadkern_train.worlds.digits_law import DigitsLaw
 from aadkern_train.worlds.digits_metrics import METRICS, measure, obey_of
 from aadkern_train.worlds.digits_teacher import ExactTeacher
@@ -44,6 +45,9 @@ class DigitsData(WorldSettings):
     def words(self) -> bool:
         """Whether clips have captions."""
         return self.captions
+
+    def sizes(self, recipe: Recipe) -> Sizes:
+        return Sizes((1, self.torus, self.torus), (3, TEXT_DIM) if self.captions else None)
 
     def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> DigitsWorld:
         return DigitsWorld(**self.model_dump(exclude={"kind"}), seed=seed)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.recipe import Recipe, Whole, WorldSettings
+from aadkern_train.engine.work import Sizes
 from aadkern_train.networks.conditions import Condition
-from aadkern_train.prepared.format import Item, Prepared, opened, padded
+from aadkern_train.prepared.format import TOKENS, Item, Prepared, opened, padded
 from aadkern_train.prepared.layout import MADE_WITH, check_made_with
 from aadkern_train.prepared.settings import digest
 from aadkern_train.prepared.shards import crc32
@@ -29,6 +30,7 @@ from aadkern_train.worlds.generic_metrics import METRICS, Described, compare, de
 from aadkern_train.worlds.optical_flow import DYNAMIC_LK, moving_lk
 
 PREPARE = "`aad prepare` videos"
+WIDTH = 4096  # of UMT5-XXL's texts, which Wan takes
 Side = Annotated[int, Field(ge=1)]
 
 
@@ -50,6 +52,9 @@ class LatentsData(WorldSettings):
     def words(self) -> bool:
         """Captions, always."""
         return True
+
+    def sizes(self, recipe: Recipe) -> Sizes | None:
+        return None if self.frame is None else Sizes(self.frame, (TOKENS, WIDTH))
 
     def check(self, recipe: Recipe) -> None:
         if recipe.models.teacher == "exact":
