@@ -109,7 +109,7 @@ class CMakeBuild(build_ext):
 
 
 def _useless_here() -> str | None:
-    """Why CUDA kernels would serve no GPU of this machine; None where one would, or where none can be asked (a container's build)."""
+    """Why CUDA kernels would serve no GPU of this machine; None where one would, or where none can be asked (an image's build)."""
     try:
         asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         told = subprocess.run(asked, capture_output=True, text=True, timeout=30)
