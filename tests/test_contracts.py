@@ -87,7 +87,7 @@ def room_and_file(name: str) -> tuple[str, str]:
 
 
 def is_kernel(file: str) -> bool:
-    return file.startswith(("triton", "sdpa", "sm90", "torch_"))
+    return file.startswith(("triton", "sdpa", "sm90", "flash", "torch_"))
 
 
 def test_aadkern_imports_only_what_it_may():

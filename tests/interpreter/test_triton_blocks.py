@@ -10,16 +10,14 @@ import torch
 from aadkern import blocks, ops
 from aadkern.blocks import RotaryGrid, triton_gated_residual, triton_modulated_norm, triton_qk_norm_rope
 from tests import test_blocks
-from tests.test_blocks import (
+from tests.block_cases import (
     BATCH,
-    CPU,
     FRAMES,
     GRID,
     HEAD_DIM,
     HEADS,
     TOKENS,
     WIDTH,
-    backends_agree,
     check_heads,
     check_tokens,
     fused_heads,
@@ -27,6 +25,7 @@ from tests.test_blocks import (
     run_tokens,
     tokens_and_rows,
 )
+from tests.test_blocks import CPU, backends_agree
 
 DTYPES = [torch.float32, torch.float16]
 

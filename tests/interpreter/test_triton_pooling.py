@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import aadkern
-from aadkern import ops, testing
+from aadkern import ops
 from aadkern.pooling import torch_path, triton_forward
-from tests.pooling_cases import gradient_for, make, results, run, with_lse
+from tests.pooling_cases import check_kernels, gradient_for, make, run, with_lse
 
 
 @pytest.fixture(autouse=True)
@@ -21,17 +21,7 @@ def several_runs_of_tokens(monkeypatch):
 
 
 def check(tensors, settings, gradient=None):
-    """Within the budget of plain torch's errors, and what scores and an lse of this size cost in float32.
-
-    exp(s - lse) rounds s in base 2, lse and lse log2(e) by 2^-24 of itself, where plain torch rounds the score once.
-    """
-    every = results("triton", tensors, settings, gradient)
-    u_scores = tensors["query"].double() @ tensors["w_k"].double()
-    size = 1 + u_scores.norm(dim=-1).max().item() / math.sqrt(settings["heads"])
-    for name, (ours, truth, plain) in every.items():
-        slack = 3 * 2.0**-24 * size * max(1.0, truth.abs().max().item())
-        testing.assert_close_to_reference(ours, truth, plain, name, slack)
-    return {name: one[0] for name, one in every.items()}
+    return check_kernels("triton", (tensors, settings), gradient=gradient)
 
 
 @pytest.mark.parametrize(
