@@ -27,15 +27,19 @@ FORWARD_MODE = ("reference", "sdpa", "triton")
 TRITON_MAX_HEAD_DIM = 256
 SM90_CAPABILITY, SM90_HEAD_DIMS, SM90_DTYPES = (9, 0), (64, 128), ("bfloat16", "float16")
 
-# Where each backend's tests have passed. A GPU entry is "<GPU>: benchmarks/results/<file>.json", written by hand in the commit that
-# adds the file, which benchmarks.gpu_check made on that GPU; tests/test_verified.py holds the entry to what the file says. "auto"
-# takes sm90, which no CPU can run, only once it has an entry.
+# Where the tests of each backend, and of each other room's kernels, have passed. A GPU entry is
+# "<GPU>: benchmarks/results/<file>.json", written by benchmarks.verified from what benchmarks.gpu_check found on that GPU;
+# tests/test_verified.py holds the entry to what the file says. "auto" takes sm90, which no CPU can run, only once it has an entry.
 VERIFIED: dict[str, tuple[str, ...]] = {
     "reference": ("cpu",),
     "sdpa": ("cpu",),
     "triton": ("the CPU interpreter",),
     "sm90": (),
     "flash": (),
+    "pooling": ("the CPU interpreter",),
+    "noise": ("the CPU interpreter",),
+    "blocks": ("the CPU interpreter",),
+    "fp8": ("the CPU interpreter",),
 }
 
 

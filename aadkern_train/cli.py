@@ -141,9 +141,6 @@ def add_generate_options(generate: argparse.ArgumentParser) -> None:
     add_wan_settings(wan.add_argument)
 
 
-TRITON_ELSEWHERE = "verified on the CPU interpreter"
-
-
 def info_text() -> str:
     """Versions, the build, and each backend with its reason."""
     import platform
@@ -162,7 +159,8 @@ def info_text() -> str:
         for backend, answer in aadkern.backends(device).items():
             lines.append(f"  {backend:<10} {answer}; verified on: {', '.join(runtime.VERIFIED[backend]) or 'nothing yet'}")
         fused = runtime.choose_fused_backend("info", "auto", device)
-        lines.append(f"pooling, noise, blocks, fp8 on {device}: {fused} by default (their Triton kernels: {TRITON_ELSEWHERE})")
+        lines.append(f"pooling, noise, blocks, fp8 on {device}: {fused} by default; their Triton kernels are verified on:")
+        lines += [f"  {room:<10} {', '.join(runtime.VERIFIED[room])}" for room in ("pooling", "noise", "blocks", "fp8")]
     return "\n".join(lines)
 
 

@@ -113,6 +113,15 @@ def beside_products(loop: list[str], name: str) -> int:
     return total
 
 
+def source_of(kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: Any = (), unaligned: Any = ()) -> Any:
+    """What ``triton.compile`` takes; arguments as in ``compile_kernel``."""
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+    usual = {name for name, kind in signature.items() if kind.startswith("*") or ("stride" in name and kind == "i32")}
+    multiples = (usual | set(aligned)) - set(unaligned)
+    hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in multiples}
+    return ASTSource(kernel, signature, constants, hints)
+
+
 def compile_kernel(
     kernel: Any,
     device: str,
@@ -128,11 +137,7 @@ def compile_kernel(
     Pointers, and integers with "stride" in their names, are multiples of 16, as in a launch with aligned tensors, and so are those
     named ``aligned``, but not those named ``unaligned``. ``options`` are Triton's: num_warps, num_stages, enable_fp_fusion.
     """
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
-    usual = {name for name, kind in signature.items() if kind.startswith("*") or ("stride" in name and kind == "i32")}
-    multiples = (usual | set(aligned)) - set(unaligned)
-    hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in multiples}
-    source = ASTSource(kernel, signature, constants, hints)
+    source = source_of(kernel, types, constants, aligned, unaligned)
     compiled = Compiled(triton.compile(source, target=GPUTarget("cuda", CAPABILITIES[device], 32), options=options))
     assert compiled.shared <= SHARED_BYTES[device], f"{compiled.shared} bytes of shared memory"
     return compiled

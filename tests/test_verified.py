@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 import copy
-import re
-from pathlib import Path
+import json
 
 import pytest
 
 from aadkern import runtime
-from benchmarks import results
+from benchmarks import results, verified
+from benchmarks.verified import PROOF, not_run, shortcomings
 
-ROOT = Path(__file__).resolve().parents[1]
-WITHOUT_A_GPU = {"cpu", "the CPU interpreter"}
-ENTRY = re.compile(r"(?P<gpu>.+): (?P<file>benchmarks/results/[\w.-]+\.json)")
-# The files whose tests on a GPU prove a backend: some must have passed, none may have failed, nor any that names the backend.
-PROOF = {"sm90": ("tests/test_sm90_gpu.py", "tests/test_sm90_ladder.py"), "triton": ("tests/test_bad_input.py",)}
-BAD_OUTCOMES = ("failed", "error", "lost")
-
-
-def shortcomings(document: dict, backend: str, gpu: str) -> list[str]:
-    """Why a results file does not prove that a backend is right on a GPU; empty if it does."""
-    at, found = document["environment"], []
-    if at["device"]["type"] != "cuda" or at["device"]["name"] != gpu:
-        found.append(f"it is of {at['device']['name']!r} ({at['device']['type']})")
-    if not at["commit"] or at["changed_files"]:
-        found.append(f"its commit is {at['commit']!r} with {at['changed_files']} files changed")
-    if at["backends"].get(backend) != runtime.AVAILABLE:
-        found.append(f"{backend} was {at['backends'].get(backend)!r}")
-    for file in PROOF[backend]:
-        if not any(test["id"].startswith(f"{file}::") and test["outcome"] == "passed" for test in document["tests"]):
-            found.append(f"no test of {file} passed")
-    about = [t for t in document["tests"] if t["id"].startswith(PROOF[backend]) or backend in t["id"]]
-    found += [f"{test['id']} {test['outcome']}" for test in about if test["outcome"] in BAD_OUTCOMES]
-    name = f"aadkern {backend}"
-    contenders = [(case["id"], case["contenders"][name]) for case in document["cases"] if name in case["contenders"]]
-    found += [
-        f"{name} was {c['status']} in {case}: {c['reason']}" for case, c in contenders if c["status"] not in ("timed", "checked")
-    ]
-    if not contenders:
-        found.append(f"no case compared {name} with fp64")
-    return found
+ROOT = results.ROOT
 
 
 def test_every_entry_of_a_gpu_names_a_results_file_that_proves_it():
-    for backend, entries in runtime.VERIFIED.items():
-        for entry in set(entries) - WITHOUT_A_GPU:
-            said = ENTRY.fullmatch(entry)
-            assert said, f"{backend}: {entry!r} is not '<GPU>: benchmarks/results/<file>.json'"
-            assert shortcomings(results.read(ROOT / said["file"]), backend, said["gpu"]) == [], f"{backend}: {entry}"
+    for what, gpu, file in verified.entries():
+        assert shortcomings(results.read(ROOT / file), what, gpu) == [], f"{what}: {gpu}"
+
+
+def test_the_readme_holds_the_rows_of_what_was_measured():
+    files = sorted({file for _, _, file in verified.entries()})
+    readme = (ROOT / "README.md").read_text()
+    assert verified.with_rows(readme, list(verified.readme_rows([results.read(ROOT / file) for file in files]))) == readme
 
 
 def document() -> dict:
@@ -70,7 +44,7 @@ def test_what_does_not_prove_anything_is_found():
         (lambda d: d["environment"].update(changed_files=2), "with 2 files changed"),
         (lambda d: d["environment"]["backends"].update(sm90="not built"), "sm90 was 'not built'"),
         (lambda d: d["tests"][0].update(outcome="skipped"), "no test of tests/test_sm90_gpu.py passed"),
-        (lambda d: d["tests"].append({"id": "tests/test_bad_input.py::x[sm90-cuda]", "outcome": "failed"}), "failed"),
+        (lambda d: d["tests"].append({"id": "tests/test_bad_input.py::x[1-sm90-cuda-64]", "outcome": "failed"}), "failed"),
         (lambda d: d["tests"].append({"id": "tests/test_sm90_ladder.py::y", "outcome": "lost"}), "lost"),
         (lambda d: d["cases"][0]["contenders"]["aadkern sm90"].update(status="refused", reason="wrong dq"), "wrong dq"),
         (lambda d: d["cases"].clear(), "no case compared"),
@@ -78,6 +52,101 @@ def test_what_does_not_prove_anything_is_found():
         broken = copy.deepcopy(proof)
         change(broken)
         assert told in " ".join(shortcomings(broken, "sm90", "NVIDIA H200"))
+
+
+@pytest.mark.parametrize("what", PROOF)
+def test_only_its_own_tests_prove_a_backend_or_room(what):
+    """All tests of all the others passed, and every backend compared: that proves it not."""
+    made = document()
+    made["environment"]["backends"] = dict.fromkeys(runtime.BACKENDS, runtime.AVAILABLE)
+    made["cases"][0]["contenders"] = {f"aadkern {name}": {"status": "timed", "reason": None} for name in runtime.BACKENDS}
+    others = [file for other in PROOF if other != what for file in PROOF[other]]
+    made["tests"] = [{"id": f"{file}::test_x", "outcome": "passed", "message": ""} for file in others]
+    assert [told for told in shortcomings(made, what, "NVIDIA H200") if f"no test of {PROOF[what][0]} passed" in told]
+    made["tests"] += [{"id": f"{file}::test_x", "outcome": "passed", "message": ""} for file in PROOF[what]]
+    assert shortcomings(made, what, "NVIDIA H200") == []
+    made["tests"].append({"id": "tests/test_bad_input.py::x[2-sdpa-cuda-32]", "outcome": "failed", "message": ""})
+    assert shortcomings(made, what, "NVIDIA H200") == []  # somebody else's
+
+
+@pytest.mark.parametrize("what", PROOF)
+def test_a_new_entry_wants_every_test_of_its_files(what):
+    made = document()
+    assert all(len(verified.gpu_tests(file)) > 0 for file in PROOF[what])
+    passed = {"outcome": "passed", "seconds": 1.0, "message": ""}
+    made["tests"] = [{"id": f"{file}::{name}[x]", **passed} for file in PROOF[what] for name in verified.gpu_tests(file)]
+    assert not_run(made, what) == []
+    left = made["tests"].pop()
+    assert not_run(made, what) == [f"{left['id'].partition('[')[0]} was not run"]
+    made["tests"].append({**left, "outcome": "skipped", "message": "Skipped: needs compute capability 8.9 or later"})
+    assert "was skipped: Skipped: needs compute" in not_run(made, what)[0]
+    made["tests"][-1]["message"] = "Skipped: needs two CUDA devices"
+    assert not_run(made, what) == []
+
+
+def files_of_a_gpu(folder, monkeypatch):
+    """Two results files of one GPU, the first of which proves sm90 and the second noise; and a copy of what is edited."""
+    for name in ("README.md", "aadkern/runtime.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text((ROOT / name).read_text())
+    (folder / "tests").symlink_to(ROOT / "tests")
+    (folder / "benchmarks" / "results").mkdir(parents=True)
+    environment = results.environment("cpu")
+    environment |= {"commit": "0123abcd", "changed_files": 0, "backends": {"sm90": runtime.AVAILABLE}}
+    environment["device"] |= {"type": "cuda", "name": "NVIDIA H200", "capability": "9.0"}
+    case = results.read(ROOT / "benchmarks" / "results" / "attention-cpu.json")["cases"][0]
+    ours, rival = (case["contenders"][name] for name in ("aadkern sdpa", "loop, torch"))
+    case["contenders"] = {"aadkern sm90": ours, "loop, cuDNN": rival}
+    files = []
+    for what in ("sm90", "noise"):
+        made = results.empty(copy.deepcopy(environment), {})
+        made["tests"] = [
+            {"id": f"{file}::{name}", "outcome": "passed", "seconds": 1.0, "message": ""}
+            for file in PROOF[what]
+            for name in verified.gpu_tests(file)
+        ]
+        made["cases"] = [case] if what == "sm90" else []
+        files.append(folder / f"{what}.json")
+        files[-1].write_text(json.dumps(made))
+    monkeypatch.setattr(verified, "ROOT", folder)
+    return files
+
+
+def test_one_command_enters_what_files_prove(tmp_path, monkeypatch, capsys):
+    files = files_of_a_gpu(tmp_path, monkeypatch)
+    words = [*map(str, files), "--name", "h200"]
+    assert verified.main(words) == 0 and not (tmp_path / "benchmarks" / "results" / "h200.json").exists()  # told, not written
+    for _ in range(2):  # twice is once
+        assert verified.main([*words, "--write"]) == 0
+        told = capsys.readouterr().out
+        assert "sm90: proven on NVIDIA H200" in told and "noise: proven on NVIDIA H200" in told
+        assert "triton: not proven: no test of tests/test_triton_attention_gpu.py passed" in told
+        entered = {}
+        exec((tmp_path / "aadkern" / "runtime.py").read_text(), entered)
+        entry = "NVIDIA H200: benchmarks/results/h200.json"
+        assert entered["VERIFIED"]["sm90"] == (entry,) and entered["VERIFIED"]["noise"] == ("the CPU interpreter", entry)
+        assert entered["VERIFIED"]["triton"] == runtime.VERIFIED["triton"]
+    whole = results.read(tmp_path / "benchmarks" / "results" / "h200.json")
+    assert shortcomings(whole, "sm90", "NVIDIA H200") == shortcomings(whole, "noise", "NVIDIA H200") == []
+    rows = (tmp_path / "README.md").read_text().partition(verified.BEGIN)[2].partition(verified.END)[0].splitlines()
+    made = [row for row in rows if row.startswith("| NVIDIA H200 |")]
+    assert len(made) == 3 and all("| aadkern sm90 |" in row and "loop, cuDNN" in row for row in made)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path, monkeypatch, capsys):
+    files = files_of_a_gpu(tmp_path, monkeypatch)
+    other = json.loads(files[1].read_text())
+    for part, told in (("commit", "one commit, got '0123abcd' and 'of another'"), ("sources", "one sources")):
+        (tmp_path / "other.json").write_text(json.dumps({**other, "environment": {**other["environment"], part: "of another"}}))
+        with pytest.raises(SystemExit):
+            verified.main([str(files[0]), str(tmp_path / "other.json"), "--name", "h200", "--write"])
+        assert told in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        verified.main([str(files[0]), "--name", "../h200"])
+    assert verified.main([str(files[0]), "--name", "h200", "--write"]) == 0
+    with pytest.raises(SystemExit):
+        verified.main([str(files[1]), "--name", "h200", "--write"])
+    assert "h200.json holds another result" in capsys.readouterr().err
 
 
 def test_auto_takes_sm90_only_once_it_is_verified(monkeypatch):
