@@ -1,6 +1,7 @@
 """Drives the one CMake build; all metadata is in pyproject.toml.
 
-Environment: AADKERN_BUILD_CUDA = auto (default: build what the machine allows), 1 (CUDA kernels or failure), 0 (none).
+Environment: AADKERN_BUILD_CUDA = auto (default: build what the machine allows, and no CUDA kernel where it has GPUs that could not
+run one), 1 (CUDA kernels or failure), 0 (none).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CUDA_CHOICES = ("auto", "1", "0")
+CAPABILITY = "9.0"  # of the GPUs that the CUDA kernels are for, and no other runs them
 HOST, CUDA = "aadkern._host", "aadkern._C"
 WITHOUT = {
     HOST: (
@@ -46,6 +48,13 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"AADKERN_BUILD_CUDA={cuda!r} is not one of {', '.join(CUDA_CHOICES)}")
         for name in (HOST, CUDA):  # what an earlier build left must not pass for this one's
             Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
+        useless = _useless_here() if cuda == "auto" else None
+        if useless:
+            print(f"aadkern._C: {useless}", file=sys.stderr, flush=True)
+            reason = self.failure(AADKERN_BUILD_CUDA="0", AADKERN_NO_CUDA=useless)
+            if reason:
+                _warn(HOST, reason)
+            return
         reason = self.failure(AADKERN_BUILD_CUDA=cuda)
         if reason and cuda == "1":
             raise SystemExit(f"AADKERN_BUILD_CUDA=1, and the build failed: {reason}")
@@ -97,6 +106,21 @@ class CMakeBuild(build_ext):
         for extension in self.extensions:
             (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
         super().copy_extensions_to_source()
+
+
+def _useless_here() -> str | None:
+    """Why CUDA kernels would serve no GPU of this machine; None where one would, or where none can be asked (an image's build)."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = set(told.stdout.split()) if told.returncode == 0 else set()
+    # Anything else than capabilities ("[N/A]", an old driver's error) is no answer.
+    if not found or CAPABILITY in found or not all(text.replace(".", "", 1).isdecimal() for text in found):
+        return None
+    have = f"compute capability {', '.join(sorted(found))}"
+    return f"the kernels are for sm_90a and the GPUs here have {have} (AADKERN_BUILD_CUDA=1 builds them all the same)"
 
 
 def _torch() -> str:

@@ -12,14 +12,17 @@ from aadkern.range_attention.api import attention
 from aadkern.runtime import backends
 
 if TYPE_CHECKING:
-    from aadkern import blocks, fp8
+    from aadkern import blocks, fp8, ulysses
     from aadkern.streaming.cache import StreamingCache
     from aadkern.streaming.generator import StreamingGenerator
+    from aadkern.ulysses.api import ulysses_attention
+    from aadkern.ulysses.group import SequenceGroup
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionPlan",
+    "SequenceGroup",
     "StreamingCache",
     "StreamingGenerator",
     "VideoLayout",
@@ -32,20 +35,24 @@ __all__ = [
     "fp8",
     "noised_views",
     "plans",
+    "ulysses",
+    "ulysses_attention",
 ]
 
 
+_LATE = {  # what `import aadkern` alone does not bring: the name, and the file that has it
+    "SequenceGroup": "ulysses.group",
+    "StreamingCache": "streaming.cache",
+    "StreamingGenerator": "streaming.generator",
+    "ulysses_attention": "ulysses.api",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("blocks", "fp8", "ops"):
-        from importlib import import_module
+    from importlib import import_module
 
+    if name in ("blocks", "fp8", "ops", "ulysses"):
         return import_module(f"aadkern.{name}")
-    if name == "StreamingCache":
-        from aadkern.streaming.cache import StreamingCache
-
-        return StreamingCache
-    if name == "StreamingGenerator":
-        from aadkern.streaming.generator import StreamingGenerator
-
-        return StreamingGenerator
+    if name in _LATE:
+        return getattr(import_module(f"aadkern.{_LATE[name]}"), name)
     raise AttributeError(f"module 'aadkern' has no attribute {name!r}")

@@ -10,6 +10,7 @@ from aadkern.fp8.ops import quantise_rows
 from aadkern.noise.ops import noised_views
 from aadkern.pooling.ops import key_scores, key_scores_backward, pool_tokens, pool_tokens_backward
 from aadkern.range_attention.ops import range_attention, range_attention_backward, range_attention_jvp
+from aadkern.ulysses.ops import ulysses_pack, ulysses_unpack
 
 __all__ = [
     "gated_residual",
@@ -25,4 +26,6 @@ __all__ = [
     "range_attention",
     "range_attention_backward",
     "range_attention_jvp",
+    "ulysses_pack",
+    "ulysses_unpack",
 ]

@@ -265,6 +265,13 @@ class AttentionPlan:
         """Runs of keys and the query ranges that see them; drives dK and dV. May need more than 4 ranges for a run."""
         return self._transposed
 
+    def rows(self, q0: int, q1: int) -> AttentionPlan:
+        """The plan of the queries [q0, q1) over the same keys: ``dense()[q0:q1]`` (cached).
+
+        Raises ValueError or TypeError for bounds that are not whole numbers with 0 <= q0 <= q1 <= q_len.
+        """
+        return _rows(self, *range_within((q0, q1), self.q_len, "q0 and q1"))
+
     def dense(self, device: torch.device | str | None = None) -> torch.Tensor:
         """The mask as bool [q_len, k_len], True where visible: for tests and pictures."""
         import torch
@@ -307,6 +314,14 @@ class AttentionPlan:
 @lru_cache(maxsize=4096)
 def _decode(code: tuple[int, ...]) -> AttentionPlan:
     return AttentionPlan(*decoded(code))
+
+
+@lru_cache(maxsize=4096)
+def _rows(plan: AttentionPlan, q0: int, q1: int) -> AttentionPlan:
+    if (q0, q1) == (0, plan.q_len):
+        return plan
+    clipped = [((max(a, q0) - q0, min(b, q1) - q0), ranges) for (a, b), ranges in plan.runs if max(a, q0) < min(b, q1)]
+    return AttentionPlan(q1 - q0, plan.k_len, tuple(clipped))
 
 
 def _made_once(make: Maker) -> Maker:

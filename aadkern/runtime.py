@@ -11,10 +11,10 @@ import torch
 
 from aadkern import checks
 
-BACKENDS = ("reference", "sdpa", "triton", "sm90")
+BACKENDS = ("reference", "sdpa", "triton", "sm90", "flash")
 AVAILABLE = "available"
 
-# Best first. Triton serves CPU tensors only under its interpreter, which is for tests, so it is never picked there.
+# Best first; "flash" is never picked. Triton serves CPU tensors only under its interpreter, for tests, and is never picked there.
 PREFERENCE = {"cpu": ("sdpa", "reference"), "cuda": ("sm90", "triton", "sdpa", "reference")}
 
 # The other operators: their meaning in plain torch, the fast form of it in torch's own operations, fused kernels.
@@ -30,7 +30,13 @@ SM90_CAPABILITY, SM90_HEAD_DIMS, SM90_DTYPES = (9, 0), (64, 128), ("bfloat16", "
 # Where each backend's tests have passed. A GPU entry is "<GPU>: benchmarks/results/<file>.json", written by hand in the commit that
 # adds the file, which benchmarks.gpu_check made on that GPU; tests/test_verified.py holds the entry to what the file says. "auto"
 # takes sm90, which no CPU can run, only once it has an entry.
-VERIFIED: dict[str, tuple[str, ...]] = {"reference": ("cpu",), "sdpa": ("cpu",), "triton": ("the CPU interpreter",), "sm90": ()}
+VERIFIED: dict[str, tuple[str, ...]] = {
+    "reference": ("cpu",),
+    "sdpa": ("cpu",),
+    "triton": ("the CPU interpreter",),
+    "sm90": (),
+    "flash": (),
+}
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
@@ -61,6 +67,10 @@ def reason_against(backend: str, device: str) -> str | None:
         return None
     if backend == "sm90":
         return _reason_against_sm90(device)
+    if backend == "flash":
+        from aadkern import flash_libraries
+
+        return flash_libraries.reason_against(device)
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
@@ -137,8 +147,8 @@ def backends(device: str | None = None) -> dict[str, str]:
     """Each backend of ``aadkern.attention`` and "available", or the reason why not, on ``device`` (default: cuda if present, else
     cpu).
 
-    FlexAttention and FlashAttention are compared against in ``benchmarks/``; they are not backends. Raises TypeError for a device
-    that is no name, ValueError for one that there is not.
+    "flash" is other people's kernels (FlashAttention 2, 3, 4, xformers), served by name only; FlexAttention is compared against in
+    ``benchmarks/``. Raises TypeError for a device that is no name, ValueError for one that there is not.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

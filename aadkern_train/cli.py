@@ -215,8 +215,10 @@ def run_train(args: argparse.Namespace) -> None:
         recipe = read_recipe(resume / "config.yaml")
         if recipe_name not in (None, recipe.recipe):
             raise ValueError(f"{resume} is a run of {recipe.recipe!r}, not of {recipe_name!r}")
-        if apply_overrides(recipe, rest) != recipe:
+        changed = apply_overrides(recipe, rest)
+        if changed.model_copy(update={"parallel": recipe.parallel}) != recipe:
             raise ValueError(f"a resumed run keeps its settings; leave out {' '.join(rest)}, or start a new run")
+        recipe = changed  # shared by other processes, perhaps
     else:
         recipe = make_recipe(recipe_name, rest)
     if args.show:

@@ -18,12 +18,11 @@ from typing import Any
 import safetensors
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from aadkern import compat
 from aadkern.wan import CausalWan
-from aadkern_train.engine.files import atomic_path, read_json
+from aadkern_train.engine.files import atomic_path, read_json, save_tensors
 from aadkern_train.engine.video import check_place
 from aadkern_train.networks.folders import STEM, TRANSFORMERS, check_shapes, facts, weight_files, write_folder
 from aadkern_train.networks.wan_parts import PICKLES, transformer_config
@@ -89,7 +88,7 @@ def convert(
             compat.save_checkpoint(state, out, weights=entry)
         else:
             with atomic_path(out) as waiting:
-                save_file({n: t.contiguous() for n, t in compat.to_wan_names(state).items()}, waiting, metadata={"format": "pt"})
+                save_tensors({n: t.contiguous() for n, t in compat.to_wan_names(state).items()}, waiting, metadata={"format": "pt"})
         _tell_unwritten(net, weights.shapes, out)
     size = sum(tensor.numel() * (DTYPES[dtype] if dtype else tensor.dtype).itemsize for tensor in weights.shapes.values())
     _say(f"{out}: {len(weights.shapes)} tensors, {size / 1e9:.2f} GB")

@@ -64,13 +64,20 @@ def evaluate(run: Run, network: Any, count: int, *, long: bool) -> Measured:
     """The metrics of ``count`` streamed clips, with ``long`` those of longer ones too, and the clips themselves."""
     network.eval()
     clips = {"": in_batches(run, count, lambda s: streamed(run, network, s, run.recipe.chunks))}
+    _check_finite(clips[""])
     metrics = measured(run, clips[""])
     if long:
         chunks = lengthened(run)
         clips["long"] = in_batches(run, count, lambda s: streamed(run, network, s, chunks))
+        _check_finite(clips["long"])
         metrics["long"] = measured(run, clips["long"])
     network.train()
     return metrics, clips
+
+
+def _check_finite(x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise FloatingPointError("what the network streams is not finite. Start a new run with smaller learning rates")
 
 
 @torch.no_grad()
@@ -89,7 +96,8 @@ def references(run: Run) -> Measured:
     keep("real", real)
     clips["real_long"] = real
     keep("static", real[:, :1].expand_as(real))
-    if not torch.equal(run.world.clips(range(2), frames, "train"), run.world.clips(range(2), frames, "curated")):
+    other = run.world.longest("train") != 0  # prompts alone have no clips
+    if other and not torch.equal(*(run.world.clips(range(2), frames, split) for split in ("train", "curated"))):
         keep("web", real_clips(run, count, longer, "train"), "train")
     teacher, sigmas = run.teacher(), sigma_schedule(run.recipe.evaluate.teacher_steps, SOLVER_SHIFT)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +33,8 @@ class Run:
     recipe: Recipe
     processes: Processes
     folder: RunFolder
+    taken: dict[str, None] = field(default_factory=dict)
+    """What this process has read of the data since the trainer last emptied it, in order: "train clip-17", "pair 000012"."""
 
     @classmethod
     def alone(cls, recipe: Recipe, folder: Path) -> Run:
@@ -45,12 +47,13 @@ class Run:
 
         def opened() -> World:
             recipe = self.recipe
-            return recipe.data.open(frames=recipe.frames, seed=recipe.seed, folder=self.folder.path / "world")
+            world = recipe.data.open(frames=recipe.frames, seed=recipe.seed, folder=self.folder.path / "world")
+            recipe.data.fits(world, recipe)
+            return world
 
         if self.processes.size > 1:  # what a world must make, the main process makes; the others then read that
             self.processes.on_main(lambda: opened() and None)
-        world = opened()
-        self.recipe.data.fits(world, self.recipe)
+        world = self.processes.agreed(opened)
         if world.fingerprint is not None:
             self.pin("data", world.fingerprint)
         return world
@@ -119,11 +122,18 @@ class Run:
         """What ``work`` reads of the world. Where one rank cannot, every rank raises at once, and none waits for it."""
         return self.processes.agreed(work) if self.world.fingerprint is not None else work()
 
+    def take(self, samples: range, split: str) -> None:
+        """Notes samples in ``taken``: by their items' names where the world's items have names, else by their numbers."""
+        names = getattr(self.world, "names", None)
+        self.taken |= dict.fromkeys(f"{split} {name}" for name in (names(samples, split) if names else samples))
+
     def clips(self, samples: range, split: str = "train") -> Tensor:
         """Clips [B, F, C, H, W] of training length on this process's device."""
+        self.take(samples, split)
         return self.read(lambda: self.world.clips(samples, self.recipe.frames, split)).to(self.processes.device)
 
     def condition(self, samples: range, split: str = "train") -> Condition:
         """What these clips are made under, on this process's device: in text to video the text alone."""
+        self.take(samples, split)
         condition = self.read(lambda: self.world.condition(samples, split)).to(self.processes.device)
         return condition if self.recipe.given_frames else Condition(None, condition.text)

@@ -33,6 +33,7 @@ from aadkern_train.run import Run
 from aadkern_train.stages.base import KINDS, Stage
 from aadkern_train.validation import prompts, validate
 
+NAMED = 8  # samples of a step that an error names
 LARGE = 128  # pixels of a frame from which samples are videos, and the report's are made small
 
 
@@ -52,7 +53,7 @@ class Progressed:
 
 def run_recipe(recipe: Recipe, path: Path, *, resume: bool = False, overwrite: bool = False) -> Path | None:
     """Train ``recipe`` into the folder ``path`` and write its report; returns the report's path on the main process."""
-    with start() as processes:
+    with start(**recipe.parallel.model_dump()) as processes:
         folder = RunFolder(path, active=processes.is_main)
 
         def begin() -> None:
@@ -127,7 +128,7 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
     latest = checkpoints.latest()
     first = 0
     if latest is not None and latest.stage == stage.name:
-        first = checkpoints.load(state, run.recipe).step
+        first = checkpoints.load(state, run.recipe, ignore=("parallel",)).step
     run.folder.resume_log(stage.name, first - 1)
     settings = run.recipe.evaluate
     with Progress(stage.name, stage.steps, first, active=run.processes.is_main) as progress:
@@ -135,10 +136,12 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
             if progressed.stopped_at >= 0:
                 break
             began = time.monotonic()
+            run.taken.clear()
             with span(f"{stage.name} step"):
                 values = run.processes.mean(stage.train_step(step))
             progressed.seconds += time.monotonic() - began
-            check_finite(stage.name, step, values)
+            values |= used_memory(run)
+            check_finite(run, stage.name, step, values)
             run.folder.log(stage.name, step, seconds=round(progressed.seconds, 3), **values)
             done = step + 1
             progress.update(done, **{name: values[name] for name in stage.shown if name in values})
@@ -157,11 +160,23 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
     finish(run, stage, progressed)
 
 
-def check_finite(stage: str, step: int, values: dict[str, float]) -> None:
-    """A run that has left the finite numbers does not go on silently; its last checkpoint is still whole."""
+def used_memory(run: Run) -> dict[str, float]:
+    """The most that a GPU has held so far, for the log."""
+    device = run.processes.device
+    return {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)} if device.type == "cuda" else {}
+
+
+def check_finite(run: Run, stage: str, step: int, values: dict[str, float]) -> None:
+    """A run that has left the finite numbers does not go on silently; its last checkpoint is still whole. A note in the log names
+    all samples of the step."""
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     if bad:
-        what = f"{stage}, step {step}: {', '.join(bad)} is not finite; the last checkpoint is untouched"
+        samples = list(dict.fromkeys(name for names in run.processes.gathered(list(run.taken)) for name in names))
+        what = f"{', '.join(bad)} is not finite"
+        run.folder.log(stage, step, kind="note", text=f"{what}; the samples: {', '.join(samples)}")
+        more = f" and {len(samples) - NAMED} more, see log.jsonl" if len(samples) > NAMED else ""
+        seen = f" (samples: {', '.join(samples[:NAMED])}{more})" if samples else ""
+        what = f"{stage}, step {step}: {what}{seen}; the last checkpoint is untouched"
         raise FloatingPointError(f"{what}. Start a new run with a smaller learning rate (the lr of {stage}'s optimisers)")
 
 

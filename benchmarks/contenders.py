@@ -164,6 +164,7 @@ CONTENDERS = {
         _contender("aadkern sm90", _ours, "sm90", ours=True),
         _contender("aadkern triton", _ours, "triton", ours=True),
         _contender("aadkern sdpa", _ours, "sdpa", ours=True),
+        _contender("aadkern flash", _ours, "flash"),  # our loop, their kernels: a rival
         Contender("aadkern sm90 deterministic", functools.partial(_ours, "sm90", deterministic=True), ours=True),
         *(_contender(f"sm90 {kernel}", _sm90_forward, kernel, ours=True, trains=_never) for kernel in SM90_FORWARDS),
         _contender("loop, cuDNN", _sdpa_loop, SDPBackend.CUDNN_ATTENTION),

@@ -1,15 +1,19 @@
 """All that a GPU is needed for, in one command: ``python -m benchmarks.gpu_check --out DIR``.
 
-Builds the CUDA kernels, runs the tests marked ``gpu`` (the ladder of Hopper primitives first), times every case of attention
-against its rivals, then streaming and the other rooms, in order of importance until the time is over, and prints a table.
-Needs no network and no installed aadkern. Every stage runs in processes of its own under a time limit, so that nothing one of
-them does can stop the rest, and DIR/results.json is written anew after every item: whatever ends this command, what was found
-stays. Without a GPU, ``--device cpu`` walks the same path at sizes that mean nothing.
+Builds the CUDA kernels, or takes those that were brought along, runs the tests marked ``gpu`` (the ladder of Hopper primitives
+first), times every case of attention against its rivals, then streaming and the other rooms, in order of importance until the time
+is over, and prints a table. ``--plan`` names one of the calls of benchmarks.calls, for a GPU that is lent for minutes. Needs torch,
+Triton, numpy and pytest, no network and no installed aadkern: a test or room that needs more is skipped by name. Every stage runs
+in processes of its own under a time limit, so that nothing one of them does can stop the rest, and DIR/results.json is written anew
+after every item: whatever ends this command, what was found stays. Without a GPU, ``--device cpu`` walks the same path at sizes
+that mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import re
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import chart, results, run, table
+from benchmarks.calls import CALLS, CORRECT, learned, next_lines
 from benchmarks.cases import core_cases, further_cases
 from benchmarks.journal import Journal, run_limited, supervise
 
@@ -41,7 +46,7 @@ SHARE = {
     "sweep": 1.0,
 }
 LAST_SECONDS = 15.0  # kept back for the table, and for a supervisor's last look
-MOST_LOG_BYTES = 4 << 20
+MOST_LOG_BYTES = 2 << 20  # of one stage
 FIRST = ("test_sm90_ladder", "test_sm90_gpu", "sm90", "test_attention", "triton")
 DRY_CASES = ["7x3_window9_sink3/3x2x16", "ring_chunk/3x2x16", "teacher_forcing/2x2x16"]
 
@@ -58,13 +63,12 @@ class Check:
         path = os.pathsep.join(filter(None, (str(ROOT), dict(os.environ).get("PYTHONPATH"))))
         self.environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         self.document: dict[str, Any] = {}
+        self.plan = CALLS[options.plan] if options.plan else None
+        self.log = self.out / "log.txt"
 
     @property
     def left(self) -> float:
         return self.end - time.monotonic()
-
-    def log(self, stage: str) -> Path:
-        return self.out / f"{stage.replace(' ', '-')}.log"
 
     def write(self) -> None:
         path = self.out / "results.json"
@@ -85,13 +89,29 @@ class Check:
             raise SystemExit(f"gpu_check: the environment could not be read: {outcome}\n" + "\n".join(told[-5:]))
         timed = run.timing_conditions(self.options.device, self.options.seconds)
         conditions = {"data": f"standard normal, seed {self.options.seed}", "minutes": self.options.minutes, **timed}
+        conditions |= {"plan": self.options.plan} if self.options.plan else {}
         self.document = results.empty(json.loads(found[-1]), conditions)
 
     def build(self, deadline: float) -> str:
-        """The one build of the package, beside the sources."""
+        """The CUDA kernels that lie beside the sources, if they load; else the one build of the package, put there."""
+        here = next((ROOT / "aadkern").glob("_C.*so"), None)
+        if here is not None:
+            code = "from aadkern._build import load_cuda; reason = load_cuda(); print(reason); raise SystemExit(reason is not None)"
+            limit = min(120.0, deadline - time.monotonic())
+            if run_limited([sys.executable, "-c", code], self.log, limit, self.environment, ROOT) == "passed":
+                self.document["conditions"]["cuda_library"] = f"as found: sha256 {hashlib.sha256(here.read_bytes()).hexdigest()}"
+                return "passed"
         wanted = {**self.environment, "AADKERN_BUILD_CUDA": "1" if self.options.device == "cuda" else "0"}
-        command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", str(self.scratch / "build")]
-        return run_limited(command, self.log("build"), deadline - time.monotonic(), wanted, ROOT)
+        folders = ["--build-lib", str(self.scratch / "built"), "--build-temp", str(self.scratch / "build")]
+        command = [sys.executable, "setup.py", "build_ext", *folders]
+        outcome = run_limited(command, self.log, deadline - time.monotonic(), wanted, ROOT)
+        for made in (self.scratch / "built" / "aadkern").glob("*.so") if outcome == "passed" else ():
+            there = ROOT / "aadkern" / made.name
+            if there.exists():  # what was brought along is not lost
+                there.replace(there.with_name(f"{made.name}.before"))
+            shutil.copy2(made, there)
+            self.document["conditions"]["cuda_library"] = "built in this run"
+        return outcome
 
     def tests(self, deadline: float, stage: str, files: list[str]) -> str:
         """Every test marked gpu; what a test did to its process is part of its outcome."""
@@ -102,6 +122,7 @@ class Check:
         plugin = ["-p", "benchmarks.outcomes", "--journal", str(journal.path), "--test-limit", str(limit)]
         # Without the repository's pytest settings, which ask for a version of pytest: this takes the one that is there.
         plain = ["-c", os.devnull, f"--rootdir={ROOT}", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "--durations=10"]
+        plain += ["--continue-on-collection-errors", "--disable-warnings"]
         command = [sys.executable, "-m", "pytest", *plain, *plugin, "-m", "gpu", *files]
         alone = {**self.environment, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
 
@@ -111,7 +132,7 @@ class Check:
             self.document["tests"] = earlier + test_records(journal)
             self.write()
 
-        outcome = supervise(command, journal, self.log(stage), deadline, alone, ROOT, gather)
+        outcome = supervise(command, journal, self.log, deadline, alone, ROOT, gather)
         gather()
         records = test_records(journal)
         bad = sum(test["outcome"] not in ("passed", "skipped", "xfailed") for test in records)
@@ -124,8 +145,10 @@ class Check:
         journal = Journal(self.scratch / stage.replace(" ", "-"))
         sizes = ["--device", self.options.device, "--seed", str(self.options.seed), "--seconds", str(self.options.seconds)]
         command = [sys.executable, "-m", "benchmarks.run", "--journal", str(journal.path), *sizes, "--case", *ids]
-        if self.options.contenders:
-            command += ["--contender", *self.options.contenders]
+        dry = self.options.device == "cpu"
+        contenders = self.options.contenders or (self.plan.contenders if self.plan and not dry else ())
+        if contenders:
+            command += ["--contender", *contenders]
         earlier = self.document["cases"]
 
         def gather() -> None:
@@ -133,7 +156,7 @@ class Check:
             self.document["cases"] = earlier + [ended[case] for case in ids if ended.get(case) is not None]
             self.write()
 
-        outcome = supervise(command, journal, self.log(stage), deadline, self.environment, ROOT, gather)
+        outcome = supervise(command, journal, self.log, deadline, self.environment, ROOT, gather)
         gather()
         state = journal.read()
         for case in ids:
@@ -155,33 +178,44 @@ class Check:
         made = self.scratch / f"{name}.json"
         words = (*words, "--commit", self.options.commit) if self.options.commit else words
         command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(made), *words]
-        outcome = run_limited(command, self.log(stage), limit, self.environment, ROOT)
-        if made.exists():
-            found = self.document["rooms"][name] = json.loads(made.read_text(), parse_constant=str)
-            if "not_run" in found:
-                return f"not run: {found['not_run']}"
-        return outcome
+
+        def gather() -> None:
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
+                found = json.loads(made.read_text(), parse_constant=str)
+                if self.document["rooms"].get(name) != found:
+                    self.document["rooms"][name] = found
+                    self.write()
+
+        outcome = run_limited(command, self.log, limit, self.environment, ROOT, gather)
+        gather()
+        found = self.document["rooms"].get(name, {})
+        return f"not run: {found['not_run']}" if "not_run" in found else outcome
 
     def share(self, name: str) -> float:
         """The most of the time left that a stage may take: all of it where no other follows."""
-        return 1.0 if name == self.options.stages[-1] else SHARE[name]
+        if name == self.options.stages[-1]:
+            return 1.0
+        return self.plan.shares.get(name, SHARE[name]) if self.plan else SHARE[name]
 
     def stage(self, name: str) -> str:
         left = self.share(name) * self.left
         deadline = time.monotonic() + left
         dry = self.options.device == "cpu"
         if name in ("tests", "sanitizer"):
-            asked = self.options.tests or marked_files()
+            everything = marked_files()
+            ours = self.plan.tests or (file for file in everything if file not in CORRECT) if self.plan else everything
+            asked = self.options.tests or ours
             return self.tests(deadline, name, [file for file in asked if ("sanitizer" in file) == (name == "sanitizer")])
         if name == "cases":
-            return self.cases(deadline, self.options.cases or (DRY_CASES if dry else core_cases()), name)
+            ours = list(self.plan.cases) if self.plan else core_cases()
+            return self.cases(deadline, self.options.cases or (DRY_CASES if dry else ours), name)
         if name == "more cases":
             return self.cases(deadline, [] if dry or self.options.cases else further_cases(), name)
         if name == "streaming":
             sizes = ("--size", "tiny") if dry else ("--size", "1.3B", "14B")
             return self.room(name, name, left, *sizes, "--device", self.options.device, "--limit", f"{max(1.0, left - 10):.0f}")
         if name == "sweep":
-            return self.room("sweep", name, left, "--limit", f"{0.9 * left:.0f}")
+            return "not run: it needs a GPU" if dry else self.room("sweep", name, left, "--limit", f"{0.9 * left:.0f}")
         return {"build": self.build, "rooms": self.rooms}[name](deadline)
 
     def run(self) -> None:
@@ -192,6 +226,9 @@ class Check:
                 self.document["not_reached"].append(f"stage {name}")
                 continue
             print(f"{name}: at most {self.share(name) * self.left:.0f} s", flush=True)
+            with self.log.open("a") as log:
+                log.write(f"==== {name}\n")
+            start = self.log.stat().st_size
             try:
                 outcome = self.stage(name)
             except Exception as error:  # a stage's own mistake must not cost the others
@@ -199,7 +236,7 @@ class Check:
             self.document["stages"].append({"name": name, "outcome": outcome, "seconds": time.monotonic() - began})
             print(f"{name}: {outcome}", flush=True)
             self.write()
-            shorten(self.log(name))
+            shorten(self.log, start)
 
 
 def marked_files() -> list[str]:
@@ -224,20 +261,21 @@ def test_records(journal: Journal) -> list[dict[str, Any]]:
     return ended + [{"id": test, "outcome": "lost", "seconds": 0.0, "message": reason} for test, reason in lost.items()]
 
 
-def shorten(log: Path) -> None:
-    """Keep a log's beginning and end where it is long."""
-    if log.exists() and log.stat().st_size > MOST_LOG_BYTES:
+def shorten(log: Path, start: int = 0) -> None:
+    """Keep the beginning and the end of what a log holds from ``start`` on, where that is long."""
+    if log.exists() and log.stat().st_size - start > MOST_LOG_BYTES:
         text, half = log.read_bytes(), MOST_LOG_BYTES // 2
-        log.write_bytes(text[:half] + b"\n... shortened ...\n" + text[-half:])
+        log.write_bytes(text[: start + half] + b"\n... shortened ...\n" + text[-half:])
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="a folder for results.json, table.txt, chart.svg and the logs")
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--out", type=Path, required=True, help="a folder for results.json, table.txt, chart.svg and log.txt")
+    parser.add_argument("--plan", choices=tuple(CALLS), help="a call with its stages, tests, cases and contenders chosen")
+    parser.add_argument("--minutes", type=float, help="default: 9, or the plan's")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    of = f"default: {', '.join(STAGES)}; for a second call: {', '.join(LATER)}"
-    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *LATER), default=list(STAGES), metavar="STAGE", help=of)
+    of = f"default: the plan's, or {', '.join(STAGES)}; for a second call: {', '.join(LATER)}"
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *LATER), metavar="STAGE", help=of)
     parser.add_argument("--tests", nargs="+", help="test files or ids (default: every file with tests marked gpu)")
     parser.add_argument("--test-limit", type=float, default=90.0, help="seconds that one test may take")
     parser.add_argument("--case", nargs="+", dest="cases", help="in place of the core cases, as for benchmarks.run")
@@ -248,9 +286,18 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def asked(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, with a plan's where none was given."""
+    options = arguments().parse_args(argv)
+    plan = CALLS[options.plan] if options.plan else None
+    options.minutes = options.minutes or (plan.minutes if plan else 9.0)
+    options.stages = options.stages or list(plan.stages if plan else STAGES)
+    return options
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 if every stage passed or was not run for want of a package, 1 if any failed or was not reached."""
-    check = Check(arguments().parse_args(argv))
+    check = Check(asked(argv))
     try:
         check.run()
         check.write()
@@ -258,7 +305,10 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(check.scratch, ignore_errors=True)
     (check.out / "chart.svg").write_text(chart.draw([check.document]))
     (check.out / "table.txt").write_text("\n".join(table.lines(check.document)) + "\n")
-    print("\n" + "\n".join(table.short_lines(check.document)), flush=True)
+    told = list(table.short_lines(check.document))
+    if check.options.plan:
+        told += ["", f"learned by --plan {check.options.plan}", *learned(check.document), *next_lines(check.options.plan)]
+    print("\n" + "\n".join(told), flush=True)
     stages = check.document["stages"]
     well = all(stage["outcome"] == "passed" or stage["outcome"].startswith("not run") for stage in stages)
     return 0 if well and len(stages) == len(check.options.stages) else 1

@@ -82,15 +82,30 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def run_limited(command: Sequence[str], log: Path, limit: float, env: Mapping[str, str], cwd: Path) -> str:
-    """Run a command, its output appended to ``log``; "passed", or "failed: ..." with the exit status or the limit."""
+def run_limited(
+    command: Sequence[str],
+    log: Path,
+    limit: float,
+    env: Mapping[str, str],
+    cwd: Path,
+    look: Callable[[], None] = lambda: None,
+) -> str:
+    """Run a command, its output appended to ``log``; "passed", or "failed: ..." with the exit status or the limit.
+
+    ``look`` is called about every second while it runs.
+    """
+    end = time.monotonic() + limit
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=dict(env), cwd=cwd, start_new_session=True)
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            stop(process)
-            return f"failed: not done within {limit:.3g} s"
+        while True:
+            try:
+                status = process.wait(max(0.0, min(1.0, end - time.monotonic())))
+                break
+            except subprocess.TimeoutExpired:
+                if time.monotonic() >= end:
+                    stop(process)
+                    return f"failed: not done within {limit:.3g} s"
+                look()
     return "passed" if status == 0 else f"failed: {_death(status)}"
 
 

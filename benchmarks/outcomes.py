@@ -37,6 +37,8 @@ class Recorder:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed and report.nodeid not in self.known:
             self.journal.end(report.nodeid, {"outcome": "error", "seconds": 0.0, "message": said(report.longreprtext)})
+        elif report.skipped and report.nodeid not in self.known:  # a whole file, by importorskip
+            self.journal.end(report.nodeid, {"outcome": "skipped", "seconds": 0.0, "message": said(str(report.longrepr))})
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:

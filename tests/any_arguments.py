@@ -25,6 +25,7 @@ HEADS, WEIGHT = torch.randn(1, 6, 2, 4), torch.randn(8)
 SQUARE = torch.randn(8, 8)
 CLIPS = torch.randn(1, 3, 2, 2, 2)
 WIDE = torch.randn(4, 16)
+ALONE = aadkern.SequenceGroup(None, 2)
 
 
 class Anything:
@@ -158,8 +159,21 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             eps=1e-6,
             segments=3,
             backend="torch",
+            return_lse=True,
         ),
     ),
+    "SequenceGroup": (aadkern.SequenceGroup, lambda: dict(mesh=None, tokens_per_frame=2)),
+    "ulysses_attention": (
+        aadkern.ulysses_attention,
+        lambda: dict(q=HEADS, k=HEADS, v=HEADS, plan=PLAN, group=ALONE, scale=1.0, backend="sdpa", deterministic=True),
+    ),
+    "ulysses.enter": (aadkern.ulysses.enter, lambda: dict(x=torch.ones(1, 3, 2, 4), group=ALONE)),
+    "ulysses.leave": (aadkern.ulysses.leave, lambda: dict(y=torch.ones(1, 3, 2, 4), group=ALONE)),
+    "ulysses.merge_pooled": (
+        aadkern.ulysses.merge_pooled,
+        lambda: dict(o=torch.ones(1, 3, 1, 4), lse=torch.ones(1, 3, 1, 2), group=ALONE),
+    ),
+    "ulysses.shares": (aadkern.ulysses.shares, lambda: dict(heads=3, ranks=2, frame_areas=[1, 2, 3])),
     "noised_views": (
         aadkern.noised_views,
         lambda: dict(x0=CLIPS, sigma=torch.rand(1), delta_std=0.1, seed=3, first_sample=0, backend="torch"),
@@ -177,6 +191,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "AttentionPlan.from_ranges": (AttentionPlan.from_ranges, lambda: dict(q_len=6, k_len=6, runs=PLAN.runs)),
     "AttentionPlan.decode": (AttentionPlan.decode, lambda: dict(code=PLAN.code)),
     "AttentionPlan.flops": (PLAN.flops, lambda: dict(heads=2, head_dim=4, backward=True)),
+    "AttentionPlan.rows": (PLAN.rows, lambda: dict(q0=1, q1=3)),
     "AttentionPlan.dense": (PLAN.dense, lambda: dict(device="cpu")),
     "AttentionPlan.block_mask": (PLAN.block_mask, lambda: dict(device="cpu", block_size=128)),
     "plans.bidirectional": (plans.bidirectional, lambda: dict(layout=LAYOUT)),

@@ -12,7 +12,6 @@ from pathlib import Path
 # Before torch is imported: test processes share the cores, and threads beyond them only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -20,12 +19,18 @@ import torch
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETER_TESTS = Path(__file__).parent / "interpreter"
 
+try:
+    import hypothesis
+except ImportError:  # on a bare machine with a GPU, whose tests do without
+    hypothesis = None
+
 # The ordinary run draws the same examples each time, and reports a failing one as it was found: to shrink one took 5
 # minutes where a kernel runs in the interpreter. `pytest --hypothesis-profile=search` draws afresh, and shrinks.
-FIND = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-hypothesis.settings.register_profile("house", derandomize=True, max_examples=25, deadline=None, phases=FIND)
-hypothesis.settings.register_profile("search", max_examples=500, deadline=None)
-hypothesis.settings.load_profile("house")
+if hypothesis is not None:
+    FIND = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    hypothesis.settings.register_profile("house", derandomize=True, max_examples=25, deadline=None, phases=FIND)
+    hypothesis.settings.register_profile("search", max_examples=500, deadline=None)
+    hypothesis.settings.load_profile("house")
 
 
 def _poisoned(allocate):

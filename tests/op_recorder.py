@@ -48,6 +48,8 @@ class OpRecorder:
         self.replayed += 1
         for func, args, kwargs, outs in calls:
             again = tree_leaves(func(*args, **kwargs))
+            if "_c10d_functional" in str(func):  # what is still on its way cannot be copied
+                again = [torch.ops._c10d_functional.wait_tensor(new) for new in again]
             fresh = {id(out) for out in _fresh(args, kwargs, outs)}
             for old, new in zip(tree_leaves(outs), again, strict=True):
                 if id(old) in fresh:

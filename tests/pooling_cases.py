@@ -88,3 +88,38 @@ def check(backend, *problems):
         ours, truth, plain = (torch.cat([one[name][i].flatten() for one in every]) for i in range(3))
         testing.assert_close_to_reference(ours, truth, plain, name)
     return every[0]
+
+
+def with_lse(backend, tensors, settings, of_pooled=True):
+    """Pooled tokens, lse, and the gradients of all tensors through both (or through lse alone), by name; and the reference's."""
+    generator = torch.Generator().manual_seed(1)
+
+    def one(function, given, **more):
+        leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+        outs = function(**leaves, **settings, **more, return_lse=True)
+        losses = [
+            (out * torch.randn(out.shape, generator=generator.manual_seed(i)).to(out.dtype)).sum() for i, out in enumerate(outs)
+        ]
+        grads = torch.autograd.grad(sum(losses[0 if of_pooled else 1 :]), list(leaves.values()), allow_unused=True)
+        zeros = {name: torch.zeros_like(x) for name, x in leaves.items()}
+        found = {name: zeros[name] if g is None else g for name, g in zip(leaves, grads, strict=True)}
+        return {"pooled": outs[0].detach(), "lse": outs[1].detach(), **found}
+
+    double = {name: x.double() for name, x in tensors.items()}
+    missing = {name: None for name in DEFAULTS if name not in tensors and name != "eps"}
+    return one(aadkern.attention_pool, tensors, backend=backend), one(reference.attention_pool, double, eps=1e-6, **missing)
+
+
+def check_kernels(backend, *problems, gradient=None):
+    """``check`` with room for what scores and an lse of this size cost in float32; the gradient of out is the same for all.
+
+    exp(s - lse) rounds s in base 2, lse and lse log2(e) by 2^-24 of itself, where plain torch rounds the score once.
+    """
+    every = [results(backend, *problem, gradient) for problem in problems]
+    u_scores = [(tensors["query"].double() @ tensors["w_k"].double()) / settings["heads"] ** 0.5 for tensors, settings in problems]
+    size = 1 + max(scores.norm(dim=-1).max().item() for scores in u_scores)
+    for name in every[0]:
+        ours, truth, plain = (torch.cat([one[name][i].flatten() for one in every]) for i in range(3))
+        slack = 3 * 2.0**-24 * size * max(1.0, truth.abs().max().item())
+        testing.assert_close_to_reference(ours, truth, plain, name, slack)
+    return {name: one[0] for name, one in every[0].items()}

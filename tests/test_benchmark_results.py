@@ -154,7 +154,7 @@ def test_goals_are_judged_for_each_kernel_by_itself(document, device, rate):
     case["contenders"]["aadkern sm90"]["timings"]["forward"]["tflops"] = 0.94 * 601.0
     judged["cases"].append(whole)
     assert list(table.goals.judged(judged, table.times)) == []  # nothing is asked of a CPU
-    judged["environment"]["device"] |= {"type": "cuda", "name": device}
+    judged["environment"]["device"] |= {"type": "cuda", "name": device, "capability": "9.0"}
     lines = [line.split(maxsplit=1) for line in table.goals.judged(judged, table.times) if case["id"] in line]
     verdict = {said.split(":")[0] + (said.split(" of ")[1] if " x " in said else ""): word for word, said in lines}
     at = case["id"]

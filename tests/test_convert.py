@@ -195,13 +195,13 @@ def test_a_failure_midway_leaves_what_was_there(tmp_path, monkeypatch, capsys):
     compat.save_checkpoint(state, tmp_path / "a.pt")
     compat.save_checkpoint(other, tmp_path / "b.pt")
     assert convert(tmp_path / "a.pt", "--out", tmp_path / "folder") == 0
-    real = folders.save_file
+    real = folders.save_tensors
 
     def full(tensors, path, **options):
         real(tensors, path, **options)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folders, "save_file", full)
+    monkeypatch.setattr(folders, "save_tensors", full)
     assert convert(tmp_path / "b.pt", "--out", tmp_path / "folder", "--overwrite") == 2
     assert "No space left" in capsys.readouterr().err
     assert_same(folder_state(tmp_path / "folder"), state)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from benchmarks import gpu_check, results, table
-from benchmarks.cases import attention_case
+import pytest
+
+from benchmarks import calls, goals, gpu_check, results, table
+from benchmarks.cases import attention_case, case_of
+from benchmarks.contenders import CONTENDERS
 from benchmarks.journal import Journal, run_limited, supervise
 from benchmarks.measure import step
 from benchmarks.outcomes import said
@@ -215,12 +219,13 @@ def test_a_long_log_keeps_its_ends(tmp_path):
     gpu_check.shorten(log)
     kept = log.read_bytes()
     assert kept.startswith(b"begin") and kept.endswith(b"end") and len(kept) < gpu_check.MOST_LOG_BYTES + 100
+    log.write_bytes(b"an earlier stage" + kept)
+    gpu_check.shorten(log, 16)  # what a stage before left is not touched, nor counted
+    assert log.read_bytes() == b"an earlier stage" + kept
 
 
 def test_a_stage_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
-    check = gpu_check.Check(
-        gpu_check.arguments().parse_args(["--out", str(tmp_path), "--device", "cpu", "--stages", "build", "tests"])
-    )
+    check = gpu_check.Check(gpu_check.asked(["--out", str(tmp_path), "--device", "cpu", "--stages", "build", "tests"]))
     monkeypatch.setattr(check, "look", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
     monkeypatch.setattr(check, "build", lambda deadline: 1 / 0)
     monkeypatch.setattr(check, "tests", lambda *_: "passed")
@@ -230,10 +235,10 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
 
 
 def test_a_rooms_figures_are_kept_whatever_they_are(tmp_path, monkeypatch):
-    check = gpu_check.Check(gpu_check.arguments().parse_args(["--out", str(tmp_path), "--device", "cpu", "--stages", "rooms"]))
+    check = gpu_check.Check(gpu_check.asked(["--out", str(tmp_path), "--device", "cpu", "--stages", "rooms"]))
     monkeypatch.setattr(gpu_check, "ROOMS", ("noise",))
 
-    def run_room(command, log, limit, environment, folder):
+    def run_room(command, log, limit, environment, folder, look):
         assert command[1:3] == ["-m", "benchmarks.noise"] and limit > 5
         Path(command[command.index("--out") + 1]).write_text('{"ratio": NaN, "ms": 1.5}')
         return "failed: not done"
@@ -251,9 +256,9 @@ def test_a_rooms_figures_are_kept_whatever_they_are(tmp_path, monkeypatch):
 
 def test_streaming_without_diffusers_is_not_run_and_not_failed(tmp_path, monkeypatch):
     words = ["--out", str(tmp_path), "--stages", "streaming", "--commit", "0123abc"]
-    check = gpu_check.Check(gpu_check.arguments().parse_args(words))
+    check = gpu_check.Check(gpu_check.asked(words))
 
-    def run_room(command, log, limit, environment, folder):
+    def run_room(command, log, limit, environment, folder, look):
         asked = [command[command.index(word) + 1] for word in ("-m", "--size", "--device", "--commit")]
         assert asked == ["benchmarks.streaming", "1.3B", "cuda", "0123abc"] and "14B" in command
         allowed = float(command[command.index("--limit") + 1])
@@ -267,6 +272,172 @@ def test_streaming_without_diffusers_is_not_run_and_not_failed(tmp_path, monkeyp
     document = results.read(tmp_path / "results.json")
     assert document["stages"][0]["outcome"] == "not run: diffusers is missing"
     assert "streaming: not run: diffusers is missing" in "\n".join(table.short_lines(document))
+
+
+MISSING = ("diffusers", "pydantic", "av", "rich", "yaml", "sklearn", "transformers", "einops", "hypothesis", "safetensors", "PIL")
+WITHOUT = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {MISSING!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def test_a_bare_machine_collects_every_test_for_a_gpu(tmp_path):
+    """With torch, Triton, numpy and pytest alone: the same tests as here, and nothing that could not be imported."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    bare = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    refused = subprocess.run([sys.executable, "-c", "import hypothesis"], env=bare, capture_output=True, text=True)
+    assert "No module named 'hypothesis'" in refused.stderr
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--minutes", "4", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--stages", "tests"], cwd=ROOT, env=bare, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {test["id"]: test for test in results.read(tmp_path / "out" / "results.json")["tests"]}
+    assert {test["outcome"] for test in found.values()} == {"skipped"}
+    assert all(re.search("needs (a|two) CUDA device", test["message"]) for test in found.values())
+
+    plain = ["-c", os.devnull, f"--rootdir={ROOT}", "--import-mode=importlib", "-p", "no:cacheprovider", "-q", "--disable-warnings"]
+    everything = sorted({str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if "gpu" in path.read_text()})
+    command = [sys.executable, "-m", "pytest", *plain, "-m", "gpu", "--collect-only", *everything]
+    here = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert {line for line in here.stdout.splitlines() if "::" in line} == set(found), here.stdout[-2000:] + here.stderr
+    assert len(found) > 300
+
+
+@pytest.mark.parametrize("missing", [None, "aadkern/_C.abi3.so", "cannot load"])
+def test_kernels_brought_along_are_used_where_they_load_and_never_lost(missing, tmp_path, monkeypatch):
+    package = tmp_path / "aadkern"
+    package.mkdir()
+    carried = package / "_C.abi3.so"
+    if missing != "aadkern/_C.abi3.so":
+        carried.write_bytes(b"carried")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    check = gpu_check.Check(gpu_check.asked(["--out", str(tmp_path / "out"), "--stages", "build"]))
+    check.document = results.empty({}, {})
+    built = []
+
+    def run_command(command, log, limit, environment, folder):
+        if "setup.py" not in command:
+            return "failed: the process ended with status 1" if missing else "passed"
+        assert "--inplace" not in command and environment["AADKERN_BUILD_CUDA"] == "1"
+        folder = Path(command[command.index("--build-lib") + 1]) / "aadkern"
+        folder.mkdir(parents=True)
+        (folder / "_C.abi3.so").write_bytes(b"built")
+        built.append(folder)
+        return "passed"
+
+    monkeypatch.setattr(gpu_check, "run_limited", run_command)
+    assert check.build(time.monotonic() + 60) == "passed"
+    assert carried.read_bytes() == (b"built" if missing else b"carried") and len(built) == bool(missing)
+    assert check.document["conditions"]["cuda_library"].startswith("built in" if missing else "as found: sha256 ")
+    assert {path.name for path in package.iterdir()} == {"_C.abi3.so"} | (
+        {"_C.abi3.so.before"} if missing == "cannot load" else set()
+    )
+    assert missing != "cannot load" or (package / "_C.abi3.so.before").read_bytes() == b"carried"
+
+
+def test_a_build_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "aadkern").mkdir()
+    (tmp_path / "aadkern" / "_C.abi3.so").write_bytes(b"carried")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "run_limited", lambda *_: "failed: not done within 1 s")
+    check = gpu_check.Check(gpu_check.asked(["--out", str(tmp_path / "out"), "--stages", "build"]))
+    assert check.build(time.monotonic() + 60) == "failed: not done within 1 s"
+    assert [path.read_bytes() for path in (tmp_path / "aadkern").iterdir()] == [b"carried"]
+
+
+def test_plans_ask_for_what_there_is_and_fit_a_call():
+    """At most nine minutes; every name of a case, contender, test file, stage and next call is one; together all test files."""
+    asked_for = set()
+    for name, call in calls.CALLS.items():
+        options = gpu_check.asked(["--out", "x", "--plan", name])
+        assert options.minutes == call.minutes <= 9 and options.stages == list(call.stages)
+        assert set(call.stages) <= {*gpu_check.STAGES, *gpu_check.LATER} and set(call.shares) <= set(call.stages[:-1])
+        assert call.then is None or call.then in calls.CALLS
+        assert [case_of(case).id for case in call.cases] == list(call.cases)
+        assert set(call.contenders) <= set(CONTENDERS)
+        if "tests" in call.stages:
+            asked_for |= set(call.tests or set(gpu_check.marked_files()) - set(calls.CORRECT))
+    assert set(gpu_check.marked_files()) == asked_for
+    assert gpu_check.asked(["--out", "x", "--plan", "rest", "--minutes", "4", "--stages", "rooms"]).stages == ["rooms"]
+
+
+def test_a_plan_chooses_tests_cases_and_contenders(tmp_path, monkeypatch):
+    words = ["--out", str(tmp_path), "--plan", "rest", "--stages", "tests", "cases", "--commit", "0123abc"]
+    check = gpu_check.Check(gpu_check.asked(words))
+    commands = []
+
+    def supervised(command, *rest):
+        commands.append(command)
+        return "passed"
+
+    monkeypatch.setattr(gpu_check, "supervise", supervised)
+    monkeypatch.setattr(check, "look", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
+    check.run()
+    of_tests, of_cases = commands
+    assert not set(calls.CORRECT) & set(of_tests) and "tests/test_fp8_gpu.py" in of_tests
+    assert of_cases[of_cases.index("--case") + 1] == "7x3_window9_sink3/1560x12x128"
+    assert of_cases[of_cases.index("--contender") + 1 :] == list(calls.CALLS["rest"].contenders)
+
+
+def timing(ms):
+    return {"median_ms": ms, "tflops": 1000 / ms, "rounds_ms": [ms, ms], "ceiling_share": None}
+
+
+def a_case(name, **contenders):
+    """Forwards alone: {contender: milliseconds}."""
+    made = {
+        who: {"ours": not who.startswith(("loop", "flex")), "timings": {"forward": timing(ms)}} for who, ms in contenders.items()
+    }
+    sizes = {"heads": 12, "head_dim": 128, "tokens_per_frame": 1560, "dtype": "bfloat16"}
+    return {"id": f"{name}/1560x12x128", "contenders": made, **sizes}
+
+
+def test_what_was_learned():
+    document = {"environment": {"device": {"type": "cuda", "name": "NVIDIA H200", "capability": "9.0"}}, "rooms": {}}
+    document["tests"] = [{"outcome": outcome} for outcome in ("passed", "passed", "lost", "skipped")]
+    document["cases"] = [
+        a_case("bidirectional", **{"aadkern sm90": 1.5, "sm90 wide": 1.4, "aadkern triton": 2.0, "loop, cuDNN": 1.75}),
+        a_case("7x3", **{"aadkern sm90": 2.5, "sm90 wide": 1.8, "aadkern triton": 3.0, "loop, cuDNN": 2.7, "loop, FA3": 3.6}),
+    ]
+    told = "\n".join(calls.learned(document))
+    assert "tests: 2 passed, 1 failed or lost, 1 skipped" in told
+    assert "fastest of ours, forward: sm90 wide in 2 of 2 cases, 1.38 x the fastest rival (median of 2)" in told  # 1.25, 1.5
+    assert "goals: 1 of 3 met" in told  # sm90 667 of 600; of its own rate there 60 %; triton 333 of 480
+    document["rooms"] = {
+        "streaming": {
+            "sizes": {"1.3B": {"items": {"rate: merged, 1 NFE": {"fps": 90.0}, "rate: merged + graphs, 1 NFE": {"fps": 120.0}}}}
+        },
+        "sweep": {"cases": {"7x3": {"dq": [{"tile": "128x64", "ms": 1.0}], "dkv": [{"tile": "64x64", "reason": "spills"}]}}},
+    }
+    told = "\n".join(calls.learned(document))
+    assert "streaming 1.3B: 120 FPS by merged + graphs, 1 NFE" in told and "fastest tiles, 7x3: dq 128x64" in told
+    assert "--plan attention" in "".join(calls.next_lines("first")) and "benchmarks.verified" in "".join(calls.next_lines("rest"))
+
+
+def test_goals_of_rates_are_asked_of_hopper_alone():
+    """H100 and H200 alike; an H20 by its own rate; elsewhere only how ours stands to others."""
+    case = a_case("7x3", **{"aadkern triton": 2.0, "loop, FA2": 2.0})
+    case["contenders"]["aadkern triton"]["timings"]["both"] = timing(2.0)
+    case["contenders"]["loop, FA2"]["timings"]["both"] = timing(2.1)
+    document = {"cases": [case], "rooms": {"streaming": {"sizes": {"1.3B": {"items": {goals.STREAMED: {"fps": 120.0}}}}}}}
+    told = {}
+    for name, capability in (
+        ("NVIDIA H100 80GB HBM3", "9.0"),
+        ("NVIDIA H200", "9.0"),
+        ("NVIDIA GH200 480GB", "9.0"),
+        ("NVIDIA H20", "9.0"),
+        ("NVIDIA GeForce RTX 4090", "8.9"),
+    ):
+        device = {"type": "cuda", "name": name, "capability": capability}
+        told[name] = list(goals.judged({**document, "environment": {"device": device}}, table.times))
+    assert told["NVIDIA H100 80GB HBM3"] == told["NVIDIA H200"] == told["NVIDIA GH200 480GB"] and len(told["NVIDIA H200"]) == 3
+    assert "500 of 480 TFLOP/s" in told["NVIDIA H200"][0] and "500 of 133 TFLOP/s" in told["NVIDIA H20"][0]
+    assert len(told["NVIDIA H20"]) == 2 and [line.rpartition("of ")[2] for line in told["NVIDIA GeForce RTX 4090"]] == [
+        "1 x loop, FA2"
+    ]
 
 
 def test_the_shares_leave_time_for_every_stage():
@@ -303,6 +474,8 @@ def test_a_dry_run_from_end_to_end(tmp_path):
     assert timed == {"aadkern sdpa": "timed", "loop, torch": "timed"}
     assert document["environment"]["commit"] == "0123abc" and document["not_reached"] == []
     assert "7x3/2x2x8 backward" in done.stdout and "loop, torch" in (out / "table.txt").read_text()
-    files = list(out.iterdir())
-    assert len(files) <= 8 and sum(file.stat().st_size for file in files) < 16 << 20
+    files = sorted(file.name for file in out.iterdir())
+    assert files == ["chart.svg", "log.txt", "results.json", "table.txt"]
+    log = (out / "log.txt").read_text()
+    assert 0 == log.index("==== tests") < log.index("==== cases") < log.index("7x3/2x2x8")
     assert json.loads((out / "results.json").read_text()) == document

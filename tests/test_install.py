@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,59 @@ def nvcc_that_says(folder: Path, text: str) -> str:
     nvcc.write_text(f"#!/bin/sh\necho '{text}'\n")
     nvcc.chmod(0o755)
     return str(folder)
+
+
+def nvidia_smi_that_says(folder: Path, text: str, status: int = 0) -> str:
+    """A PATH that begins with a folder whose nvidia-smi answers so."""
+    folder.mkdir()
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ntest \"$1\" = --query-gpu=compute_cap || exit 9\nprintf '{text}'\nexit {status}\n")
+    tool.chmod(0o755)
+    return os.pathsep.join((str(folder), os.environ["PATH"]))
+
+
+def test_auto_compiles_no_cuda_for_gpus_that_could_not_run_it(sources, tmp_path):
+    """The nvcc is one that would be tried, and would be told to have failed."""
+    cuda_home = nvcc_that_says(tmp_path / "cuda", "Cuda compilation tools, release 99.1, V99.1.23")
+    done = build(sources, CUDA_HOME=cuda_home, PATH=nvidia_smi_that_says(tmp_path / "ada", "8.9\\n12.0\\n8.9\\n"))
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 0 and "the GPUs here have compute capability 12.0, 8.9 (AADKERN_BUILD_CUDA=1" in said, said
+    assert "compiles nothing here" not in said and "was not built" not in said
+    for module in (sources / "built" / "aadkern").glob("*.so"):
+        shutil.copy(module, sources / "aadkern")
+    info, description = facts(sources)
+    assert "have compute capability 12.0, 8.9" in info["no_cuda"] and info["no_cuda"] in description
+
+
+def load_setup(monkeypatch):
+    """setup.py as a module, its setup() replaced by nothing."""
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "useless"),
+    [
+        ("9.0\\n", 0, False),
+        ("8.9\\n9.0\\n", 0, False),
+        ("8.9\\n", 0, True),
+        ("10.0\\n", 0, True),
+        ("[N/A]\\n", 0, False),
+        ("", 0, False),
+        ("Field compute_cap is not a valid field to query.", 2, False),
+        ("8.9\\n", 9, False),
+    ],
+)
+def test_who_is_asked_for_its_capability(text, status, useless, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", nvidia_smi_that_says(tmp_path / "smi", text, status))
+    assert (load_setup(monkeypatch)["_useless_here"]() is not None) == useless
+
+
+def test_no_nvidia_smi_is_no_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert load_setup(monkeypatch)["_useless_here"]() is None
 
 
 def test_with_a_compiler(sources, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_failed_write_leaves_nothing_and_is_raised(run, tmp_path, monkeypatch)
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folders, "save_file", full)
+    monkeypatch.setattr(folders, "save_tensors", full)
     with start("cpu") as processes, pytest.raises(OSError, match="No space left"):
         export(tmp_path / "a", denoiser.net, processes, {})
     assert not (tmp_path / "a").exists()
@@ -139,3 +140,10 @@ def test_weights_that_are_there_twice_or_are_pickles_are_refused(run, tmp_path, 
     save_file({**load_file(second), "proj_out.bias": tensors["proj_out.bias"]}, second, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"must hold each weight once, .*00002-of.* and .*-of-.* of .* hold proj_out.bias"):
         load(tmp_path / "b")
+
+
+def test_weights_are_for_whom_the_umask_lets_read_them(run, tmp_path):
+    path = run.networks.source(None)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~mask}

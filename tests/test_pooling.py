@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import aadkern
 from aadkern import ops
 from aadkern.pooling import reference, torch_keys, torch_path
-from tests.pooling_cases import DEFAULTS, check, gradient_for, make, results, run
+from tests.pooling_cases import DEFAULTS, check, gradient_for, make, results, run, with_lse
 
 BACKENDS = ["reference", "torch"]
 FORMS = [(norm, keys) for norm in ("rms", "layer", None) for keys in (None, "head", "full")]
@@ -221,6 +221,16 @@ def test_operators_keep_to_their_schemas(norm, keys):
         ops.key_scores_backward,
         (torch.randn_like(scores), *(y if y is None or not torch.is_tensor(y) else y.detach() for y in of_keys)),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("norm", "keys"), FORMS)
+def test_lse_is_that_of_the_whole_scores_and_has_its_gradient(norm, keys, backend):
+    for of_pooled in (True, False):
+        ours, expected = with_lse(backend, *make(norm=norm, keys=keys, queries=3, segments=2), of_pooled)
+        assert ours["lse"].shape == (2, 2, 3, 4)
+        for name, value in expected.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(("norm", "keys"), FORMS)

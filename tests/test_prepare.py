@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,6 +19,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("av")
 
+import av
+import numpy as np
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
@@ -27,7 +30,7 @@ from aadkern_train.engine.video import read_video, write_video
 from aadkern_train.prepared import prepare as module
 from aadkern_train.prepared import videos
 from aadkern_train.prepared.format import Prepared, padded
-from aadkern_train.prepared.layout import NEGATIVE
+from aadkern_train.prepared.layout import NEGATIVE, split_of
 from aadkern_train.prepared.prepare import prepare
 from aadkern_train.prepared.settings import PrepareSettings
 from aadkern_train.prepared.sources import read_source
@@ -62,7 +65,7 @@ def run(source, out, wan, **change):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != ".tmp"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if ".tmp" not in path.name}
 
 
 @torch.no_grad()
@@ -156,6 +159,45 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(films, wan, tmp_path):
     assert contents(out) == whole
 
 
+def test_jobs_that_make_the_same_shards_at_once_do_no_harm(films, wan, tmp_path):
+    run(films, tmp_path / "one", wan, per_shard=1)
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            with contextlib.suppress(BaseException):
+                status = 0 if run(films, tmp_path / "many", wan, per_shard=1) == 6 else 2
+            os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert not list((tmp_path / "many").glob("*.tmp"))
+
+
+class Harm:
+    """What a pickle may do when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize(("part", "name"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")])
+def test_what_a_pickle_carries_is_not_run(films, wan, tmp_path, part, name, capsys):
+    other = shutil.copytree(wan[0], tmp_path / "wan")
+    for file in (other / part).glob("*.safetensors"):
+        file.unlink()
+    torch.save({"weight": Harm(tmp_path / "mark")}, other / part / f"{name}.bin")
+    words = ["prepare", films, "--wan", other, "--out", tmp_path / "out", "--size", "32x48", "--frames", 9, "--device", "cpu"]
+    assert cli.main([str(word) for word in words]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("aad prepare: ") and str(other / part) in line and "weights_only=False" not in line, line
+    assert not (tmp_path / "mark").exists() and not list((tmp_path / "out").glob("*.jsonl"))
+
+
 def test_bad_items_are_skipped_with_their_reasons(films, wan, tmp_path, capsys):
     folder = tmp_path / "videos"
     folder.mkdir()
@@ -184,6 +226,12 @@ def test_bad_items_are_skipped_with_their_reasons(films, wan, tmp_path, capsys):
     (folder / "broken.txt").write_text("a dog")
     (folder / "text.mp4").write_text("no video at all")
     (folder / "text.txt").write_text("a dog")
+    with av.open(str(folder / "sound.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=44100)
+        noise = av.AudioFrame.from_ndarray(np.random.randn(1, 1024).astype(np.float32), format="fltp", layout="mono")
+        noise.sample_rate = 44100
+        file.mux([*stream.encode(noise), *stream.encode()])
+    (folder / "sound.txt").write_text("a dog")
     out = tmp_path / "out"
     assert run(folder, out, wan, per_shard=4) == 4
     data = Prepared(out)
@@ -201,12 +249,13 @@ def test_bad_items_are_skipped_with_their_reasons(films, wan, tmp_path, capsys):
         "twice": r"duplicate id: twice came before",
         "broken": r"unreadable: ",
         "text": r"unreadable: ",
+        "sound": r"no video stream",
     }
     assert reasons.keys() == expected.keys()
     for name, reason in expected.items():
         assert reasons[name].startswith(reason), (name, reasons[name])
     told = capsys.readouterr().out
-    assert "4 of 14 items are prepared" in told and "  skipped, unreadable: 2 ('broken', 'text')" in told
+    assert "4 of 15 items are prepared" in told and "  skipped, unreadable: 2 ('broken', 'text')" in told
     assert "  captions above 512 tokens, which were cut: 1" in told and "  clips without motion, which are kept: 1" in told
     for strict, name in ((films, None), (folder, "blank")):
         if name is None:
@@ -314,13 +363,14 @@ def test_prompts(wan, tmp_path):
 
 def test_clips_of_one_video_do_not_overlap_and_share_a_split(films, wan, tmp_path):
     folder = tmp_path / "videos"
-    long = make_example_videos(folder, 1, frames=64, size=(40, 64))[0]
-    long.with_suffix(".txt").write_text("a cat")
+    name = next(name for name in map(str, range(1000)) if split_of(f"{name}.mp4") == "test" != split_of(f"{name}#1"))
+    make_example_videos(folder, 1, frames=64, size=(40, 64))[0].rename(folder / f"{name}.mp4")
+    (folder / f"{name}.txt").write_text("a cat")
     assert run(folder, tmp_path / "out", wan, clips_per_video=9) == 7  # 64 frames hold 7 of 9
     data = Prepared(tmp_path / "out")
     starts = [item.record["start"] for item in data.items]
-    assert [item.id for item in data.items] == ["example-000", *(f"example-000#{i}" for i in range(1, 7))]
-    assert all(b - a >= FRAMES / 16 for a, b in itertools.pairwise(starts)) and len({i.split for i in data.items}) == 1
+    assert [item.id for item in data.items] == [name, *(f"{name}#{i}" for i in range(1, 7))]
+    assert all(b - a >= FRAMES / 16 for a, b in itertools.pairwise(starts)) and {item.split for item in data.items} == {"test"}
     assert [record["reason"].partition(":")[0] for record in data.skipped] == ["no room for another clip"] * 2
     assert run(films, tmp_path / "short", wan, clips_per_video=2, limit=4) == 4  # 24 frames hold 2
     read = [(entry.source, entry.clip) for entry in read_source(films, clips_per_video=2, limit=4).entries]

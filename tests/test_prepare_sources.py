@@ -98,3 +98,29 @@ def test_a_video_with_a_gap_is_refused(tmp_path):
         container.mux(stream.encode())
     with pytest.raises(ValueError, match=r"too few frames a second|uneven times: 17 frames take 2\.00 s, not 1\.00 s"):
         videos.read_frames(tmp_path / "a.mp4", SIZE, 16, 17)
+
+
+def test_where_a_jump_lands_too_late_the_file_is_read_from_its_beginning(tmp_path, monkeypatch):
+    frames = torch.randint(0, 256, (60, 4, 6, 3), dtype=torch.uint8).repeat_interleave(12, 1).repeat_interleave(12, 2)
+    path = write_video(tmp_path / "a.mp4", frames, 24)
+    expected = videos.read_frames(path, SIZE, 12, 9, 1.0)
+    jumps = []
+
+    class Late:
+        def __init__(self, container):
+            self.container = container
+
+        def seek(self, offset, *, stream, backward):
+            jumps.append(offset)
+            self.container.seek(int(2.2 / stream.time_base), stream=stream, backward=False, any_frame=True)
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+    class Opened(videos._opened):
+        def __enter__(self):
+            container, stream = super().__enter__()
+            return Late(container), stream
+
+    monkeypatch.setattr(videos, "_opened", Opened)
+    assert torch.equal(videos.read_frames(path, SIZE, 12, 9, 1.0), expected) and len(jumps) == 1

@@ -84,6 +84,7 @@ def test_files_are_plain_safetensors_and_lines(tmp_path):
             for what, told in line["crc32"].items():
                 assert int(told, 16) == zlib.crc32(wrote[what][line["id"]].view(torch.int16).numpy().tobytes())
     assert not list(tmp_path.glob("*.tmp"))
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "dataset.json").stat().st_mode}
 
 
 def test_the_same_content_has_the_same_bytes_and_fingerprint(tmp_path):
@@ -296,7 +297,7 @@ def test_a_full_disk_leaves_the_old_and_says_what_is_needed(tmp_path, monkeypatc
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(shards, "save_tensors", full)
     with pytest.raises(OSError, match=r"No space left on device; it needs 4\.2 MB: .*shard-00001\.text\.safetensors") as error:
         writer.write(1, {"a": torch.randn(512, 4096).bfloat16()}, {}, [])
     assert error.value.errno == errno.ENOSPC and contents(tmp_path) == before
@@ -333,17 +334,19 @@ def test_a_job_that_dies_at_any_durable_operation_leaves_nothing_wrong(tmp_path)
             assert all((out / name).read_bytes() == whole[name] for name in whole if name.startswith(file.stem))
         if status == 0:
             break
-    assert deaths > 10 and {name: held for name, held in contents(out).items() if not name.endswith(".tmp")} == whole
+    assert deaths > 10 and {name: held for name, held in contents(out).items() if ".tmp" not in name} == whole
 
 
 def test_half_written_files_of_dead_jobs_go(tmp_path):
     make(tmp_path)
     old, new = tmp_path / "shard-00000.text.safetensors.h-1-a.tmp", tmp_path / "shard-00001.text.safetensors.h-2-b.tmp"
-    old.touch()
-    new.touch()
+    inner = tmp_path / ".tmpRd1jQr"  # safetensors' own
+    for file in (old, new, inner):
+        file.touch()
     os.utime(old, (1, 1))
+    os.utime(inner, (1, 1))
     Writer(tmp_path, {"kind": "clips", "shards": 2, "size": [32, 48]})
-    assert not old.exists() and new.exists()
+    assert not old.exists() and not inner.exists() and new.exists()
 
 
 def test_padding_and_splits():

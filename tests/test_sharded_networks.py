@@ -20,6 +20,7 @@ from aadkern.wan import CausalWan
 from aadkern_train import trainer
 from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.engine import processes as module
+from aadkern_train.engine.checkpoint import Checkpoints
 from aadkern_train.engine.processes import Processes, accumulating, kept_gathered, local, shard, start, whole
 from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.networks import folders
@@ -101,6 +102,7 @@ def loading(path: Path, processes: Processes) -> dict[str, object]:
     parts = sum(isinstance(part, FSDPModule) for part in denoiser.net.modules())
     return {
         "grown": grown,
+        "peak": peak,
         "mine": mine,
         "differ": differ,
         "parts": parts,
@@ -187,6 +189,10 @@ def stages(path: Path, processes: Processes, *words: str) -> dict[str, object]:
         out[name] = processes.mean(stage.train_step(0))
         for learner, trained in stage.learners.items():
             out |= {f"{name}.{learner}.{key}": whole(p.detach()).clone() for key, p in trained.module.named_parameters()}
+        if words:
+            kept = path / f"{name}-{processes.size}"
+            Checkpoints(kept / "checkpoints", processes).save(name, 1, stage.state())
+            run.networks.write(kept / "weights", stage.learners["generator"].module, stage=name)
     return out
 
 
@@ -231,9 +237,9 @@ def close(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol
 
 def test_a_process_reads_its_own_rows_and_no_more(two, one):
     for told in (process["loading"] for process in two):
-        # The shard is 47 MB, the whole 93. Beside the shard stand what gloo and the allocator keep and, at the peak, mapped files
-        # (47 MB of bf16, whose pages are the system's to take back) and the rows of one tensor while they are cast (2).
-        assert told["mine"] < 50 and told["grown"] < told["mine"] + 20 and told["peak"] < told["mine"] + 70, told
+        # The shard is 47 MB, the whole 93. Beside the shard stand what gloo and the allocator keep and, at the peak, pages of the
+        # file at hand and the rows of one tensor while they are cast: 59 to 63 MB; 104 where the network is made whole first.
+        assert told["mine"] < 50 and told["grown"] < told["mine"] + 20 and told["peak"] < told["mine"] + 35, told
     for told in (two[0]["loading"], two[1]["loading"], one["loading"]):
         assert told["differ"] == [] and told["parts"] == 6 and not told["learns"]
     assert one["loading"]["mine"] > 85, "or the bound above would hold for the whole network too"
@@ -298,6 +304,22 @@ def test_the_sparing_settings_change_nothing_that_is_learned(two, one, folder):
             else:  # Adam's first step is the rate in every weight, whose sign tiny gradients leave to rounding
                 torch.testing.assert_close(told["stages"][name], value, rtol=0, atol=2.5e-4)
                 assert (told["stages"][name] - value).abs().mean() < 2e-6, name
+
+
+@pytest.mark.parametrize("name", ["dmd", "adversarial"])
+def test_what_two_processes_wrote_one_goes_on_with(two, folder, name):
+    """Checkpoints and weights of networks sharded block by block; the discriminator's heads, which no folder holds, among them."""
+    expected = {key: value for key, value in two[0]["stages"].items() if key.startswith(f"{name}.")}
+    with start("cpu") as processes:
+        stage = trainer.make_stage(small_run(folder, processes, *PLAIN), name)
+        Checkpoints(folder / f"{name}-2" / "checkpoints", processes).load(stage.state())
+        for learner, trained in stage.learners.items():
+            for key, p in trained.module.named_parameters():
+                assert torch.equal(whole(p.detach()), expected.pop(f"{name}.{learner}.{key}")), key
+        ema = stage.learners["generator"].ema
+        assert not expected and ema.count == 1
+    for key, p in load(folder / f"{name}-2" / "weights").net.named_parameters():
+        assert torch.equal(p, two[0]["stages"][f"{name}.generator.net.{key}"]), key
 
 
 if __name__ == "__main__":

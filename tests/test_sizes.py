@@ -24,7 +24,7 @@ STAGES += ["pretrain.steps=0", "dmd_continued.steps=0"]
 def folder(path: Path, heads: int, layers: int, **changes) -> str:
     """A random network's folder; the path in full, as recipes take it."""
     torch.manual_seed(heads)
-    net = CausalWan(**{**SIZE, "num_attention_heads": heads, "num_layers": layers, "ffn_dim": 24, **changes})
+    net = CausalWan(**{**SIZE, "num_attention_heads": heads, "num_layers": layers, "ffn_dim": 24, "rope": "relative", **changes})
     torch.nn.init.normal_(net.proj_out.weight, std=0.2)
     write_folder(path, net, net.state_dict().items(), {"predicts": "flow"})
     return str(path)
@@ -81,12 +81,23 @@ def test_tapped_blocks_are_those_of_the_discriminators_own_folder(tmp_path, caps
     assert "adversarial.layers must be blocks below 4, got [1, 4]" in capsys.readouterr().err
 
 
+def test_another_stages_other_network_is_no_folder(tmp_path):
+    """``dmd.fake`` as the discriminator's backbone: it is there when stage III begins."""
+    with start("cpu") as processes:
+        run = new_run(tmp_path / "run", processes, "models={discriminator: dmd.fake, fake: pretrain}")
+        trainer.check_networks(run)
+        run.networks.write(run.folder.weights("dmd.fake"), run.networks.make(None))
+        run.networks.write(run.folder.weights("dmd"), run.networks.make(None))
+        assert trainer.make_stage(run, "adversarial").learners["discriminator"].module.backbone.layers == 2
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
         (["models.offload_teacher=true"], "models.offload_teacher must be false without CUDA"),
         (["adversarial={relativistic: true, views: 2}"], "adversarial.views must be 4 with adversarial.relativistic"),
         (["adversarial.views=3"], "adversarial.views"),
+        (["dmd.start=dmd", "models.discriminator=dmd"], "dmd.start must be an earlier stage"),
         (["dmd.checkpointing=some"], "dmd.checkpointing"),
         (["models.teacher_dtype=fp16"], "models.teacher_dtype"),
     ],

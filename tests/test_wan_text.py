@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from aadkern.wan.text import TOKENS, clean_prompt, embed, load_text_encoder, token_ids
+from aadkern.wan.text import TOKENS, clean_prompt, embed, load_text_encoder, load_tokenizer, token_ids, tokens_of
 from tests.tiny_wan import TEXT_DIM, save_tiny_wan
 
 
@@ -33,6 +33,7 @@ def test_embedding_is_the_pipelines(wan, prompt):
     expected = pipeline._get_t5_prompt_embeds(prompt, max_sequence_length=TOKENS)
     ids = token_ids(folder / "tokenizer", prompt)
     assert ids[-1] == 1 and (len(ids) == TOKENS) == (len(prompt) > 600)
+    assert tokens_of(load_tokenizer(folder / "tokenizer"), prompt) == (ids, len(prompt) > 600)
     made = embed(load_text_encoder(folder / "text_encoder", torch.float32, "cpu"), ids)
     assert made.shape == (1, TOKENS, TEXT_DIM) and expected[0, len(ids) - 1].abs().min() > 0
     torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)

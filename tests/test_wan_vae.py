@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
-from aadkern.wan.vae import StreamingDecoder, denormalised, encode_image, pixels_per_latent
+from aadkern.wan.vae import StreamingDecoder, denormalised, encode_image, encode_video, pixels_per_latent
 
 WAN21 = dict(base_dim=4, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1)
 # Wan 2.2's: residual blocks, 2 x 2 pixels as channels.
@@ -111,6 +111,30 @@ def test_first_frame(config):
         expected = (mean_of_posterior[:, channel] - vae.config.latents_mean[channel]) / vae.config.latents_std[channel]
         torch.testing.assert_close(latent[:, channel], expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(denormalised(latent, vae), mean_of_posterior, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [WAN21, WAN22], ids=["wan2.1", "wan2.2"])
+def test_videos(config):
+    """Whole clips, whose latents begin with those of shorter ones, and up to rounding with their first picture's."""
+    vae = random_vae(config)
+    side = pixels_per_latent(vae)
+    video = 2 * torch.rand(2, 3, 9, 2 * side, 3 * side) - 1
+    latents = encode_video(vae, video)
+    assert latents.shape == (2, vae.config.z_dim, 3, 2, 3)
+    with torch.no_grad():
+        mean_of_posterior = vae.encode(video).latent_dist.mean
+    torch.testing.assert_close(denormalised(latents, vae), mean_of_posterior, atol=1e-5, rtol=1e-5)
+    assert torch.equal(encode_video(vae, video[:, :, :5]), latents[:, :, :2])
+    torch.testing.assert_close(encode_image(vae, video[:, :, 0]), latents[:, :, :1], atol=1e-6, rtol=1e-5)
+    for wrong, says in (
+        (video[:, :, :8], r"video must have 4k \+ 1 frames, got 8"),
+        (video[..., :-1], rf"video must be \[B, 3, T, H, W\] with H and W multiples of {side}, got \[2, 3, 9, "),
+        (video[:, :, :0], r"video must be \[B, 3, T, H, W\]"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            encode_video(vae, wrong)
+    with pytest.raises(TypeError, match="vae must be diffusers' AutoencoderKLWan, got NoneType"):
+        encode_video(None, video)
 
 
 def test_bf16_stays_near():

@@ -52,9 +52,8 @@ def qk_norm_rope(
         _check_heads(q, "q", q_weight, "q_weight", k)
     if not isinstance(grid, (RotaryGrid, Turns)):
         raise TypeError(f"{name}: grid must be an aadkern.blocks.RotaryGrid, or its turns, got {type(grid).__name__}")
-    tokens = math.prod(grid.sizes) if isinstance(grid, Turns) else grid.tokens
-    if k.shape[1] != tokens:
-        raise ValueError(f"{name}: k must have the grid's {tokens} tokens, got {k.shape[1]}")
+    if k.shape[1] != grid.tokens:
+        raise ValueError(f"{name}: k must have the grid's {grid.tokens} tokens, got {k.shape[1]}")
     _check_destination(q_out, "q_out", q)
     _check_destination(k_out, "k_out", k)
     # A graph that is traced, and torch.func, cannot ask where tensors lie; under the latter the operator refuses destinations.
@@ -77,7 +76,8 @@ def qk_norm_rope(
         new_k = norm_rope(k, k_weight, turns, eps)
         return None if new_q is None else _placed(new_q, q_out), _placed(new_k, k_out)
     time, space, _ = (dim // 2 for dim in axis_dims(k.shape[3]))
-    axes, sizes = turns.axes, [time, space, *turns.sizes]
+    first, end = turns.places
+    axes, sizes = turns.axes, [time, space, *turns.sizes, *(() if turns.span is None else (first, end - first))]
     if not into:
         rotated_q, rotated_k = ops.qk_norm_rope(q, k, q_weight, k_weight, axes, sizes, eps)
         return (None if q is None else rotated_q), rotated_k

@@ -75,7 +75,8 @@ def _qk_norm_rope_gradients(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[T
 def _qk_norm_rope_of_duals(
     q: Tensor | None, k: Tensor, q_weight: Tensor | None, k_weight: Tensor, turns: Tensor, grid: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
-    norm_rope, at = _in_torch("norm_rope"), Turns(turns, (grid[2], grid[3], grid[4]))
+    span = (grid[5], grid[5] + grid[6]) if len(grid) > 5 else None
+    norm_rope, at = _in_torch("norm_rope"), Turns(turns, (grid[2], grid[3], grid[4]), span=span)
     return k.new_empty(0) if q is None else norm_rope(q, q_weight, at, eps), norm_rope(k, k_weight, at, eps)
 
 

@@ -70,16 +70,40 @@ class RotaryGrid:
 
 
 class Turns(NamedTuple):
-    """cos and sin of every position of each axis, and the numbers of frames, rows and columns; each token's, if they are wanted."""
+    """cos and sin of every position of each axis, and the numbers of frames, rows and columns; each token's, if they are wanted.
+
+    With ``span`` the tokens are the places [first, end) of every frame.
+    """
 
     axes: Tensor  # [frames * t + height * s + width * s, 2]; t and s channel pairs turn with the frame, and with row or column
     sizes: tuple[int, int, int]
     of_tokens: Tensor | None = None  # complex [tokens, 1, head_dim / 2], what torch's own operations need
+    span: tuple[int, int] | None = None
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """The places [first, end) in each frame of its tokens."""
+        return self.span or (0, self.sizes[1] * self.sizes[2])
+
+    @property
+    def tokens(self) -> int:
+        first, end = self.places
+        return self.sizes[0] * (end - first)
 
     def on(self, device: torch.device) -> Turns:
         """The same on ``device``, from the host, without waiting for the device."""
         of_tokens = None if self.of_tokens is None else upload(self.of_tokens, device)
-        return Turns(upload(self.axes, device), self.sizes, of_tokens)
+        return self._replace(axes=upload(self.axes, device), of_tokens=of_tokens)
+
+    def within(self, first: int, end: int) -> Turns:
+        """Those of the places [first, end) of every frame, of turns of whole frames."""
+        of_tokens = None if self.of_tokens is None else _within(self.of_tokens, self.sizes, (first, end))
+        return self._replace(of_tokens=of_tokens, span=(first, end))
+
+
+def _within(table: Tensor, sizes: tuple[int, int, int], span: tuple[int, int]) -> Tensor:
+    """The rows [frames * n, ...] of a table that stand at the places ``span`` of their frames."""
+    return table.unflatten(0, (sizes[0], sizes[1] * sizes[2]))[:, slice(*span)].flatten(0, 1)
 
 
 @lru_cache(maxsize=64)
@@ -99,4 +123,5 @@ def spread(turns: Turns, head_dim: int) -> Tensor:
     by_frame, by_row, by_column = turns.axes.split([frames * time, height * space, width * space])
     shape = (frames, height, width, -1, 2)
     axes = (by_frame.view(frames, 1, 1, time, 2), by_row.view(height, 1, space, 2), by_column.view(width, space, 2))
-    return torch.cat([axis.expand(shape) for axis in axes], dim=-2).flatten(0, 2)
+    table = torch.cat([axis.expand(shape) for axis in axes], dim=-2).flatten(0, 2)
+    return table if turns.span is None else _within(table, turns.sizes, turns.span)

@@ -14,17 +14,19 @@ from aadkern.blocks.triton_rows import dense_channels, warps_for
 from aadkern.runtime import on_device
 
 PROGRAMS = 512  # rows of partial sums for d weight: 4 a multiprocessor; 10 MB at 40 heads
-COUNTS = ["rows", "rows_per_program", "length", "frames", "height", "width"]  # another clip is no new binary
+COUNTS = ["rows", "rows_per_program", "length", "frames", "height", "width", "start", "places"]  # another clip is no new binary
 
 
 @triton.jit
-def turns_of(turns, token, time, space, frames, height, width, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr):
-    """cos and sin of the channel pairs of one token: those of its frame, its row, its column."""
+def turns_of(
+    turns, token, time, space, frames, height, width, start, places, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr
+):  # fmt: skip
+    """cos and sin of the channel pairs of one token, of ``places`` in each frame: those of its frame, its row, its column."""
     pair = tl.arange(0, BLOCK_PAIRS)
-    area = height * width
-    frame_part = token // area * time + pair
-    row_part = frames * time + token % area // width * space + pair - time
-    column_part = frames * time + (height + token % width) * space + pair - time - space
+    place = start + token % places
+    frame_part = token // places * time + pair
+    row_part = frames * time + place // width * space + pair - time
+    column_part = frames * time + (height + place % width) * space + pair - time - space
     at = tl.where(pair < time, frame_part, tl.where(pair < time + space, row_part, column_part))
     both = turns + 2 * at[:, None] + tl.arange(0, 2)[None, :]
     return tl.split(tl.load(both, mask=(pair < PAIRS)[:, None], other=0.0))
@@ -68,7 +70,7 @@ def forward_row(
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    q, k, q_weight, k_weight, q_out, k_out, turns, eps, length, time, space, frames, height, width,
+    q, k, q_weight, k_weight, q_out, k_out, turns, eps, length, time, space, frames, height, width, start, places,
     q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h,
     q_out_stride_b, q_out_stride_l, q_out_stride_g, q_out_stride_h,
     k_out_stride_b, k_out_stride_l, k_out_stride_g, k_out_stride_h,
@@ -78,7 +80,7 @@ def forward_kernel(
     token = tl.program_id(0) % length
     batch = (tl.program_id(0) // length).to(tl.int64)
     far = token.to(tl.int64)
-    cos, sin = turns_of(turns, token, time, space, frames, height, width, HEAD_DIM // 2, BLOCK_D // 2)
+    cos, sin = turns_of(turns, token, time, space, frames, height, width, start, places, HEAD_DIM // 2, BLOCK_D // 2)
     if tl.program_id(1) == 0:
         forward_row(
             k, k_weight, k_out, batch * k_stride_b + far * k_stride_l, batch * k_out_stride_b + far * k_out_stride_l,
@@ -94,7 +96,7 @@ def forward_kernel(
 # Without the copies ahead of triton_rows.STAGES, which with three tables and two sums more spill on sm_90 (Triton 3.6).
 @triton.jit
 def backward_rows(
-    x, dout, weight, dx, dweight, turns, eps, rows, rows_per_program, length, time, space, frames, height, width,
+    x, dout, weight, dx, dweight, turns, eps, rows, rows_per_program, length, time, space, frames, height, width, start, places,
     x_stride_b, x_stride_l, x_stride_h, dout_stride_b, dout_stride_l, dout_stride_h,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +112,7 @@ def backward_rows(
         row = tl.load(row_at, mask=mask, other=0.0).to(tl.float32)
         gradient_at = dout + batch * dout_stride_b + far * dout_stride_l
         gradient = tl.load(gradient_at + head_offsets(0, dout_stride_h, HEADS, BLOCK_H, BLOCK_D), mask=mask, other=0.0)
-        cos, sin = turns_of(turns, token, time, space, frames, height, width, HEAD_DIM // 2, BLOCK_D // 2)
+        cos, sin = turns_of(turns, token, time, space, frames, height, width, start, places, HEAD_DIM // 2, BLOCK_D // 2)
         gradient = turned(gradient.to(tl.float32), cos, -sin, BLOCK_H, BLOCK_D)
         inverse = tl.rsqrt(tl.sum(row * row) / (HEADS * HEAD_DIM) + eps)
         normed = row * inverse
@@ -124,20 +126,23 @@ def backward_rows(
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     q, k, dq_out, dk_out, q_weight, k_weight, dq, dk, dq_weight, dk_weight, turns, eps, rows, rows_per_program,
-    length, time, space, frames, height, width, q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h,
+    length, time, space, frames, height, width, start, places,
+    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h,
     dq_out_stride_b, dq_out_stride_l, dq_out_stride_h, dk_out_stride_b, dk_out_stride_l, dk_out_stride_h,
     HAS_Q: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
         backward_rows(
             k, dk_out, k_weight, dk, dk_weight, turns, eps, rows, rows_per_program, length, time, space,
-            frames, height, width, k_stride_b, k_stride_l, k_stride_h, dk_out_stride_b, dk_out_stride_l, dk_out_stride_h,
+            frames, height, width, start, places, k_stride_b, k_stride_l, k_stride_h,
+            dk_out_stride_b, dk_out_stride_l, dk_out_stride_h,
             HEADS, HEAD_DIM, BLOCK_H, BLOCK_D,
         )  # fmt: skip
     elif HAS_Q:
         backward_rows(
             q, dq_out, q_weight, dq, dq_weight, turns, eps, rows, rows_per_program, length, time, space,
-            frames, height, width, q_stride_b, q_stride_l, q_stride_h, dq_out_stride_b, dq_out_stride_l, dq_out_stride_h,
+            frames, height, width, start, places, q_stride_b, q_stride_l, q_stride_h,
+            dq_out_stride_b, dq_out_stride_l, dq_out_stride_h,
             HEADS, HEAD_DIM, BLOCK_H, BLOCK_D,
         )  # fmt: skip
 
@@ -154,6 +159,11 @@ def grouped(out: torch.Tensor) -> tuple[list[int], int]:
     return [out.stride(0), out.stride(1), 0, out.stride(2)], out.shape[2]
 
 
+def of_places(grid: list[int]) -> list[int]:
+    """(time pairs, space pairs, frames, height, width, first place of a frame, places), also of a grid that tells none."""
+    return [*grid, 0, grid[3] * grid[4]] if len(grid) == 5 else grid
+
+
 def into(
     q: torch.Tensor | None,
     k: torch.Tensor | None,
@@ -167,7 +177,8 @@ def into(
 ) -> None:
     """q, k [B, L, H, D] -> q_out, k_out of that shape or [B, L, groups, H / groups, D]; one without source turns in place.
 
-    ``turns`` is ``rotary.axis_turns``, ``grid`` its (time pairs, space pairs, frames, height, width). Without q_out only k.
+    ``turns`` is ``rotary.axis_turns``, ``grid`` its (time pairs, space pairs, frames, height, width), and perhaps the
+    places of ``of_places``. Without q_out only k.
     """
     k = k_out if k is None else dense_channels(k)
     if k.numel() == 0:
@@ -181,7 +192,7 @@ def into(
     k_strides, k_group = grouped(k_out)
     with on_device(k):
         forward_kernel[(batch * length, 1 + has_q)](
-            q, k, q_weight, k_weight, q_out, k_out, turns, eps, length, *grid, *q.stride()[:3], *k.stride()[:3],
+            q, k, q_weight, k_weight, q_out, k_out, turns, eps, length, *of_places(grid), *q.stride()[:3], *k.stride()[:3],
             *q_strides, *k_strides, HAS_Q=has_q, Q_GROUP=q_group, K_GROUP=k_group,
             **shape_constants(heads, head_dim), num_warps=warps_for(heads * head_dim),
         )  # fmt: skip
@@ -230,7 +241,7 @@ def backward(
         with on_device(k):
             backward_kernel[(programs, 1 + has_q)](
                 q, k, dq_out, dk_out, q_weight, k_weight, dq, dk, partial[-1], partial[0], turns, eps, rows, per_program,
-                length, *grid, *q.stride()[:3], *k.stride()[:3], *dq_out.stride()[:3], *dk_out.stride()[:3],
+                length, *of_places(grid), *q.stride()[:3], *k.stride()[:3], *dq_out.stride()[:3], *dk_out.stride()[:3],
                 HAS_Q=has_q, **shape_constants(heads, head_dim), num_warps=warps_for(channels),
             )  # fmt: skip
     dk_weight, dq_weight = partial[0].sum(0).to(k_weight.dtype), partial[-1].sum(0).to(q_weight.dtype)

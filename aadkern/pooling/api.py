@@ -2,17 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from aadkern.checks import choice, real, shown, tensor
+from aadkern.checks import boolean, choice, real, shown, tensor
 from aadkern.pooling import ops, reference
 from aadkern.runtime import FUSED_BACKENDS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NORMS = ("rms", "layer", None)
+
+
+@overload
+def attention_pool(
+    x: Tensor,
+    query: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    *,
+    heads: int,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+    norm: str | None = "rms",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    segments: int = 1,
+    backend: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention_pool(
+    x: Tensor,
+    query: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    *,
+    heads: int,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+    norm: str | None = "rms",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    segments: int = 1,
+    backend: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention_pool(
@@ -31,7 +73,8 @@ def attention_pool(
     eps: float = 1e-6,
     segments: int = 1,
     backend: str | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-attention of M learned query tokens over the L tokens of each sample, without forming V, nor (mostly) K.
 
         y = norm(x),  K = y W_k^T + b_k,  V = y W_v^T + b_v,  pooled = softmax(q K^T / sqrt(C / heads)) V, per head and segment
@@ -50,18 +93,20 @@ def attention_pool(
     weight is of x's dtype or float32. Sums run in float32 (float64 for float64). ``backend``: "reference" (the layer written out in
     float32), "torch", "triton" or None for the device's best.
 
-    Returns [B, segments, M, C] in x's dtype. Differentiable once in x, query and all weights. Works under
-    ``torch.compile(fullgraph=True)``; autocast changes nothing. Raises TypeError for a wrong type or dtype and ValueError for a
-    wrong shape, device, name or number, before any work.
+    Returns [B, segments, M, C] in x's dtype and, with ``return_lse``, the natural logarithm of each softmax's denominator
+    [B, segments, M, heads] in float32 (float64 for float64). Differentiable once in x, query and all weights, through both results.
+    Works under ``torch.compile(fullgraph=True)``; autocast changes nothing. Raises TypeError for a wrong type or dtype and
+    ValueError for a wrong shape, device, name or number, before any work.
     """
     weights: dict[str, Any] = {"b_k": b_k, "b_v": b_v, "norm_weight": norm_weight, "norm_bias": norm_bias}
     weights["k_norm_weight"] = k_norm_weight
-    _check(x, query, w_k, w_v, heads, weights, norm, eps, segments, backend)
+    _check(x, query, w_k, w_v, heads, weights, norm, eps, segments, backend, return_lse)
     x = x if x.stride(-1) == 1 else x.contiguous()
     eps = float(eps)
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
-            return reference.attention_pool(x, query, w_k, w_v, heads=heads, norm=norm, eps=eps, segments=segments, **weights)
+            weights |= {"norm": norm, "eps": eps, "segments": segments, "return_lse": return_lse}
+            return reference.attention_pool(x, query, w_k, w_v, heads=heads, **weights)
         total = torch.float64 if x.dtype == torch.float64 else torch.float32
         if k_norm_weight is None:
             u, scores = _absorbed_queries(query, w_k, b_k, heads, norm_weight, total), None
@@ -71,8 +116,12 @@ def attention_pool(
             full = len(k_norm_weight) == x.shape[-1]
             q = q.transpose(0, 1).contiguous() * (x.shape[-1] // heads) ** -0.5
             u, scores = None, ops.key_scores(x, q, w, b, full, norm, eps, segments)
-        z, *_ = ops.pool_tokens(x, u, scores, norm, eps, segments, backend or "auto")
-        return _projected_values(z, w_v, b_v, heads, norm_weight, norm_bias).to(x.dtype)
+        z, _, lse, _ = ops.pool_tokens(x, u, scores, norm, eps, segments, backend or "auto")
+        pooled = _projected_values(z, w_v, b_v, heads, norm_weight, norm_bias).to(x.dtype)
+        if not return_lse:
+            return pooled
+        lse = lse.unflatten(-1, (heads, -1)).transpose(-2, -1)
+        return pooled, lse if u is None else lse + _left_out(query, w_k, b_k, heads, norm_bias, total)
 
 
 def _absorbed_queries(
@@ -84,6 +133,15 @@ def _absorbed_queries(
     if norm_weight is not None:
         u = u * norm_weight.to(total)
     return u if b_k is None else u + b_k[:0].sum()  # b_k shifts all scores of a head alike: no effect, and a gradient of 0
+
+
+def _left_out(query: Tensor, w_k: Tensor, b_k: Tensor | None, heads: int, norm_bias: Tensor | None, total: torch.dtype) -> Tensor:
+    """What absorbed scores lack, alike for all tokens: q.(W_k norm_bias + b_k) / sqrt(D) [M, H]."""
+    constant = query.new_zeros(query.shape[1], dtype=total) if b_k is None else b_k.to(total)
+    if norm_bias is not None:
+        constant = constant + torch.mv(w_k.to(total), norm_bias.to(total))
+    q, constant = query.to(total).unflatten(-1, (heads, -1)), constant.unflatten(-1, (heads, -1))
+    return (q * constant).sum(-1) * q.shape[-1] ** -0.5
 
 
 def _folded_key_projection(
@@ -126,6 +184,7 @@ def _check(
     eps: float,
     segments: int,
     backend: str | None,
+    return_lse: bool,
 ) -> None:
     tensor(x, "attention_pool: x")
     if x.dtype not in DTYPES:
@@ -142,6 +201,7 @@ def _check(
     if norm is not None and (not isinstance(norm, str) or norm not in NORMS):
         raise ValueError(f'attention_pool: norm must be "rms", "layer" or None, got {shown(norm)}')
     real(eps, "attention_pool: eps", 0.0)
+    boolean(return_lse, "attention_pool: return_lse")
     choice(backend, "attention_pool: backend", FUSED_BACKENDS, none=True)
     wanted: dict[str, list[tuple[int | None, ...]]] = {
         "query": [(None, channels)],

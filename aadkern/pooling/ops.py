@@ -19,7 +19,7 @@ library.define(
 )
 library.define(
     "pool_tokens_backward(Tensor dpooled, Tensor x, Tensor? u, Tensor scores, Tensor lse, Tensor statistics, "
-    "str? norm, int segments, str backend) -> (Tensor dx, Tensor du_or_dscores)"
+    "str? norm, int segments, str backend, Tensor? dlse=None) -> (Tensor dx, Tensor du_or_dscores)"
 )
 library.define(
     "key_scores(Tensor x, Tensor query, Tensor w, Tensor? b, bool full_width, str? norm, float eps, int segments) -> Tensor"
@@ -70,10 +70,11 @@ def _pool_tokens_backward(
     norm: str | None,
     segments: int,
     backend: str,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     kernel = _pooling_kernel("backward", backend, x)
     with span("pool_tokens_backward"), dtypes_as_given(x.device.type):
-        return kernel(dpooled.contiguous(), x, u, scores, lse, statistics, norm, segments)
+        return kernel(dpooled.contiguous(), x, u, scores, lse, statistics, norm, segments, dlse)
 
 
 @torch.library.register_fake("aadkern::pool_tokens_backward", lib=library)
@@ -85,12 +86,17 @@ def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     x, u, scores, ctx.norm, _, ctx.segments, ctx.backend = inputs
     _, made, lse, statistics = output
     ctx.save_for_backward(x, u, made if scores is None else scores, lse, statistics)
-    ctx.mark_non_differentiable(made, lse, statistics)
+    ctx.mark_non_differentiable(made, statistics)
+    ctx.set_materialize_grads(False)
 
 
-def _pooling_gradients(ctx: Any, dpooled: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    u = ctx.saved_tensors[1]
-    dx, other = pool_tokens_backward(dpooled, *ctx.saved_tensors, ctx.norm, ctx.segments, ctx.backend)
+def _pooling_gradients(ctx: Any, dpooled: Tensor | None, _: Any, dlse: Tensor | None, *__: Any) -> tuple[Tensor | None, ...]:
+    x, u, _, lse, _ = ctx.saved_tensors
+    if dpooled is None:
+        if dlse is None:
+            return (None,) * 7
+        dpooled = lse.new_zeros(*lse.shape, x.shape[2])
+    dx, other = pool_tokens_backward(dpooled, *ctx.saved_tensors, ctx.norm, ctx.segments, ctx.backend, dlse)
     return (dx, None if u is None else other, other if u is None else None, None, None, None, None)
 
 

@@ -25,8 +25,9 @@ def attention_pool(
     k_norm_weight: Tensor | None,
     eps: float,
     segments: int,
-) -> Tensor:
-    """x [B, L, C], query [M, C] -> [B, segments, M, C] in x's dtype."""
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x [B, L, C], query [M, C] -> [B, segments, M, C] in x's dtype, and if it is wanted lse [B, segments, M, H]."""
     total = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def exact(parameter: Tensor | None) -> Tensor | None:
@@ -44,4 +45,5 @@ def attention_pool(
     v = F.linear(tokens, w_v.to(total), exact(b_v))
     k, v, q = (y.unflatten(-1, (heads, -1)) for y in (k, v, query.to(total)))
     scores = torch.einsum("mhd,bsnhd->bshmn", q, k) * k.shape[-1] ** -0.5
-    return torch.einsum("bshmn,bsnhd->bsmhd", scores.softmax(-1), v).flatten(-2).to(x.dtype)
+    pooled = torch.einsum("bshmn,bsnhd->bsmhd", scores.softmax(-1), v).flatten(-2).to(x.dtype)
+    return (pooled, scores.logsumexp(-1).transpose(-2, -1)) if return_lse else pooled

@@ -94,10 +94,11 @@ def backward(
     statistics: Tensor,
     norm: str | None,
     segments: int,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx, and du or, without u, dscores. With p = softmax(s):
 
-    dp = y dz^T,  ds = p (dp - p.dp),  du = ds^T y,  dy = ds u + p dz,
+    dp = y dz^T,  ds = p (dp - p.dp + dlse),  du = ds^T y,  dy = ds u + p dz,
     dx = r (dy - mean(dy) - t y), mean(dy) for a layer norm only,  t = mean(dy y) = (ds.s + p.dp) / C
     """
     tokens = by_segment(x, segments)
@@ -108,6 +109,8 @@ def backward(
     p = torch.softmax(s, -1)
     dp = torch.cat([dz @ centred(piece, mean[:, run], norm).mT for run, piece in pieces(tokens)], -1).mul_(factor)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    if dlse is not None:
+        ds = ds + p * dlse.flatten(0, 1)[..., None]
     along = p * dp if u is None else p * dp + ds * s
     tilt = (along.sum(1) * factor[:, 0].square() / x.shape[2])[..., None]
     ways, directions = p * factor, dz

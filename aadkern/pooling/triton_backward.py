@@ -1,7 +1,7 @@
 """Pooling by query tokens, backward, in Triton: two reads of x and one write of its gradient.
 
     dp = r x dz^T,  delta = p.dp                                    row_products_kernel, as in the forward; delta_kernel
-    ds = p (dp - delta),  dx = r (ds u + p dz) - r^2 t (x - mean),  du = ds^T (r x)     gradient_kernel, by channels
+    ds = p (dp - delta + dlse),  dx = r (ds u + p dz) - r^2 t (x - mean),  du = ds^T (r x)     gradient_kernel, by channels
 
 with p = exp(s - lse) and t = (ds.s + p.dp) / C, the only way in which the norm's own gradient needs all channels of a token.
 """
@@ -129,6 +129,7 @@ def backward(
     statistics: torch.Tensor,
     norm: str | None,
     segments: int,
+    dlse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx, and du or, without u, dscores. More than ``MAX_BLOCK_J`` columns are taken in turn, each adding to dx."""
     check_served(x)
@@ -150,6 +151,8 @@ def backward(
     delta = torch.empty_like(lse)
     with on_device(x):
         delta_kernel[(groups * columns,)](s, products, lse, delta, units, UNIT=sizes["UNIT"], BLOCK_N=DELTA_TOKENS)
+        if dlse is not None:
+            delta -= dlse
         for first in range(0, columns, sizes["BLOCK_J"]):
             gradient_kernel[(c_tiles * splits * groups,)](
                 x, u, dz, s, products, lse, delta, statistics, dx, dscores, partial, first, units, segments, columns,

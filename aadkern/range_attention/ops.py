@@ -56,8 +56,9 @@ def _kernel(direction: str, backend: str, q: Tensor, deterministic: bool = False
     chosen = choose_backend(backend, str(q.device), dtype, q.shape[-1], forward_mode=direction == "jvp")
     file = f"triton_{direction}" if chosen == "triton" else chosen
     kernel = getattr(importlib.import_module(f"aadkern.range_attention.{file}"), direction)
-    # Only this one has an order to choose; the others always sum in the same.
-    return partial(kernel, deterministic=deterministic) if (chosen, direction) == ("sm90", "backward") else kernel
+    # Only these have an order to choose; the others always sum in the same.
+    ordered = direction == "backward" and chosen in ("sm90", "flash")
+    return partial(kernel, deterministic=deterministic) if ordered else kernel
 
 
 def _plan_of(code: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> AttentionPlan:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from aadkern.runs import Range
 
+SCORES = 1 << 24  # 64 MB of float32
+
 
 def gather(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
     """The tokens of x [B, L, ...] in these ranges, in order: a view of one range, a copy of several."""
@@ -20,3 +22,16 @@ def scatter_add(total: Tensor, part: Tensor, ranges: tuple[Range, ...]) -> None:
     for a, b in ranges:
         total[:, a:b] += part[:, at : at + b - a]
         at += b - a
+
+
+def add_gradients_of_lse(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, lse: Tensor, dlse: Tensor, scale: float) -> None:
+    """Add what the gradient of lse [B, H, Lq] makes of q [B, Lq, H, D] and k [B, Lk, H, D], ds = p dlse, to dq and dk, of float32
+    or float64. The fused kernels know no such gradient: p is formed here, at most ``SCORES`` of it at a time."""
+    keys = k.transpose(1, 2).to(dk.dtype)
+    step = max(1, SCORES // max(1, q.shape[0] * q.shape[2] * k.shape[1]))
+    for at in range(0, q.shape[1], step):
+        rows = slice(at, at + step)
+        queries = q[:, rows].transpose(1, 2).to(dq.dtype)
+        ds = scale * torch.exp(scale * (queries @ keys.mT) - lse[:, :, rows, None]) * dlse[:, :, rows, None]
+        dq[:, rows] += (ds @ keys).transpose(1, 2)
+        dk += (ds.mT @ queries).transpose(1, 2)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aadkern.plans import AttentionPlan
-from aadkern.range_attention.ranges import gather, scatter_add
+from aadkern.range_attention.ranges import add_gradients_of_lse, gather, scatter_add
 
 aten = torch.ops.aten
 JVP_ELEMENTS = 1 << 24  # 64 MB of float32
@@ -151,11 +151,9 @@ def backward(
         do_run, out_run, lse_run = _heads_first(dout[:, q0:q1]), _heads_first(out[:, q0:q1]), lse[:, :, q0:q1]
         dq_run, dk_run, dv_run = _dense_backward(do_run, q_run, k_run, v_run, out_run, lse_run.contiguous(), scale)
         if dlse is not None:
-            # The fused kernels know no gradient of lse; its part is ds = p dlse, formed for this run only.
-            p = torch.exp(scale * (q_run.to(total) @ k_run.to(total).mT) - lse_run[..., None])
-            ds = scale * p * dlse[:, :, q0:q1, None]
-            dq_run = dq_run + ds @ k_run.to(total)
-            dk_run = dk_run + ds.mT @ q_run.to(total)
+            dq_run, dk_run = dq_run.to(total), dk_run.to(total)
+            sums = dq_run.transpose(1, 2), dk_run.transpose(1, 2)
+            add_gradients_of_lse(*sums, q[:, q0:q1], k_run.transpose(1, 2), lse_run, dlse[:, :, q0:q1], scale)
         dq[:, q0:q1] = dq_run.transpose(1, 2)
         scatter_add(dk, dk_run.transpose(1, 2), ranges)
         scatter_add(dv, dv_run.transpose(1, 2), ranges)

@@ -20,6 +20,7 @@ from aadkern.plans import AttentionPlan, Window
 from aadkern.streaming.context import sink_shift
 from aadkern.streaming.passes import ReplayPass, RingPass
 from aadkern.streaming.rope import axis_dims
+from aadkern.ulysses.api import heads_held
 
 if TYPE_CHECKING:
     from aadkern.wan.model import CausalWan
@@ -121,7 +122,10 @@ class StreamingCache:
         device: torch.device | str | None = None,
         merged: bool = False,
     ) -> StreamingCache:
-        """A cache that fits ``model`` and latents [batch, C, F, height, width]; dtype and device default to its own."""
+        """A cache that fits ``model`` and latents [batch, C, F, height, width]; dtype and device default to its own.
+
+        With a ``model.sequence`` it holds whole frames of this rank's heads.
+        """
         for name in ("patch_embedding", "config", "tokens_per_frame"):
             if not hasattr(model, name) or isinstance(model, type):
                 raise TypeError(f"model must be a CausalWan, got {shown(type(model))}")
@@ -130,7 +134,7 @@ class StreamingCache:
         return cls(
             config.num_layers,
             batch,
-            config.num_attention_heads,
+            heads_held(config.num_attention_heads, getattr(model, "sequence", None)),
             config.attention_head_dim,
             model.tokens_per_frame(height, width),
             window,

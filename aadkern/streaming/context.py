@@ -97,9 +97,16 @@ class ClipAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k [B, L, H, D] turned at their frames, v [B, L, H, D] -> [B, L, H, D]."""
-        if self.turns is not None:
-            moved = rotate(k[:, None, : self.sink], self.turns)
-            copied = v[:, None, : self.sink].expand(-1, len(self.turns), -1, -1, -1)
-            k = torch.cat((k, moved.flatten(1, 2)), dim=1)
-            v = torch.cat((v, copied.flatten(1, 2)), dim=1)
-        return attention(q, k, v, self.plan)
+        return attention(q, *self.seen(k, v), self.plan)
+
+    def plan_of(self, queries: int, keys: int) -> AttentionPlan:
+        """The plan of the clip's queries over what ``seen`` gives for its keys."""
+        return self.plan
+
+    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that the queries see: with relative positions the sink's moved copies behind the clip's own."""
+        if self.turns is None:
+            return k, v
+        moved = rotate(k[:, None, : self.sink], self.turns)
+        copied = v[:, None, : self.sink].expand(-1, len(self.turns), -1, -1, -1)
+        return torch.cat((k, moved.flatten(1, 2)), dim=1), torch.cat((v, copied.flatten(1, 2)), dim=1)

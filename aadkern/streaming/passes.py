@@ -104,10 +104,18 @@ class RingAttention:
         if layer == cache.layers - 1:
             ring.finish()
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The ring, with k and v in it."""
         self.store(k, v)
-        plan = self.ring.plan if q.shape[1] == k.shape[1] else self.ring.last_plan
-        return attention(q, self.ring.cache.keys[self.layer], self.ring.cache.values[self.layer], plan)
+        return self.ring.cache.keys[self.layer], self.ring.cache.values[self.layer]
+
+    def plan_of(self, queries: int, keys: int) -> AttentionPlan:
+        """The plan over the ring of all the pass's queries, or where there are fewer than keys of its last chunk's."""
+        return self.ring.plan if queries == keys else self.ring.last_plan
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        plan = self.plan_of(q.shape[1], k.shape[1])
+        return attention(q, *self.seen(k, v), plan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +128,7 @@ class ReplayPass:
     past: list[tuple[int, int, int]]
     shift: int
 
-    def __call__(self, layer: int) -> LayerAttention:
+    def __call__(self, layer: int) -> ReplayAttention:
         cache, n = self.cache, self.cache.tokens_per_frame
         keys, values = [], []
         for frame, slot, count in self.past:
@@ -131,7 +139,7 @@ class ReplayPass:
                 keys.append(cache.keys[layer, :, tokens])
             values.append(cache.values[layer, :, tokens])
         past = (torch.cat(keys, dim=1), torch.cat(values, dim=1)) if keys else None
-        return lambda q, k, v: self._attend(q, k, v, past)
+        return ReplayAttention(cache, self.frames, past)
 
     def _moved(self, keys: Tensor) -> Tensor:
         if self.shift == 0:
@@ -139,11 +147,28 @@ class ReplayPass:
         table = shift_table(keys.shape[-1], (self.shift,), self.cache.frame_period, table_dtype(keys.dtype), keys.device)
         return rotate(keys, table[0])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None) -> Tensor:
+
+@dataclass(frozen=True, eq=False)
+class ReplayAttention:
+    """One layer of a ``ReplayPass``; ``past`` are the keys and values in view, if any."""
+
+    cache: StreamingCache
+    frames: int
+    past: tuple[Tensor, Tensor] | None
+
+    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The past, and the chunk's own k and v behind it."""
         check_keys(self.cache, k, self.frames)
-        if past is not None:
-            k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
-        return attention(q, k, v, everything(q.shape[1], k.shape[1]))
+        if self.past is None:
+            return k, v
+        return torch.cat((self.past[0], k), dim=1), torch.cat((self.past[1], v), dim=1)
+
+    def plan_of(self, queries: int, keys: int) -> AttentionPlan:
+        return everything(queries, keys + (0 if self.past is None else self.past[0].shape[1]))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        plan = self.plan_of(q.shape[1], k.shape[1])
+        return attention(q, *self.seen(k, v), plan)
 
 
 def check_keys(cache: StreamingCache, k: Tensor, frames: int) -> None:

@@ -7,6 +7,7 @@ under a plan, or through a ``StreamingCache``; without text the cross-attention 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,8 @@ from aadkern.streaming.context import CausalContext, ClipAttention, everything
 from aadkern.streaming.graphs import PassGraphs, PassInputs
 from aadkern.streaming.passes import LayerAttention, RingPass
 from aadkern.streaming.rope import checked_periods
+from aadkern.ulysses.api import SequenceAttention, heads_held, plan_word
+from aadkern.ulysses.group import SequenceGroup, check_group, enter, leave
 from aadkern.wan.arguments import blocks_to_run, check_clip, check_configuration, check_exact, check_text, check_ways, frame_indices
 from aadkern.wan.block import CausalWanBlock, TextCache, TextEntry, TimeCache, wide_dtype
 
@@ -49,6 +52,9 @@ class CausalWan(WanTransformer3DModel):
     _repeated_blocks = ["CausalWanBlock"]  # noqa: RUF012
     _cp_plan: Any = None  # diffusers' sequence split knows no plans
     block_backend: str | None = None
+    sequence: SequenceGroup | None = None
+    """The ranks that share each clip's tokens; ``forward`` says how. Set it on every one of them, to a group of as many tokens a
+    frame as the clips have; None is one process."""
 
     @register_to_config
     def __init__(
@@ -213,27 +219,40 @@ class CausalWan(WanTransformer3DModel):
         are to be committed, the others the next chunk; ``timestep`` is per frame, and only the next chunk's flow is returned.
         ``graphs``: with a cache on a GPU, under ``torch.no_grad``: the pass is replayed from a CUDA graph once it has been seen.
 
+        With ``sequence`` every rank gives the same arguments, and gets the same flow, bit for bit; each computes its slice of every
+        frame's tokens, of which its ``taps`` are, and a cache holds its heads (``StreamingCache.for_model``). Parameters' gradients
+        are this rank's part times the ranks: FSDP's mean over ranks makes them whole. Ranks that disagree all raise ValueError.
+
         Returns flow [B, C_out, F, H, W]; as in diffusers, ``return_dict=False`` gives it in a 1-tuple, True in an
         object. Raises ValueError or TypeError naming the argument, before any work.
         """
         times = timestep.timestep if isinstance(timestep, TimeCache) else timestep
-        batch, frames, height, width = check_clip(self, hidden_states, times, encoder_hidden_states, condition_of)
-        check_ways(plan, cache, graphs, first_frame, cache_only, clean_frames, return_dict)
-        if encoder_hidden_states_image is not None:
-            raise ValueError(f"encoder_hidden_states_image must be None; {CLEAN_FIRST_FRAME}")
-        if attention_kwargs is not None and (not isinstance(attention_kwargs, dict) or attention_kwargs):
-            raise ValueError(f"attention_kwargs must be empty: no processor takes them, got {shown(attention_kwargs)}")
-        last = blocks_to_run(taps, len(self.blocks))
-        if cache_only and (cache is None or taps is not None):
-            raise ValueError("cache_only must come with a cache and without taps")
-        if clean_frames and (cache is None or cache_only or taps is not None or times.dim() == 1):
-            wanted = "0 without a cache, with cache_only or taps, or a timestep that is not per frame"
-            raise ValueError(f"clean_frames must be {wanted}, got {clean_frames}")
-        grid = (frames, height // self._patch[0], width // self._patch[1])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not cache_only):
-            attention_of = self._attention_of(batch, grid, plan, cache, first_frame, clean_frames)
+        recorded = torch.is_grad_enabled() and not cache_only
+
+        def said() -> str:
+            what = (plan_word(plan) if isinstance(plan, AttentionPlan) else plan, cache and cache.frame, recorded, self.training)
+            options = (first_frame, taps, cache_only, condition_of, clean_frames, graphs is not None, encoder_hidden_states is None)
+            return f"{list(hidden_states.shape)}, {list(times.shape)}, {what}, {options}"
+
+        with nullcontext() if self.sequence is None else self.sequence.together("forward: what ranks come with", said):
+            batch, frames, height, width = check_clip(self, hidden_states, times, encoder_hidden_states, condition_of)
+            check_ways(plan, cache, graphs, first_frame, cache_only, clean_frames, return_dict)
+            if encoder_hidden_states_image is not None:
+                raise ValueError(f"encoder_hidden_states_image must be None; {CLEAN_FIRST_FRAME}")
+            if attention_kwargs is not None and (not isinstance(attention_kwargs, dict) or attention_kwargs):
+                raise ValueError(f"attention_kwargs must be empty: no processor takes them, got {shown(attention_kwargs)}")
+            last = blocks_to_run(taps, len(self.blocks))
+            if cache_only and (cache is None or taps is not None):
+                raise ValueError("cache_only must come with a cache and without taps")
+            if clean_frames and (cache is None or cache_only or taps is not None or times.dim() == 1):
+                wanted = "0 without a cache, with cache_only or taps, or a timestep that is not per frame"
+                raise ValueError(f"clean_frames must be {wanted}, got {clean_frames}")
+            grid = (frames, height // self._patch[0], width // self._patch[1])
+            with torch.set_grad_enabled(recorded):
+                attention_of = self._attention_of(batch, grid, plan, cache, first_frame, clean_frames)
             positions = frame_indices(first_frame if cache is None else cache.frame, frames, plan)
             turns = self._turns(RotaryGrid(positions, *grid[1:], self._rope_periods), hidden_states.device, cache is not None)
+        with torch.set_grad_enabled(recorded):
             run = partial(
                 self._run, last=last, taps=taps, cache_only=cache_only, condition_of=condition_of, clean_frames=clean_frames
             )
@@ -268,7 +287,7 @@ class CausalWan(WanTransformer3DModel):
     ) -> Any:
         """The first ``last`` blocks and, without ``taps`` and ``cache_only``, the head. All that depends on the pass's frames came
         before."""
-        frames = x.shape[2]
+        frames, group = x.shape[2], self.sequence
         x = self._patchify(x)
         if isinstance(timestep, TimeCache):
             temb, modulation = timestep.embedded, timestep.modulation
@@ -278,9 +297,12 @@ class CausalWan(WanTransformer3DModel):
         sample_of = None if condition_of is None else torch.tensor(condition_of, device=x.device)
         if sample_of is not None:
             temb, modulation = temb[sample_of], modulation[sample_of]
+        if group is not None and temb.shape[2] > 1:  # a noise level for each token
+            temb, modulation = (y[:, :, slice(*group.span)] for y in (temb, modulation))
         tapped: list[Tensor] = []
         for i, block in zip(range(last), self.blocks, strict=False):
-            arguments = (x, modulation, turns, attention_of(i), texts[i], sample_of)
+            attend: Any = attention_of(i) if group is None else SequenceAttention(attention_of(i), group)
+            arguments = (x, modulation, turns, attend, texts[i], sample_of)
             if cache_only and i == last - 1:
                 return block(*arguments, True)
             if clean_frames and i == last - 1:
@@ -321,6 +343,9 @@ class CausalWan(WanTransformer3DModel):
         """What gives each layer its attention."""
         frames, height, width = grid
         n = height * width
+        if self.sequence is not None and check_group(self.sequence, "sequence").tokens_per_frame != n:
+            whole_frame = self.sequence.tokens_per_frame
+            raise ValueError(f"sequence must be a group of the clip's {n} tokens a frame, got one of {whole_frame}")
         rope: str = self.config["rope"]
         if cache is not None:
             if plan is not None or not isinstance(first_frame, int) or first_frame:
@@ -329,6 +354,9 @@ class CausalWan(WanTransformer3DModel):
             theirs = (cache.layers, cache.batch, cache.tokens_per_frame, cache.rope, cache.frame_period)
             if ours != theirs:
                 raise ValueError(f"cache must have (layers, batch, tokens_per_frame, rope, frame_period) = {ours}, got {theirs}")
+            heads = heads_held(self.config["num_attention_heads"], self.sequence)
+            if self.sequence is not None and cache.heads != heads:
+                raise ValueError(f"cache must hold this rank's {heads} heads, got {cache.heads}: StreamingCache.for_model makes it")
             return cache.begin(frames, clean_frames)
         if plan is None:
             plan = everything(frames * n, frames * n)
@@ -346,20 +374,22 @@ class CausalWan(WanTransformer3DModel):
         dtype = self.patch_embedding.weight.dtype
         chosen = choose_fused_backend("qk_norm_rope", self.block_backend or "auto", device.type, str(dtype).removeprefix("torch."))
         spread = chosen == "torch"
-        if cached:  # positions that no later chunk has: not worth a place among the tables that stay on the device
-            return grid.turns(self._head_dim, dtype, torch.device("cpu"), spread=spread).on(device)
-        return grid.turns(self._head_dim, dtype, device, spread=spread)
+        # A cache's positions, which no later chunk has, are not worth a place among the tables that stay on the device.
+        turns = grid.turns(self._head_dim, dtype, torch.device("cpu") if cached else device, spread=spread)
+        turns = turns if self.sequence is None else turns.within(*self.sequence.span)
+        return turns.on(device) if cached else turns
 
     def _patchify(self, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> [B, F, n, dim]: the patch convolution."""
-        conv = self.patch_embedding
+        """[B, C, F, H, W] -> [B, F, n, dim], or with ``sequence`` this rank's slice [B, F, n_r, dim]: the patch convolution."""
+        conv, group = self.patch_embedding, self.sequence
         x = x.to(conv.weight.dtype)
         if type(conv) is not torch.nn.Conv3d:  # an adapter around it
-            return conv(x).flatten(3).permute(0, 2, 3, 1).contiguous()
+            tokens = conv(x).flatten(3).permute(0, 2, 3, 1).contiguous()
+            return tokens if group is None else enter(tokens, group)
         rows, columns = self._patch
-        patches = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).permute(0, 2, 3, 5, 1, 4, 6)
+        patches = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)
         # As one product: 3 times faster than Conv3d, forward and backward, on a CPU.
-        return F.linear(patches.flatten(4).flatten(2, 3), conv.weight.flatten(1), conv.bias)
+        return F.linear(patches if group is None else enter(patches, group), conv.weight.flatten(1), conv.bias)
 
     def _time(self, timestep: Tensor, frames: int) -> tuple[Tensor, Tensor]:
         """Embedded timesteps [B, F or 1, n or 1, dim] and block modulations [..., 6, dim]."""
@@ -371,10 +401,11 @@ class CausalWan(WanTransformer3DModel):
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 
     def _head(self, x: Tensor, temb: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """[B, F, n, dim] -> flow [B, C_out, F, H, W]."""
+        """[B, F, n, dim], or this rank's slice, -> flow [B, C_out, F, H, W]."""
         wide = wide_dtype(x.dtype)
         shift, scale = (self.scale_shift_table.to(wide) + temb.to(wide).unsqueeze(-2)).flatten(1, 2).unbind(-2)
         x = self.proj_out(modulated_norm(x, shift, scale, eps=self.norm_out.eps, backend=self.block_backend))
+        x = x if self.sequence is None else leave(x, self.sequence)
         (frames, height, width), (rows, columns) = grid, self._patch
         patches = x.unflatten(2, (height, width)).unflatten(4, (rows, columns, -1)).permute(0, 6, 1, 2, 4, 3, 5)
         # One copy, and not a view: FSDP2 warns of modules that return views.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,14 @@ def token_ids(tokenizer: str | os.PathLike[str], prompt: str) -> list[int]:
 def load_text_encoder(folder: str | os.PathLike[str], dtype: torch.dtype, device: torch.device | str) -> Any:
     """``UMT5EncoderModel`` from a folder in transformers' format (Wan's: 11 GB in bf16).
 
-    Raises ValueError where weights are missing.
+    Raises ValueError where weights are missing, and for pickles of other things than tensors, which are not run.
     """
     from transformers import UMT5EncoderModel
 
-    loaded: Any = UMT5EncoderModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+    try:
+        loaded: Any = UMT5EncoderModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"text encoder must be safetensors or tensors alone; {folder} holds another pickle, not run") from error
     encoder, loading = loaded
     # Wan's files hold the one table of embeddings as "shared", and its configuration says that nothing is tied: transformers 5.0
     # leaves the encoder's own name for it unfilled (huggingface/transformers#43880; 5.23.0 does not).

@@ -89,7 +89,7 @@ def apply_overrides(config: C, overrides: Iterable[str]) -> C:
     """A copy of config with `key.sub=value` settings applied in order and the whole validated again.
 
     Values are YAML: `steps=400`, `lr=1e-4`, `chunks=[1,4,4,4]`, `ode={steps: 4, lr: 1e-3}`, `window=null`; where text
-    is wanted, any value is taken as text (`run=001`). Raises ConfigError.
+    is wanted, any value is taken as text (`run=001`), and nothing (`run=`) is a text of no letters. Raises ConfigError.
     """
     values = config.model_dump(mode="json")
     texts: dict[str, str] = {}
@@ -149,6 +149,8 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(key: str, text: str) -> Any:
+    if not text.strip():  # YAML reads nothing as null: `data.path=$UNSET` would quietly choose what null stands for
+        return ""
     try:
         value = yaml.load(text, Loader=_Loader)
         json.dumps(value)  # plain values only: no bytes, no sets, nothing that holds itself

@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from aadkern import SequenceGroup
+
 SHARD_BLOCKS_ABOVE = 50_000_000
 """Parameters of a module above which its blocks are sharded one by one, so that only one block is gathered at a time.
 
@@ -46,25 +48,56 @@ class OtherRankError(RuntimeError, ValueError):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of this run: rank of size, this rank's device, and the 1-D mesh "data" over all ranks."""
+    """The processes of this run: rank of size, this rank's device, and two views of all ranks.
+
+    ``mesh`` is over what weights are cut: "shard", with "replicate" before it where several groups hold whole networks. ``clips``
+    is ("data", "sequence"): ranks of one sequence share every clip's tokens and compute all else alike, others have clips of their
+    own.
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
     owns_group: bool
+    clips: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
         """True on the rank that writes files and prints."""
         return self.rank == 0
 
+    @property
+    def sequence_size(self) -> int:
+        """Ranks that share each clip's tokens."""
+        return 1 if self.clips is None else self.clips["sequence"].size()
+
+    @property
+    def data_size(self) -> int:
+        """Groups of ranks that have clips of their own."""
+        return self.size // self.sequence_size
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's group among those."""
+        return self.rank // self.sequence_size
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the one of its sequence that writes what all of it have."""
+        return self.rank % self.sequence_size == 0
+
+    def sequence(self, tokens_per_frame: int) -> SequenceGroup | None:
+        """The ranks that share each clip's tokens, None where each has clips of its own."""
+        return None if self.sequence_size == 1 else SequenceGroup(self.clips["sequence"], tokens_per_frame)  # type: ignore[index]
+
     def local_slice(self, samples: Sequence[int]) -> Sequence[int]:
         """This rank's samples of a global batch: contiguous, of equal number on all ranks (else ValueError)."""
-        share, rest = divmod(len(samples), self.size)
+        share, rest = divmod(len(samples), self.data_size)
         if rest or not share:
-            raise ValueError(f"a batch of {len(samples)} samples cannot be shared equally by {self.size} processes")
-        return samples[self.rank * share : (self.rank + 1) * share]
+            of = f" in groups of {self.sequence_size}" if self.sequence_size > 1 else ""
+            raise ValueError(f"a batch of {len(samples)} samples cannot be shared equally by {self.size} processes{of}")
+        return samples[self.data_rank * share : (self.data_rank + 1) * share]
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """The mean over ranks of each value; every rank gives the same keys in the same order."""
@@ -75,12 +108,21 @@ class Processes:
         return dict(zip(values, (total / self.size).tolist(), strict=True))
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """All ranks' rows [n, ...] after one another, [size * n, ...], on every rank; n is equal on all ranks."""
-        if self.size == 1:
+        """All samples' rows [n, ...] after one another, [data_size * n, ...], on every rank; n is equal on all ranks."""
+        if self.data_size == 1:
             return rows
-        out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(out, rows.contiguous())
+        out = rows.new_empty((self.data_size * rows.shape[0], *rows.shape[1:]))
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name of the same (torch 2.13)
+        gather(out, rows.contiguous(), group=self.clips["data"].get_group())  # type: ignore[index]
         return out
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's (picklable) value, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Runs work on the main rank; every rank gets its (picklable) result, or an OtherRankError for its error.
@@ -151,11 +193,13 @@ class Processes:
         self.close()
 
 
-def start(device: str | None = None, timeout_minutes: float = 30.0) -> Processes:
+def start(device: str | None = None, timeout_minutes: float = 30.0, *, replicate: int = 1, sequence: int = 1) -> Processes:
     """Joins the processes that torchrun started, or is alone: `with start() as processes:`.
 
     A process group that exists already is used, and left open.
     device: "cpu" or "cuda", by default cuda where there is one. gloo serves the CPU, NCCL (with gloo) CUDA.
+    ``sequence`` neighbouring ranks share each clip's tokens, and whole networks lie in each of ``replicate`` groups; both must
+    divide the number of processes (else ValueError).
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
@@ -174,7 +218,16 @@ def start(device: str | None = None, timeout_minutes: float = 30.0) -> Processes
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     size = dist.get_world_size()
     here = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
-    return Processes(dist.get_rank(), size, here, init_device_mesh(kind, (size,), mesh_dim_names=("data",)), owns_group)
+    if size % (replicate * sequence):
+        if owns_group:
+            dist.destroy_process_group()
+        parts = f"replicate {replicate} and sequence {sequence}"
+        raise ValueError(f"parallel must have parts whose product divides the {size} processes, got {parts}")
+    # Ranks in rows: replicate, shard, sequence. Two meshes and no flattened one, as torch has no public call for that (2.13).
+    weights = (size,) if replicate == 1 else (replicate, size // replicate)
+    mesh = init_device_mesh(kind, weights, mesh_dim_names=("replicate", "shard")[-len(weights) :])
+    clips = init_device_mesh(kind, (size // sequence, sequence), mesh_dim_names=("data", "sequence"))
+    return Processes(dist.get_rank(), size, here, mesh, owns_group, clips)
 
 
 def shard(

@@ -155,6 +155,13 @@ class ValidationSettings(Config):
     chunks: Count | None = None  # how many chunks are streamed; None: a training clip's
 
 
+class ParallelSettings(Config):
+    """How processes share a run; what is trained does not depend on it, to rounding, and a resumed run may have others."""
+
+    sequence: Count = 1  # neighbouring processes that share each clip's tokens (Ulysses); they divide the batch no further
+    replicate: Count = 1  # groups of processes that each hold whole networks, sharded within (HSDP)
+
+
 class Recipe(Config):
     """A whole run."""
 
@@ -175,6 +182,7 @@ class Recipe(Config):
     stages: dict[str, one_of(StageSettings)] = {}  # type: ignore[valid-type]  # noqa: RUF012
     evaluate: EvaluationSettings = EvaluationSettings()
     validation: ValidationSettings = ValidationSettings()
+    parallel: ParallelSettings = ParallelSettings()
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
 
@@ -238,9 +246,12 @@ class Recipe(Config):
         return None if stage.start is None else self.trained(stage.start)
 
     def origin(self, source: str | None) -> str | None:
-        """The folder in which a source's first weights lie, whose shape it has. None: the run's own random network."""
-        stage: Any = self.stages.get(source)
-        return source if stage is None else self.origin(stage.start)
+        """The folder in which a source's first weights lie, whose shape it has; ``<stage>.<learner>`` as it is. None: the run's own
+        random network."""
+        for _ in self.stages:  # not recursion: a stage that starts from itself is told of later
+            stage: Any = self.stages.get(source)
+            source = source if stage is None else stage.start
+        return self.models.generator if source is None else source
 
 
 def _listed(names: list[str]) -> str:

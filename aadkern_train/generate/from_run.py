@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.processes import start
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.video import SUFFIXES, GrowingVideo, check_place, frame_rate, write_video
 from aadkern_train.generate.prompts import changes
+from aadkern_train.generate.ranks import sequence_of
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.folders import facts, load
 from aadkern_train.networks.rollout import TURNS, streaming, turn_to
@@ -67,7 +70,8 @@ def generate(
 
     ``image`` is the first frame's file; without one, image to video starts from the ``index``-th held-out first frame (of those
     that show what ``prompt`` asks for). ``prompt`` None is that frame's own caption. ``then`` and ``turn``: prompts that take over
-    on the way (``prompts.changes``, ``TURNS``). On Ctrl-C, or an error, what is made so far stays as a whole file.
+    on the way (``prompts.changes``, ``TURNS``). On Ctrl-C, or an error, what is made so far stays as a whole file. Under torchrun
+    all processes share each frame's tokens (docs/scale.md), and the main one writes.
 
     Raises ValueError, before anything is made, for a checkpoint without a generator, an unknown suffix, a count below 1, and for
     prompts that the run's world cannot read.
@@ -94,8 +98,13 @@ def generate(
     condition = condition_for(world, recipe, prompt, image, index)
     later = {chunk: world.embed([words]) for chunk, words in changes(then, chunks).items()}
     network: Any = load(weights).eval().requires_grad_(False)
-    frames = made(recipe, world, network, condition, later, turn, chunks, seed)
-    write(out, fps, world, frames)
+    with start("cpu") as processes, sequence_of(processes, network.tokens_per_frame(*world.frame_shape[-2:])) as group:
+        network.net.sequence = group
+        frames = made(recipe, world, network, condition, later, turn, chunks, seed)
+        if processes.is_main:
+            write(out, fps, world, frames)
+        else:
+            deque(frames, maxlen=0)
     return out
 
 

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadkern import StreamingCache, StreamingGenerator, Window
+from aadkern import SequenceGroup, StreamingCache, StreamingGenerator, Window
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.processes import Processes, start
 from aadkern_train.engine.video import GrowingVideo
 from aadkern_train.generate.prompts import changes
+from aadkern_train.generate.ranks import sequence_of
 from aadkern_train.generate.wan_settings import WanSettings
 from aadkern_train.networks.folders import facts
 from aadkern_train.networks.rollout import turn_to
@@ -107,6 +110,8 @@ def generate_wan(
     without, it is text to video. A line on stderr tells the seconds of each chunk. On Ctrl-C and on a full disk what is made so
     far stays as a file that plays, and the error is raised on.
 
+    Under torchrun all processes share each frame's tokens (docs/scale.md), and the main one embeds, decodes and writes.
+
     Raises ValueError or FileNotFoundError, before any weights are loaded, for parts that are missing or do not fit, and for
     settings that they do not allow.
     """
@@ -117,12 +122,17 @@ def generate_wan(
     if prompt is None:
         raise ValueError('prompt must be given for a Wan model (--prompt "" is the empty one)')
     found = fitting_parts(checkpoint, parts, settings)
-    pixels = None if image is None else read_image(image, settings.size)
-    video = GrowingVideo(out, settings.fps)
-    later = changes(settings.then, settings.chunks)
-    text, *others = embed_prompts(found, [prompt, *later.values()], *settings.placement())
-    streamer = WanStreamer(found, settings)
-    streamer.write(video, text, settings.seed, pixels=pixels, later=dict(zip(later, others, strict=True)))
+    device, dtype = settings.placement()
+    rows, columns = (found.pixels * side for side in found.patch)
+    tokens = settings.size[0] // rows * (settings.size[1] // columns)
+    with start(device.type) as processes, sequence_of(processes, tokens) as group:
+        pixels = None if image is None or not processes.is_main else read_image(image, settings.size)
+        video = GrowingVideo(out, settings.fps) if processes.is_main else None
+        later = changes(settings.then, settings.chunks)
+        prompts = [prompt, *later.values()]
+        text, *others = processes.on_main(lambda: embed_prompts(found, prompts, device, dtype, kept="cpu"))
+        streamer = WanStreamer(found, settings, processes, group)
+        streamer.write(video, text, settings.seed, pixels=pixels, later=dict(zip(later, others, strict=True)))
     return out
 
 
@@ -146,28 +156,36 @@ def fitting_parts(checkpoint: Path, parts: Path | None, settings: WanSettings) -
 class WanStreamer:
     """A transformer and its VAE, loaded once, that stream one video after another: each as if it were the first."""
 
-    def __init__(self, parts: WanParts, settings: WanSettings) -> None:
+    def __init__(
+        self, parts: WanParts, settings: WanSettings, processes: Processes | None = None, group: SequenceGroup | None = None
+    ) -> None:
+        """``group``: what ``processes`` share each frame's tokens in, the main one of which alone encodes, decodes and writes."""
         from diffusers import AutoencoderKLWan
 
         from aadkern.wan.vae import StreamingDecoder
 
         device, dtype = settings.placement()
         self.settings = settings
-        vae = load_part(AutoencoderKLWan, parts.vae, dtype).eval().to(device)
+        self._processes = processes
+        self._decoder: Any = None
+        if processes is None or processes.is_main:
+            self._decoder = StreamingDecoder(load_part(AutoencoderKLWan, parts.vae, dtype).eval().to(device))
         model = prepare_model(parts, settings)
-        self._decoder, self._device = StreamingDecoder(vae), device
+        model.sequence = group
+        self._device = device
         height, width = (side // parts.pixels for side in settings.size)
         self._frame = (parts.channels, height, width)
         window, most = Window(settings.window, sink=settings.sink), settings.chunk_frames
         cache = StreamingCache.for_model(model, 1, height, width, window, max_chunk_frames=most, merged=True)
-        graphs = device.type == "cuda" if settings.cuda_graphs is None else settings.cuda_graphs
+        # Collectives within a graph are not tried yet: only where they are asked for.
+        graphs = device.type == "cuda" and group is None if settings.cuda_graphs is None else settings.cuda_graphs
         levels = {"levels": settings.steps, "first_levels": settings.first_steps}
         self._generator = StreamingGenerator(model, cache, cuda_graphs=graphs, **levels)
 
     @torch.no_grad()
     def write(
         self,
-        video: GrowingVideo,
+        video: GrowingVideo | None,
         text: Tensor,
         seed: int,
         *,
@@ -176,14 +194,24 @@ class WanStreamer:
     ) -> None:
         """Stream a video from the embedded prompt ``text`` and those that take over ``later``, by chunk, into ``video``, which is
         whole in the end even where Ctrl-C or a full disk ends it; both are raised on. ``pixels`` [1, 3, H, W] in [-1, 1]: the
-        image that it starts from, as a chunk of one latent frame. A line on stderr tells the seconds of each chunk."""
+        image that it starts from, as a chunk of one latent frame. A line on stderr tells the seconds of each chunk. ``video`` None:
+        of processes that share the work, one that does not write."""
         from aadkern.wan.vae import encode_image
 
-        first = None if pixels is None else encode_image(self._decoder.vae, pixels)
-        self._decoder.reset()
+        def encoded() -> Tensor | None:
+            return None if pixels is None else encode_image(self._decoder.vae, pixels).cpu()
+
+        first = encoded() if self._processes is None else self._processes.on_main(encoded)
+        first = None if first is None else first.to(self._device)
         self._generator.reset()
         self._generator.set_text(text.to(self._device))
-        _write(self._latents(first, later or {}, seed), self._decoder, first, video, self.settings.chunks)
+        later = {chunk: other.to(self._device) for chunk, other in (later or {}).items()}
+        latents = self._latents(first, later, seed)
+        if video is None:  # another process writes
+            deque(latents, maxlen=0)
+            return
+        self._decoder.reset()
+        _write(latents, self._decoder, first, video, self.settings.chunks)
 
     def _latents(self, first: Tensor | None, later: Mapping[int, Tensor], seed: int) -> Iterator[Tensor]:
         """The latents of each chunk [1, C, f, h, w]."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from aadkern import SequenceGroup
 from aadkern.plans import AttentionPlan, VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
 from aadkern.wan import CausalWan, TextCache
@@ -43,6 +44,11 @@ class Denoiser(nn.Module):
     def layers(self) -> int:
         """Transformer blocks."""
         return self.net.config.num_layers
+
+    @property
+    def sequence(self) -> SequenceGroup | None:
+        """The ranks that share each clip's tokens, if several do."""
+        return self.net.sequence
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of that size."""

@@ -12,15 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aadkern import attention_pool
+from aadkern import SequenceGroup, attention_pool
 from aadkern.plans import AttentionPlan, VideoLayout, Window, bidirectional, block_causal, frame_isolated
+from aadkern.ulysses import merge_pooled
 from aadkern_train.networks.denoiser import Denoiser
 
 BACKBONES = ("bidirectional", "causal", "isolated")
 
 
 class QueryTokenHead(nn.Module):
-    """M learned query tokens pool L tokens of width C: [B, L, C] -> [B, segments, M, C]."""
+    """M learned query tokens pool L tokens of width C: [B, L, C] -> [B, segments, M, C].
+
+    With a ``sequence`` the tokens are this rank's, and the result is that of all ranks' tokens, on each of them.
+    """
 
     def __init__(self, dim: int, heads: int, queries: int = 1) -> None:
         super().__init__()
@@ -34,9 +38,9 @@ class QueryTokenHead(nn.Module):
         self.norm_out = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, segments: int = 1) -> Tensor:
+    def forward(self, x: Tensor, segments: int = 1, sequence: SequenceGroup | None = None) -> Tensor:
         # Not SDPA, here or beneath: cuDNN's backward gives NaN for a single query (cudnn-frontend#1072).
-        pooled = attention_pool(
+        pooled, lse = attention_pool(
             x,
             self.norm_q(self.to_q(self.tokens).unflatten(-1, (self.heads, -1))).flatten(-2),
             self.to_k.weight,
@@ -47,7 +51,10 @@ class QueryTokenHead(nn.Module):
             norm_weight=self.norm_in.weight,
             k_norm_weight=self.norm_k.weight,
             segments=segments,
+            return_lse=True,
         )
+        if sequence is not None:
+            pooled = merge_pooled(pooled, lse, sequence)
         return self.project(self.norm_out(self.tokens + self.to_out(pooled)))
 
 
@@ -63,8 +70,8 @@ class QueryTokenHeads(nn.Module):
         nn.init.normal_(self.logit.weight, std=0.02)
         nn.init.zeros_(self.logit.bias)
 
-    def forward(self, taps: Sequence[Tensor], segments: int = 1) -> Tensor:
-        pooled = [head(x, segments).flatten(-2) for head, x in zip(self.heads, taps, strict=True)]
+    def forward(self, taps: Sequence[Tensor], segments: int = 1, sequence: SequenceGroup | None = None) -> Tensor:
+        pooled = [head(x, segments, sequence).flatten(-2) for head, x in zip(self.heads, taps, strict=True)]
         joined = self.norm(torch.cat(pooled, dim=-1)).float()
         return F.linear(joined, self.logit.weight.float(), self.logit.bias.float())[..., 0]
 
@@ -115,5 +122,5 @@ class Discriminator(nn.Module):
         """``condition_of``: x's row i takes row condition_of[i] of sigma and text; views of one sample share what is computed of
         these."""
         taps = self.backbone(x, sigma, text, plan=self.plan(layout, window), taps=self.layers, condition_of=condition_of)
-        logits = self.heads(taps, 1 if self.per == "video" else x.shape[1])
+        logits = self.heads(taps, 1 if self.per == "video" else x.shape[1], self.backbone.sequence)
         return (logits[:, 0] if self.per == "video" else logits).clone()  # a copy, as FSDP2 must not be handed a view

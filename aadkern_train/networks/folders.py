@@ -16,12 +16,11 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from aadkern.wan import CausalWan
-from aadkern_train.engine.files import naming, read_json, replace_file, sync
+from aadkern_train.engine.files import naming, read_json, replace_file, save_tensors, sync
 from aadkern_train.engine.processes import Processes, local, local_rows, whole
 from aadkern_train.networks.denoiser import Denoiser
 
@@ -244,7 +243,7 @@ def _fill(waiting: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], told: 
         held.append(list(filling))
         # One entry of metadata: safetensors writes several in an order that changes from process to process.
         with naming(waiting / f"{len(held)}.safetensors"):
-            save_file(filling, waiting / f"{len(held)}.safetensors", metadata={"format": "pt"})
+            save_tensors(filling, waiting / f"{len(held)}.safetensors", metadata={"format": "pt"})
             sync(waiting / f"{len(held)}.safetensors")
         filling.clear()
 

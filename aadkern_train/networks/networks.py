@@ -19,6 +19,7 @@ from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import Stored, empty, export, fill, inspect, load, write_folder
 from aadkern_train.networks.teacher import Teacher
 
+BIDIRECTIONAL = {"models.teacher", "models.fake", "models.discriminator"}  # whose positions are absolute, whatever their rope says
 PLAIN_TEXT_DIM = 8  # of networks in a world without words, whose cross-attention never runs
 
 
@@ -68,6 +69,7 @@ class Networks:
         stored = self.processes.on_main(lambda: self._checked(path, setting))
         denoiser = empty(stored)
         freeze_unused(denoiser.net, words=self.null is not None)
+        denoiser.net.sequence = self.processes.sequence(denoiser.tokens_per_frame(*self.frame_shape[1:]))
         module = denoiser if around is None else around(denoiser)
         if frozen:
             module.requires_grad_(False)
@@ -86,27 +88,26 @@ class Networks:
             for setting, name in self._settings(stages).items():
                 if not name:
                     raise ValueError(f"{setting} must name a network's folder in diffusers' format, say WAN/transformer")
-                if name not in self.recipe.stages:
+                if name.partition(".")[0] not in self.recipe.stages:
                     self._checked(Path(name), setting)
 
         if stages:
             self._check_teacher()
             self.processes.on_main(look)
 
-    def layers(self, name: str | None) -> int:
-        """Transformer blocks of a source's network; of one that is still to be trained, those of what it starts from."""
+    def layers(self, name: str | None) -> int | None:
+        """Transformer blocks of a source's network; of one that is still to be trained, those of what it starts from. None where
+        that cannot be told yet, of another network of a stage than its own."""
         origin = self.recipe.origin(name)
-        return self.recipe.network.layers if origin is None else int(inspect(Path(origin)).config["num_layers"])
+        if origin is None:
+            return self.recipe.network.layers
+        return None if origin.partition(".")[0] in self.recipe.stages else int(inspect(Path(origin)).config["num_layers"])
 
     def teacher(self, name: str, guidance: float, layout: VideoLayout) -> Teacher:
         """A frozen network as a teacher of clips of this layout."""
+        self._check_teacher()
         models, cuda = self.recipe.models, self.processes.device.type == "cuda"
-        if models.offload_teacher and not cuda:
-            raise ValueError(
-                f"models.offload_teacher must be false on {self.processes.device.type}, it frees a GPU's memory, got true"
-            )
-        bf16 = models.teacher_dtype == "bf16" or (models.teacher_dtype == "auto" and cuda)
-        storage = torch.bfloat16 if bf16 else None
+        storage = torch.bfloat16 if models.teacher_dtype == "bf16" or (models.teacher_dtype == "auto" and cuda) else None
         network, plan = self.make(name, frozen=True, storage=storage, offload=models.offload_teacher), bidirectional(layout)
         return Teacher(lambda x, sigma, text: network(x, sigma, text, plan=plan), guidance, self.null)
 
@@ -147,7 +148,7 @@ class Networks:
             if stored.config[key] != value:
                 raise ValueError(f"{setting} must be a network with {key} {value}, {whose}, got {stored.config[key]} in {path}")
         rope = self.recipe.network.rope
-        if stored.config.setdefault("rope", rope) != rope:
+        if stored.config.setdefault("rope", rope) != rope and not BIDIRECTIONAL.issuperset(setting.split(" and ")):
             raise ValueError(
                 f"{setting} must be a network with rope {rope!r}, network.rope's, got {stored.config['rope']!r} in {path}"
             )

@@ -154,6 +154,16 @@ class Prepared:
         return self._files[path]
 
 
+def opened(setting: str, folder: str) -> Prepared:
+    """The data set that a setting names. Raises ValueError, naming the setting."""
+    try:
+        if not folder:
+            raise ValueError("a folder of prepared data must be named, got ''")
+        return Prepared(Path(folder))
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
+
+
 class Writer:
     """One job's writer of a folder. ``header`` is what dataset.json says: "kind", "shards" and whatever describes the data. Where
     there is one already, by another job, it must say the same.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ NEGATIVE = (  # Wan-Video/Wan2.1, wan/configs/shared_config.py
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
 )
 NULLS = {"": "empty", NEGATIVE: "negative"}
+MADE_WITH = ("vae", "text_encoder", "tokenizer", "text_dim")  # what dataset.json tells of the parts that data were made with
 TEST_SHARE = 50  # one item in so many is held out
 
 
@@ -51,6 +53,14 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} must be a folder of prepared data, it has no dataset.json") from None
     check_header(header, str(file))
     return header
+
+
+def check_made_with(ours: Mapping[str, Any], theirs: Mapping[str, Any], setting: str, whose: str) -> None:
+    """Raises ValueError, naming ``setting``, where both headers tell of a part that they were made with, and not of the same."""
+    for key in MADE_WITH:
+        wanted, got = ours.get(key), theirs.get(key)
+        if wanted != got and None not in (wanted, got):
+            raise ValueError(f"{setting} must be made with the {key} of {whose}, {wanted}, got {got}")
 
 
 def check_header(header: dict[str, Any], name: str) -> None:

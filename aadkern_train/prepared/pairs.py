@@ -23,12 +23,12 @@ from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import inspect, load
 from aadkern_train.networks.teacher import Teacher
 from aadkern_train.prepared.format import Item, Prepared, Writer, padded
+from aadkern_train.prepared.layout import MADE_WITH
 from aadkern_train.prepared.prepare import device_of
 from aadkern_train.prepared.settings import digest
 
 PER_SHARD = 8  # pairs: an hour of a GPU at 14B is what a kill can cost
 PIXELS = 8  # rows of pixels in a row of latents: Wan 2.1's VAE
-KEPT = ("vae", "text_encoder", "tokenizer", "text_dim")  # what the prompts were made with
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def make_pairs(
         "size": list(settings.size),
         "prompts": source.fingerprint,
         "teacher": digest(transformer),
-        **{name: source.header[name] for name in KEPT if name in source.header},
+        **{name: source.header[name] for name in MADE_WITH if name in source.header},
     }
     writer = Writer(out, header)
     mine = [shard for shard in range(i - 1, header["shards"], n) if not writer.done(shard)]

@@ -88,8 +88,8 @@ class Job:
         free = shutil.disk_usage(self.writer.folder).free
         share = f", a part of {self.settings.part[1]} in this job" if self.settings.part[1] > 1 else ""
         _say(
-            f"{len(self.source.entries)} items in {self.writer.header['shards']} shards: about {needed / 1e9:.3g} GB{share}; "
-            f"{free / 1e9:.3g} GB are free in {self.writer.folder}" + (", too few" if free < needed / self.settings.part[1] else "")
+            f"{len(self.source.entries)} items in {self.writer.header['shards']} shards: about {_bytes(needed)}{share}; "
+            f"{_bytes(free)} are free in {self.writer.folder}" + (", too few" if free < needed / self.settings.part[1] else "")
         )
 
     def run(self) -> None:
@@ -270,6 +270,10 @@ def device_of(name: str | None) -> torch.device:
     if device.type not in ("cpu", found):
         raise ValueError(f"device must be cpu: torch finds no {device.type} device here, got {name!r}")
     return device
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
 def _say(line: str) -> None:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from aadkern_train.engine.files import atomic_path
+from aadkern_train.engine.files import atomic_path, save_tensors
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # all that prepared data hold, as safetensors name them
 HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
@@ -45,7 +44,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     try:
         with own_path(path) as waiting:
             # One entry of metadata: safetensors writes several in an order that changes from process to process.
-            save_file(held, waiting, metadata={"crc32": json.dumps(sums, ensure_ascii=False)})
+            save_tensors(held, waiting, metadata={"crc32": json.dumps(sums, ensure_ascii=False)})
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -61,7 +60,7 @@ def own_path(path: Path) -> Any:
 
 def clear_leftovers(folder: Path) -> None:
     """Removes half-written files of processes that were killed: those that nobody has written to for an hour."""
-    for waiting in folder.glob("*.tmp"):
+    for waiting in [*folder.glob("*.tmp"), *folder.glob(".tmp??????")]:  # ours, and those that safetensors renames to ours
         try:
             if time.time() - waiting.stat().st_mtime > LEFT_BEHIND:
                 waiting.unlink()

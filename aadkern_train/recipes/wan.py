@@ -142,9 +142,9 @@ def wan_smoke() -> Recipe:
         sink=1,
         levels=(1.0,),
         stages=stages,
-        evaluate=EvaluationSettings(every=0, clips=2, final_clips=2, batch=1, long=1, show=2, teacher_steps=2),
+        evaluate=EvaluationSettings(every=0, clips=2, final_clips=2, batch=1, long=1, show=1, teacher_steps=2),
         validation=ValidationSettings(every=0),
-        checkpoint_every=1,
+        checkpoint_every=2,
         keep_checkpoints=1,
         **_networks("smoke"),
     )

@@ -34,6 +34,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 def page(run: RunRecord) -> str:
     """The whole page as HTML."""
     missing: list[str] = list(run.problems)
+    unmeasured = mapping(run.config.get("evaluate")).get("every") == 0  # the recipe asks for none: nothing is missing
     sections = [
         _section("In short", _in_short(run), [], ""),
         _section("The run", _run(run), missing),
@@ -42,7 +43,7 @@ def page(run: RunRecord) -> str:
         _section("At fixed prompts", validation(run), [], ""),
         _section("Clips, playing", players(run), missing, "no samples are saved"),
         _section("Frame by frame", contact_sheets(run), [], ""),
-        _section("Metrics while training", _metric_curves(run), missing, "the log holds no evaluation"),
+        _section("Metrics while training", _metric_curves(run), missing, "" if unmeasured else "the log holds no evaluation"),
         _section("Along the clip", _along(run), [], ""),
         _section("A caption that changes", steering_chart(run), [], ""),
         _section("What each stage minimised", loss_charts(run), missing, "the log holds no training step"),

@@ -102,7 +102,9 @@ class AdversarialRefinement(Stage):
 
     @classmethod
     def check(cls, run: Run, name: str, settings: Settings) -> None:
-        settings.check_layers(name, run.networks.layers(settings.source(run.recipe)))
+        depth = run.networks.layers(settings.source(run.recipe))
+        if depth is not None:
+            settings.check_layers(name, depth)
 
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aadkern.streaming.context import CausalContext
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.flow import ode_trajectory, solver_grid
 from aadkern_train.diffusion.losses import regression
-from aadkern_train.engine.files import atomic_path
+from aadkern_train.engine.files import atomic_path, save_tensors
 from aadkern_train.engine.processes import accumulating
 from aadkern_train.engine.recipe import Count, Guidance, Rate, Recipe, StageSettings
 from aadkern_train.engine.run_folder import Progress
@@ -29,7 +29,8 @@ from aadkern_train.engine.work import Member, PairsWork, Pass, Work
 from aadkern_train.learning.learner import Learner
 from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.teacher import Teacher
-from aadkern_train.prepared.format import Prepared, padded
+from aadkern_train.prepared.format import Prepared, opened, padded
+from aadkern_train.prepared.layout import check_made_with
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, micro_batches, register
 
@@ -83,8 +84,32 @@ class OdeInitialisation(Stage):
 
     @classmethod
     def check(cls, run: Run, name: str, settings: Settings) -> None:
-        if settings.pairs_from is not None and not (Path(settings.pairs_from) / "dataset.json").is_file():
-            raise ValueError(f"{name}.pairs_from must name a folder of `aad pairs`, got {settings.pairs_from!r}")
+        if settings.pairs_from is not None:
+            run.processes.agreed(lambda: cls.check_pairs(run, name, settings.pairs_from))
+
+    @staticmethod
+    def check_pairs(run: Run, name: str, folder: str) -> Prepared:
+        """A folder of pairs. Raises ValueError, with the command that makes the right ones, where they are not this recipe's."""
+        setting, frames, (_, height, width) = f"{name}.pairs_from", run.recipe.frames, run.world.frame_shape
+        levels = ",".join(f"{level:g}" for level in run.recipe.steps.distinct)
+        command = f"aad pairs --wan TEACHER --prompts {getattr(run.recipe.data, 'path', 'PROMPTS')} --out NEW --levels {levels}"
+        makes = f"`{command} --frames {4 * frames - 3} --size {8 * height}x{8 * width}` makes those"
+        if not (Path(folder) / "dataset.json").is_file():
+            raise ValueError(f"{setting} must name a folder of `aad pairs`, got {folder!r}: {makes}")
+        prepared = opened(setting, folder)
+        if prepared.kind != "pairs" or not prepared.items:
+            raise ValueError(f"{setting} must be a folder of `aad pairs`, {folder} holds {prepared.kind}: {makes}")
+        given, wanted = [float(level) for level in prepared.header["levels"]], [*run.recipe.steps.distinct, 0.0]
+        if given != wanted:
+            raise ValueError(f"{setting} must hold levels {wanted}, got {given}: {makes}")
+        shape = tuple(prepared.latents(prepared.items[0]).shape[1:])
+        if shape != (frames, *run.world.frame_shape):
+            raise ValueError(f"{setting} must hold clips {(frames, *run.world.frame_shape)}, got {shape}: {makes}")
+        try:
+            check_made_with(getattr(run.world, "made_with", {}), prepared.header, setting, "data.path")
+        except ValueError as error:
+            raise ValueError(f"{error}: {makes}") from None
+        return prepared
 
     @torch.no_grad()
     def trajectories(self, samples: range, teacher: Teacher) -> Tensor:
@@ -101,7 +126,7 @@ class OdeInitialisation(Stage):
         """The teacher's trajectories: those of a folder of ``aad pairs``, or the run's own, made once under the conditions of
         training samples and kept in RUN/pairs/<stage>.safetensors."""
         if self.settings.pairs_from is not None:
-            return self.prepared_pairs(Path(self.settings.pairs_from))
+            return self.prepared_pairs(self.settings.pairs_from)
         run, count = self.run, self.settings.pairs
         path = run.folder.pairs(self.name)
         if not run.processes.on_main(path.exists):
@@ -116,7 +141,7 @@ class OdeInitialisation(Stage):
             def write() -> None:
                 path.parent.mkdir(exist_ok=True)
                 with atomic_path(path) as waiting:
-                    save_file({"latents": whole.cpu().contiguous(), "sigmas": torch.tensor(self.levels)}, waiting)
+                    save_tensors({"latents": whole.cpu().contiguous(), "sigmas": torch.tensor(self.levels)}, waiting)
 
             run.processes.on_main(write)
         try:
@@ -129,34 +154,28 @@ class OdeInitialisation(Stage):
         latents = stored["latents"]
         return Pairs(count, lambda rows: latents[rows], lambda rows: run.world.condition(rows, "train").text)
 
-    def prepared_pairs(self, folder: Path) -> Pairs:
-        """The pairs of ``aad pairs``, read by position. Raises ValueError where they are not this recipe's."""
-        run, prepared = self.run, Prepared(folder)
-        if prepared.kind != "pairs":
-            raise ValueError(f"{self.name}.pairs_from must be a folder of `aad pairs`, {folder} holds {prepared.kind}")
-        given, wanted = [float(level) for level in prepared.header["levels"]], list(self.levels)
-        if given != wanted:
-            levels = ",".join(f"{level:g}" for level in wanted[:-1])
-            makes = f"`aad pairs --levels {levels}` makes those"
-            raise ValueError(f"{self.name}.pairs_from must hold levels {wanted}, got {given}: {makes}")
-        channels, height, width = run.world.frame_shape
-        shape = tuple(prepared.latents(prepared.items[0]).shape[1:])
-        if shape != (run.recipe.frames, channels, height, width):
-            raise ValueError(f"{self.name}.pairs_from must hold clips {(run.recipe.frames, *run.world.frame_shape)}, got {shape}")
+    def prepared_pairs(self, folder: str) -> Pairs:
+        """The pairs of ``aad pairs``, read by position."""
+        run = self.run
+        prepared = run.processes.agreed(lambda: self.check_pairs(run, self.name, folder))
         run.pin(f"{self.name}.pairs_from", prepared.fingerprint)
         items = prepared.items
 
         def latents(rows: list[int]) -> Tensor:
-            return run.read(lambda: torch.stack([prepared.latents(items[row]).float() for row in rows]))
+            run.taken |= dict.fromkeys(f"pair {items[row].id}" for row in rows)
+            return run.processes.agreed(lambda: torch.stack([prepared.latents(items[row]).float() for row in rows]))
 
-        return Pairs(len(items), latents, lambda rows: torch.stack([padded(prepared.text(items[row])).float() for row in rows]))
+        def text(rows: list[int]) -> Tensor:
+            return run.processes.agreed(lambda: torch.stack([padded(prepared.text(items[row])).float() for row in rows]))
+
+        return Pairs(len(items), latents, text)
 
     def train_step(self, step: int) -> dict[str, float]:
         learner, total = self.learners["generator"], 0.0
         draws, size = self.run.draws(self.name, step), self.settings.batch
         # Clips have unequal numbers of noisy frames; the mean is over those of the whole batch, however it is shared out.
         drawn = self.drawn_levels(draws, range(step * size, (step + 1) * size))
-        noisy = max(1, int((drawn < len(self.levels) - 1).sum())) / self.run.processes.size
+        noisy = max(1, int((drawn < len(self.levels) - 1).sum())) / self.run.processes.data_size
         for some, last in micro_batches(self.run.batch(step, self.settings.batch), self.settings.accumulate):
             x, sigma, target, text = self.inputs(draws, some)
             estimate = learner.module(x, sigma, text, plan=self.context)
@@ -176,7 +195,7 @@ class OdeInitialisation(Stage):
             drawn[:, given] = first[draws.integers("first level", samples, len(first))]
         if given:
             drawn[:, 0] = len(self.levels) - 1  # the given frame is clean
-        return torch.repeat_interleave(drawn, torch.tensor(chunks), dim=1)
+        return torch.repeat_interleave(drawn, torch.tensor(chunks), dim=1, output_size=sum(chunks))
 
     def inputs(self, draws: Draws, samples: range) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Chunks at levels of their own: x [B, F, C, H, W], sigma [B, F], the clean end x0*, and the pairs' own text."""

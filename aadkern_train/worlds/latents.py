@@ -21,7 +21,9 @@ from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.recipe import Recipe, Whole, WorldSettings
 from aadkern_train.engine.work import Sizes
 from aadkern_train.networks.conditions import Condition
-from aadkern_train.prepared.format import TOKENS, Item, Prepared, padded
+from aadkern_train.prepared.format import TOKENS, Item, Prepared, opened, padded
+from aadkern_train.prepared.layout import MADE_WITH, check_made_with
+from aadkern_train.prepared.settings import digest
 from aadkern_train.prepared.shards import crc32
 from aadkern_train.worlds.base import SPLITS, Metric
 from aadkern_train.worlds.generic_metrics import METRICS, Described, compare, describe
@@ -79,14 +81,16 @@ class LatentsData(WorldSettings):
             real = getattr(stage, "real", None)  # of the stages that hold up real clips
             if stage.steps and real is not None and not world.longest(real):
                 raise ValueError(f"{name} must have real clips, data.path holds prompts alone; {PREPARE} for data.curated")
+        if measured or recipe.validation.path is not None:
+            world.check_parts()
 
     def open(self, *, frames: int, seed: int, folder: Path, clips: bool = True) -> LatentsWorld:
         for name in ("path", "parts"):
             if not getattr(self, name):
                 what = "a folder that `aad prepare` made" if name == "path" else "a Wan folder, whose vae shows what is generated"
                 raise ValueError(f"data.{name} must name {what}")
-        prepared = Prepared(Path(self.path))
-        curated = prepared if self.curated in (None, self.path) else Prepared(Path(self.curated))
+        prepared = opened("data.path", self.path)
+        curated = prepared if self.curated in (None, self.path) else opened("data.curated", self.curated)
         return LatentsWorld(prepared, curated, Path(self.parts), frames, self.frame, self.null_text, self.held_out, seed)
 
 
@@ -110,10 +114,9 @@ class LatentsWorld:
         for setting, data in (("path", prepared), ("curated", curated)):
             if data.kind == "pairs":
                 raise ValueError(f"data.{setting} must hold clips or prompts, {data.folder} holds pairs (for a stage's pairs_from)")
-        for key in ("vae", "text_encoder", "tokenizer", "text_dim"):
-            ours, theirs = prepared.header.get(key), curated.header.get(key)
-            if ours != theirs and None not in (ours, theirs):
-                raise ValueError(f"data.curated must be made with the {key} of data.path, {ours}, got {theirs}")
+        check_made_with(prepared.header, curated.header, "data.curated", "data.path")
+        headers = (prepared.header, curated.header)
+        self.made_with = {key: header[key] for header in headers for key in MADE_WITH if header.get(key) is not None}
         self.prepared, self.frames, self.parts, self.seed = prepared, frames, parts, seed
         self.frame_shape = frame or _commonest(prepared, curated)
         main, held = _divided(_fitting(prepared, frames, self.frame_shape, "path"), held_out)
@@ -155,6 +158,10 @@ class LatentsWorld:
         """Frames of the longest clip of a split."""
         return max((item.bucket[0] for item in self._items[split] if item.bucket), default=0)
 
+    def names(self, samples: Sequence[int], split: str = "train") -> list[str]:
+        """The items' names."""
+        return [item.id for item in self._chosen(samples, split)]
+
     def condition(self, samples: Sequence[int], split: str = "train") -> Condition:
         """Captions [B, 512, text_dim], and the clips' first latent frames, which is all that is read of them; prompts have none."""
         chosen, data = self._chosen(samples, split), self._data[split]
@@ -186,6 +193,15 @@ class LatentsWorld:
     def _permutation(self, order: str, epoch: int, count: int) -> list[int]:
         drawn = Draws(self.seed, "latents", order).uniform("order", [epoch], (count,))[0]
         return torch.argsort(drawn, stable=True).tolist()
+
+    def check_parts(self) -> None:
+        """Raises ValueError where what the run's videos would be decoded with is not there, or not what encoded the clips."""
+        vae = self.parts / "vae"
+        if not (vae / "config.json").is_file():
+            raise ValueError(f"data.parts must be a Wan folder with a vae, {self.parts} has no vae/config.json")
+        wanted, got = self.made_with.get("vae"), digest(vae)
+        if wanted not in (None, got):
+            raise ValueError(f"data.parts must have the vae that data.path was made with, {wanted}, {vae} has {got}")
 
     @cached_property
     def _vae(self) -> Any:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from aadkern_train.engine.files import atomic_path
+from aadkern_train.engine.files import atomic_path, save_tensors
 
 LEAST_STD = 1 / 255  # half a grey level: a flat channel is not blown up to unit variance
 
@@ -93,7 +93,7 @@ class PatchLatents:
         tensors = {"basis": self.basis.contiguous(), "mean": self.mean, "std": self.std}
         numbers = {"patch": torch.tensor(self.patch), "kept": torch.tensor(self.kept, dtype=torch.float64)}
         with atomic_path(path) as partial:
-            save_file(tensors | numbers, partial)
+            save_tensors(tensors | numbers, partial)
         return path
 
     @classmethod

@@ -12,10 +12,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from aadkern_train.engine.decoding import SUFFIXES, decode
-from aadkern_train.engine.files import atomic_path
+from aadkern_train.engine.files import atomic_path, save_tensors
 
 
 class VideoFolder:
@@ -93,5 +93,5 @@ class VideoFolder:
         frames = decode(self.path / name, self.size, self.fps)
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         with atomic_path(cached) as partial:
-            save_file({"frames": frames.contiguous()}, partial)
+            save_tensors({"frames": frames.contiguous()}, partial)
         return frames

@@ -10,16 +10,14 @@ import torch
 from aadkern import blocks, ops
 from aadkern.blocks import RotaryGrid, triton_gated_residual, triton_modulated_norm, triton_qk_norm_rope
 from tests import test_blocks
-from tests.test_blocks import (
+from tests.block_cases import (
     BATCH,
-    CPU,
     FRAMES,
     GRID,
     HEAD_DIM,
     HEADS,
     TOKENS,
     WIDTH,
-    backends_agree,
     check_heads,
     check_tokens,
     fused_heads,
@@ -27,6 +25,7 @@ from tests.test_blocks import (
     run_tokens,
     tokens_and_rows,
 )
+from tests.test_blocks import CPU, backends_agree
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -158,6 +157,30 @@ def test_bad_values_stay_in_their_token():
         broken[0][1, 3, 3] = bad
         for ours, expected in zip(run_heads(broken, heads_gradients, "triton")[:3], clean_heads[:3], strict=True):
             assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1, others], expected[1, others])
+
+
+def test_a_slice_of_every_frame_turns_as_in_the_whole():
+    """Forward, in place and backward: the rows of tokens that stand at some places of their frames."""
+    whole = RotaryGrid(3, 2, 5)
+    q, k, dq, dk = (torch.randn(2, 30, HEADS, HEAD_DIM) for _ in range(4))
+    weights = [torch.randn(WIDTH).requires_grad_() for _ in range(2)]
+    for first, end in ((0, 3), (3, 10), (7, 8)):
+        turns = whole.turns(HEAD_DIM, torch.float32, CPU, spread=True).within(first, end)
+        own = [x.unflatten(1, (3, 10))[:, :, first:end].flatten(1, 2).detach() for x in (q, k, dq, dk)]
+        results = []
+        for backend in ("triton", "torch", "reference"):
+            leaves = [x.clone().requires_grad_() for x in own[:2]]
+            outs = blocks.qk_norm_rope(*leaves, *weights, turns, backend=backend)
+            results.append([*outs, *torch.autograd.grad(outs, (*leaves, *weights), own[2:])])
+        expected = blocks.qk_norm_rope(q, k, *weights, whole, backend="reference")
+        for out, full in zip(results[0], expected, strict=False):
+            torch.testing.assert_close(out, full.unflatten(1, (3, 10))[:, :, first:end].flatten(1, 2))
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            into = blocks.qk_norm_rope(own[0], own[1], *weights, turns, q_out=torch.empty_like(own[0]), backend="triton")
+        assert torch.equal(into[0], results[0][0].detach())
 
 
 def test_runs_are_bitwise_equal():

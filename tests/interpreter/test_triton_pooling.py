@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import aadkern
-from aadkern import ops, testing
+from aadkern import ops
 from aadkern.pooling import torch_path, triton_forward
-from tests.pooling_cases import gradient_for, make, results, run
+from tests.pooling_cases import check_kernels, gradient_for, make, run, with_lse
 
 
 @pytest.fixture(autouse=True)
@@ -21,17 +21,7 @@ def several_runs_of_tokens(monkeypatch):
 
 
 def check(tensors, settings, gradient=None):
-    """Within the budget of plain torch's errors, and what scores and an lse of this size cost in float32.
-
-    exp(s - lse) rounds s in base 2, lse and lse log2(e) by 2^-24 of itself, where plain torch rounds the score once.
-    """
-    every = results("triton", tensors, settings, gradient)
-    u_scores = tensors["query"].double() @ tensors["w_k"].double()
-    size = 1 + u_scores.norm(dim=-1).max().item() / math.sqrt(settings["heads"])
-    for name, (ours, truth, plain) in every.items():
-        slack = 3 * 2.0**-24 * size * max(1.0, truth.abs().max().item())
-        testing.assert_close_to_reference(ours, truth, plain, name, slack)
-    return {name: one[0] for name, one in every.items()}
+    return check_kernels("triton", (tensors, settings), gradient=gradient)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +80,15 @@ def test_small_gradients_of_float16_tokens_do_not_underflow(monkeypatch):
     exact = run(aadkern.attention_pool, tensors, gradient, backend="reference", **settings)
     for name in ("query", "w_k", "w_v", "norm_weight"):
         assert (ours[name] - exact[name]).norm() < 1e-2 * exact[name].norm(), name
+
+
+@pytest.mark.parametrize(("norm", "keys"), [("rms", None), ("layer", None), ("rms", "head")])
+def test_lse_and_its_gradient(norm, keys):
+    tensors, settings = make(norm=norm, keys=keys, segments=2, dtype=torch.float32)
+    for of_pooled in (True, False):
+        ours, expected = with_lse("triton", tensors, settings, of_pooled)
+        for name, value in expected.items():
+            torch.testing.assert_close(ours[name].double(), value, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer", None])

@@ -1,0 +1,133 @@
+"""What travels: boxes of heads, frames and places of a frame, packed for one all-to-all, and unpacked where they belong.
+
+An exchange is a list of boxes that each rank sends and a list that it receives; its transpose, the backward, is the same two
+lists the other way round. Where a box was sent to several ranks, what comes back is summed, in ascending order of the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aadkern.plans import AttentionPlan
+from aadkern.ulysses import ops
+from aadkern.ulysses.group import SequenceGroup, Spans, spans_of
+from aadkern.ulysses.shares import Share, Work, work_of
+
+Box = tuple[int, int, int, int, int, int, int]
+"""(tensor, frame0, frame1, place0, place1, head0, head1) of tensors [B, F, n, H, D]."""
+
+
+class Moves(NamedTuple):
+    """One rank's side of an exchange: the boxes for each other rank and from each, and (F, n, H) of the tensors at either end."""
+
+    sent: tuple[tuple[Box, ...], ...]
+    received: tuple[tuple[Box, ...], ...]
+    shapes: tuple[tuple[int, int, int], ...]
+    new_shapes: tuple[tuple[int, int, int], ...]
+
+    def back(self) -> Moves:
+        return Moves(self.received, self.sent, self.new_shapes, self.shapes)
+
+
+def to_heads(work: Work, rank: int, spans: Spans, heads: int, q_frames: int, k_frames: int) -> Moves:
+    """From slices to heads: (q, k, v), or without queries (k, v), of this rank's tokens -> its shares of q, then its k and v."""
+    n, n_r = spans[-1][1], spans[rank][1] - spans[rank][0]
+    first = 1 if q_frames else 0
+
+    def boxes(of: int, place0: int, place1: int, at_heads: bool) -> tuple[Box, ...]:
+        """What rank ``of`` is to have of some places, as it lies at one end or the other."""
+        own, (k0, k1) = work.shares[of], work.keys[of]
+        if at_heads:
+            of_q = [(i, 0, f1 - f0, place0, place1, 0, h1 - h0) for i, (h0, h1, f0, f1) in enumerate(own)]
+            of_k = [(len(own) + i, 0, k_frames, place0, place1, 0, k1 - k0) for i in range(2)]
+        else:
+            of_q = [(0, f0, f1, place0, place1, h0, h1) for h0, h1, f0, f1 in own]
+            of_k = [(first + i, 0, k_frames, place0, place1, k0, k1) for i in range(2)]
+        return (*of_q, *of_k)
+
+    sent = tuple(boxes(other, 0, n_r, False) for other in range(len(spans)))
+    received = tuple(boxes(rank, *span, True) for span in spans)
+    k0, k1 = work.keys[rank]
+    new = [(f1 - f0, n, h1 - h0) for h0, h1, f0, f1 in work.shares[rank]] + [(k_frames, n, k1 - k0)] * 2
+    return Moves(sent, received, ((q_frames, n_r, heads),) * first + ((k_frames, n_r, heads),) * 2, tuple(new))
+
+
+def to_tokens(work: Work, rank: int, spans: Spans, heads: int, q_frames: int) -> Moves:
+    """From heads to slices: the outputs of this rank's shares -> the output of its tokens."""
+    n, n_r = spans[-1][1], spans[rank][1] - spans[rank][0]
+    own = work.shares[rank]
+    sent = tuple(tuple((i, 0, f1 - f0, *span, 0, h1 - h0) for i, (h0, h1, f0, f1) in enumerate(own)) for span in spans)
+    received = tuple(tuple((0, f0, f1, 0, n_r, h0, h1) for h0, h1, f0, f1 in theirs) for theirs in work.shares)
+    shapes = tuple((f1 - f0, n, h1 - h0) for h0, h1, f0, f1 in own) or ((0, n, 0),)  # a rank without work gives an empty output
+    return Moves(sent, received, shapes, ((q_frames, n_r, heads),))
+
+
+class Route(NamedTuple):
+    """One rank's part in a pass: its shares of the queries and the plan of each, its keys' first head, and both exchanges."""
+
+    shares: tuple[Share, ...]
+    plans: tuple[AttentionPlan, ...]
+    first_head: int
+    to_heads: Moves
+    to_tokens: Moves
+
+
+def route(code: tuple[int, ...], heads: int, rank: int, size: int, tokens_per_frame: int, k_frames: int, keep: bool) -> Route:
+    """The route of a pass under the plan with this code, of so many heads and frames of keys (cached); without a code, of keys
+    alone."""
+    return _route(code, heads, rank, size, tokens_per_frame, k_frames, keep)
+
+
+# As torch.compiler.assume_constant_result says it, which would import Dynamo, for a second, where nothing is compiled.
+route._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1024)
+def _route(code: tuple[int, ...], heads: int, rank: int, size: int, n: int, k_frames: int, keep: bool) -> Route:
+    plan = AttentionPlan.decode(code) if code else None
+    work, spans = work_of(plan, heads, size, n, keep), spans_of(n, size)
+    q_frames, own = 0 if plan is None else plan.q_len // n, work.shares[rank]
+    rows = () if plan is None else tuple(plan.rows(f0 * n, f1 * n) for _, _, f0, f1 in own)
+    inward = to_heads(work, rank, spans, heads, q_frames, k_frames)
+    return Route(own, rows, work.keys[rank][0], inward, to_tokens(work, rank, spans, heads, q_frames))
+
+
+def exchange(parts: Sequence[Tensor], moves: Moves, group: SequenceGroup) -> tuple[Tensor, ...]:
+    """Sends ``parts`` [B, F, n, H, D] by one all-to-all; returns what comes, of ``moves.new_shapes``. Every rank must call it."""
+    return _Exchange.apply(moves, group.name, *parts)  # type: ignore[no-any-return]
+
+
+def _flat(groups: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+    return [number for group in groups for box in group for number in box]
+
+
+def _moved(parts: Sequence[Tensor], moves: Moves, name: str) -> list[Tensor]:
+    collectives = torch.ops._c10d_functional
+    a_place = parts[0].shape[0] * parts[0].shape[4]
+    sizes, new_sizes = ([a_place * sum(map(ops.volume, boxes)) for boxes in side] for side in (moves.sent, moves.received))
+    none = (None,) * (ops.MOST - len(parts))
+    packed = ops.ulysses_pack(*parts, *none, _flat(moves.sent))
+    arrived = collectives.wait_tensor(collectives.all_to_all_single(packed, new_sizes, sizes, name))
+    shapes, of_each = [number for shape in moves.new_shapes for number in shape], (parts[0].shape[0], parts[0].shape[4])
+    return ops.split(ops.ulysses_unpack(arrived, _flat(moves.received), shapes, *of_each), shapes, *of_each)
+
+
+class _Exchange(torch.autograd.Function):
+    """Forward and backward are one collective each: our own, as the transposes of torch's functional collectives change names
+    between its releases."""
+
+    @staticmethod
+    def forward(ctx: Any, moves: Moves, name: str, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.moves, ctx.name = moves, name
+        return tuple(_moved(parts, moves, name))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *_moved(grads, ctx.moves.back(), ctx.name))
