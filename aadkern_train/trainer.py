@@ -73,10 +73,10 @@ def stages_of(run: Run) -> list[str]:
     return [name for name, settings in run.recipe.stages.items() if settings.steps > 0]
 
 
-def make_stage(run: Run, name: str) -> Stage:
-    """A stage of the recipe, its networks made."""
+def make_stage(run: Run, name: str, kind: type[Stage] | None = None) -> Stage:
+    """A stage of the recipe, its networks made. ``kind``: a class in place of its own."""
     settings = run.recipe.stages[name]
-    stage = KINDS[settings.kind](run, name, settings)
+    stage = (kind or KINDS[settings.kind])(run, name, settings)
     if settings.checkpointing == "blocks":
         for learner in stage.learners.values():
             recompute_blocks(learner.module)

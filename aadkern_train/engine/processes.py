@@ -268,6 +268,7 @@ def shard(
         for block in blocks:
             fully_shard(block, **options)
     fully_shard(module, **options)
+    module.computes_in = torch.bfloat16 if use_bf16 else None  # type: ignore[assignment]
     # Module.to_empty, but for what is on meta alone: a discriminator's heads are real already.
     return module._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t)
 
@@ -275,6 +276,11 @@ def shard(
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 holds any part of the module."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def computing_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a sharded module computes in, where its weights are kept in another; None: in theirs."""
+    return getattr(module, "computes_in", None)
 
 
 def reshard(module: nn.Module) -> None:

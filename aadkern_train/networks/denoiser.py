@@ -12,6 +12,7 @@ from aadkern.plans import AttentionPlan, VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
 from aadkern.wan import CausalWan, TextCache
 from aadkern_train.diffusion.flow import x0_from_flow
+from aadkern_train.engine.processes import computing_dtype
 
 PREDICTS = ("flow", "x0")
 
@@ -105,4 +106,5 @@ def new_cache(
         max_chunk_frames=max_chunk_frames,
         capacity_frames=capacity_frames,
         merged=merged,
+        dtype=computing_dtype(denoiser.net),
     )

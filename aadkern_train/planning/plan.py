@@ -12,7 +12,7 @@ from aadkern_train.planning.disk import disk
 from aadkern_train.planning.formulas import RESERVE, Clip
 from aadkern_train.planning.layouts import Cluster, Planned, search
 from aadkern_train.planning.machines import machine
-from aadkern_train.planning.tables import values, words
+from aadkern_train.planning.tables import traced_values, values, words
 
 WAN = Sizes((16, 60, 104), (512, 4096))  # 480 x 832 pixels through Wan's VAE, and a padded text
 VAE = 8  # rows of pixels in a row of latents
@@ -40,10 +40,10 @@ def make_plan(recipe: Recipe, own: Mapping[str, str], fixed: Collection[str], tr
     kept = disk(recipe, found, clip, gpu, roles)
     assumptions = [f"GPU rates: {source}", *sized, *untold, *_shapes(recipe, roles), *_always(found, cluster)]
     if trace:
-        from aadkern_train.planning.trace import trace_plan
+        from aadkern_train.planning.trace import trace as traced
 
         for one in found:
-            told[one.name]["trace_gib"] = trace_plan(one, clip)
+            told[one.name]["trace"] = traced_values(traced(one, recipe, clip))
     worst = max(found, key=lambda one: one.bytes).name
     shape = f"sequence {found[0].layout.sequence}, replicate {found[0].layout.replicate}"
     return {

@@ -48,6 +48,13 @@ def words(one: Planned, recipe: Recipe) -> list[str]:
     return told + (["models.keep_gathered=true"] if one.layout.keep_gathered > recipe.models.keep_gathered else [])
 
 
+def traced_values(told: dict[str, float]) -> dict[str, float]:
+    """A trace as plain values: GiB, and the seconds that it took."""
+    return {f"{key}_gib": _digits(count / GIB) for key, count in told.items() if key != "seconds"} | {
+        "seconds": round(told["seconds"], 1)
+    }
+
+
 def layout_values(one: Planned) -> dict[str, Any]:
     """How the stage lies on the GPUs, in the names of settings."""
     layout, settings = one.layout, one.settings
@@ -97,7 +104,14 @@ def _stage(name: str, stage: dict[str, Any]) -> list[str]:
         lines.append(cells.rstrip())
     of = ", ".join(f"{part} {_shown(seconds)}" for part, seconds in step.items() if part != "total")
     hours = f"{stage['steps']} steps: {_shown(stage['hours'])} hours at {100 * stage['share_of_peak']:.0f} % of the peak"
-    return [*lines, f"  seconds of a step: {of}", f"  {hours}"]
+    lines += [f"  seconds of a step: {of}", f"  {hours}"]
+    if "trace" in stage:
+        told = {key: _shown(value) for key, value in stage["trace"].items()}
+        lines.append(
+            f"  traced, a step of at most two parts: {told['peak_gib']} GiB ({told['state_gib']} before it), by the formulas "
+            f"{told['formula_gib']}; {told['seconds']} s"
+        )
+    return lines
 
 
 def _digits(value: float) -> float:

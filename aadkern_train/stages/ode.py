@@ -195,7 +195,7 @@ class OdeInitialisation(Stage):
             drawn[:, given] = first[draws.integers("first level", samples, len(first))]
         if given:
             drawn[:, 0] = len(self.levels) - 1  # the given frame is clean
-        return torch.repeat_interleave(drawn, torch.tensor(chunks), dim=1)
+        return torch.repeat_interleave(drawn, torch.tensor(chunks), dim=1, output_size=sum(chunks))
 
     def inputs(self, draws: Draws, samples: range) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Chunks at levels of their own: x [B, F, C, H, W], sigma [B, F], the clean end x0*, and the pairs' own text."""

@@ -1,0 +1,176 @@
+"""One step of a stage's own code on tensors without memory, in a process group of any size that sends nothing.
+
+Networks, their sharding, recomputation, optimiser and losses are the trainer's. Of a clip that P GPUs share a GPU has a slice of every
+frame, so it is traced with frames of that slice; what the exchange adds is left to the formulas.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from aadkern.plans import VideoLayout
+from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.processes import Processes, shard
+from aadkern_train.engine.recipe import Recipe
+from aadkern_train.engine.run_folder import RunFolder
+from aadkern_train.networks.conditions import Condition
+from aadkern_train.networks.denoiser import Denoiser
+from aadkern_train.networks.folders import Stored, Weights, empty
+from aadkern_train.networks.networks import Networks, freeze_unused
+from aadkern_train.planning.formulas import Clip, memory, peak
+from aadkern_train.planning.layouts import Planned
+from aadkern_train.planning.live import Live
+from aadkern_train.planning.networks import Net
+from aadkern_train.planning.shapes import Shape
+from aadkern_train.run import Run
+from aadkern_train.stages import KINDS
+from aadkern_train.trainer import make_stage
+
+STEP = 12  # one in which every learner learns
+PARTS = 2  # of a batch: the second finds what the first one left
+
+
+class TracedDraws(Draws):
+    """Values without memory; whole numbers are drawn as ever."""
+
+    def normal(self, name: str, samples: Sequence[int], shape: Sequence[int], device: Any = None) -> Tensor:
+        return torch.empty(len(samples), *shape)
+
+    def uniform(self, name: str, samples: Sequence[int], shape: Sequence[int] = (), device: Any = None) -> Tensor:
+        return torch.empty(len(samples), *shape)
+
+
+class TracedWorld:
+    """Clips and texts of the right shapes."""
+
+    fingerprint = None
+
+    def __init__(self, clip: Clip) -> None:
+        self.frame_shape, self.text = clip.sizes.frame, clip.sizes.text
+        self.null = None if self.text is None else torch.empty(1, *self.text)
+
+    def clips(self, samples: Sequence[int], frames: int, split: str = "train") -> Tensor:
+        return torch.empty(len(samples), frames, *self.frame_shape)
+
+    def condition(self, samples: Sequence[int], split: str = "train") -> Condition:
+        text = None if self.text is None else torch.empty(len(samples), *self.text)
+        return Condition(torch.empty(len(samples), *self.frame_shape), text)
+
+
+class TracedNetworks(Networks):
+    """A stage's networks by their shapes, sharded as ever, of no weights."""
+
+    def __init__(self, recipe: Recipe, processes: Processes, world: TracedWorld, nets: Sequence[Net]) -> None:
+        super().__init__(recipe, processes, RunFolder(Path("."), active=False), world.frame_shape, world.null)
+        self.nets = list(nets)
+
+    def source(self, name: str | None) -> Path:
+        return Path(name or ".")
+
+    def make(
+        self,
+        name: str | None,
+        *,
+        frozen: bool = False,
+        around: Callable[[Denoiser], nn.Module] | None = None,
+        storage: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> Any:
+        mine = next(net for net in self.nets if (net.judge is not None) == (around is not None) and net.member.learns != frozen)
+        self.nets.remove(mine)
+        nowhere = replace(self.processes, device=torch.device("meta"))
+        with unset_fake_temporarily(), torch.device("meta"):
+            denoiser = empty(Stored(config(mine.shape, self.recipe), Weights({}, {}), self.recipe.network.predicts))
+            freeze_unused(denoiser.net, words=self.null is not None)
+            module = denoiser if around is None else around(denoiser)
+            module.requires_grad_(not frozen) if frozen else None
+            held = module.net if module is denoiser else module
+            shard(held, nowhere, denoiser.net.blocks, bf16=True, storage=storage)
+        held._apply(lambda t: torch.empty_like(t, device="cpu"))
+        return module
+
+
+def config(shape: Shape, recipe: Recipe) -> dict[str, Any]:
+    """A configuration of diffusers' for a shape."""
+    return {
+        "_class_name": "CausalWan",
+        "patch_size": [1, shape.patch, shape.patch],
+        "num_attention_heads": shape.heads,
+        "attention_head_dim": shape.head_dim,
+        "in_channels": shape.channels,
+        "out_channels": shape.channels,
+        "text_dim": shape.text_dim,
+        "freq_dim": shape.freq_dim,
+        "ffn_dim": shape.ffn,
+        "num_layers": shape.layers,
+        "rope": recipe.network.rope,
+    }
+
+
+def trace(one: Planned, recipe: Recipe, clip: Clip) -> dict[str, float]:
+    """Bytes on a GPU before a step of the stage and at its peak, and what the formulas have for the peak of the same step, which has
+    at most ``PARTS`` parts; and the seconds that the trace took.
+
+    Raises ValueError in a process that has a process group.
+    """
+    if dist.is_initialized():
+        raise ValueError("trace must be asked for in a process of its own, this one has a process group")
+    began, layout = time.monotonic(), one.layout
+    parts = min(PARTS, layout.accumulate)
+    per_frame = -(-clip.layout.tokens_per_frame // layout.sequence)
+    channels, patch = clip.sizes.frame[0], recipe.network.patch
+    frame = clip.sizes.frame if layout.sequence == 1 else (channels, patch, patch * per_frame)
+    slices = replace(clip, sizes=replace(clip.sizes, frame=frame), layout=VideoLayout(clip.layout.chunks, per_frame))
+    settings = one.settings.model_copy(update={"batch": layout.clips * parts * layout.ranks, "accumulate": parts})
+    models = recipe.models.model_copy(
+        update={"keep_gathered": layout.keep_gathered, "teacher_dtype": "bf16", "offload_teacher": False}
+    )
+    recipe = recipe.model_copy(update={"models": models, "stages": {**recipe.stages, one.name: settings}})
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.ranks)
+    try:
+        mesh = init_device_mesh("cpu", (layout.ranks,), mesh_dim_names=("data",))
+        processes = Processes(0, layout.ranks, torch.device("cpu"), mesh, False)
+        with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+            state = _step(one, recipe, slices, processes, live)
+        cut = replace(layout, sequence=1, replicate=1, gpus=layout.ranks, accumulate=parts)
+        work = settings.work(recipe)
+        told = sum(peak(memory(work or one.work, one.nets, slices, cut))[1].values())
+        return {"state": state, "peak": live.peak, "formula": told, "seconds": time.monotonic() - began}
+    finally:
+        dist.destroy_process_group()
+
+
+def _step(one: Planned, recipe: Recipe, clip: Clip, processes: Processes, live: Live) -> float:
+    """Makes the stage and takes a step; the bytes before it."""
+    run = Run(recipe, processes, RunFolder(Path("."), active=False))
+    world = TracedWorld(clip)
+    run.__dict__ |= {"world": world, "networks": TracedNetworks(recipe, processes, world, list(one.nets.values()))}
+    run.__dict__["draws"] = lambda scope, step: TracedDraws(recipe.seed, scope, step)
+    kind = KINDS[one.settings.kind]
+
+    def pairs(stage: Any) -> Any:
+        shape = (len(stage.levels), recipe.frames, *world.frame_shape)
+        return SimpleNamespace(
+            count=1, latents=lambda rows: torch.empty(len(rows), *shape), text=lambda rows: world.condition(rows).text
+        )
+
+    traced = type(kind.__name__, (kind,), {"load_pairs": pairs}) if hasattr(kind, "load_pairs") else kind
+    stage = make_stage(run, one.name, traced)
+    for learner in stage.learners.values():
+        for parameter in learner.module.parameters():
+            live.see(parameter)
+    state = live.now
+    stage.train_step(STEP)
+    return float(state)
