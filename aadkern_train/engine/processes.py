@@ -337,7 +337,8 @@ def accumulating(*modules: nn.Module, last: bool) -> Iterator[None]:
 
 
 def _is_large(module: nn.Module) -> bool:
-    return sum(p.numel() for p in module.parameters()) >= WHOLE_GRADIENTS_BELOW
+    # By parts: an adapted network's own parameters are its adapters, and its base is gathered with them.
+    return sum(p.numel() for part in module.modules() for p in part.parameters(recurse=False)) >= WHOLE_GRADIENTS_BELOW
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:

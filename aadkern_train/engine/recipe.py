@@ -46,6 +46,14 @@ class NetworkSettings(Config):
     qk_gain: Rate = 1.7  # initial weight of the norms of q and k: sharper attention from the start
 
 
+class LoraSettings(Config):
+    """Small adapters on one frozen network, in place of whole networks that learn: y = W x + alpha / rank B A x."""
+
+    rank: Count = 64
+    alpha: Rate = 64.0
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
 class ModelsSettings(Config):
     """Where a role's network comes from: the name of an earlier stage, or a folder in diffusers' format."""
 
@@ -57,6 +65,7 @@ class ModelsSettings(Config):
     teacher_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # what the teacher is kept in; auto: bf16 on CUDA, fp32 on a CPU
     offload_teacher: bool = False  # keep the teacher in host memory, block by block over to the GPU: CUDA only
     keep_gathered: bool = False  # gather a generator once a step, not block by block in each pass: its whole for less traffic
+    lora: LoraSettings | None = None  # generator and fake score learn as adapters on the teacher; not the paper's way
 
     @property
     def backbone(self) -> str:
@@ -105,6 +114,7 @@ class WorldSettings(Choice):
 class StageSettings(Choice):
     """What every stage has. ``kind`` says which stage it is, ``start`` the earlier stage whose weights its network takes."""
 
+    adapts: ClassVar[bool] = False  # whether its networks are made by roles, and so may be adapters on one base (models.lora)
     start: str | None = None  # None: a network of its own
     title: str | None = None  # how reports call it; None: as its kind does
     versus: str | None = None  # a stage beside which reports set it: its control
@@ -210,7 +220,33 @@ class Recipe(Config):
                 raise ValueError(f"{name}.versus must be a stage ({_listed(list(self.stages))}), got {stage.versus!r}")
             stage.check(name, self)
             earlier.append(name)
+        self._check_lora()
         return self
+
+    def _check_lora(self) -> None:
+        """Adapters stand on one network: every role's, from the first stage on."""
+        models = self.models
+        if models.lora is None:
+            return
+        if models.generator in (None, *self.stages) or models.generator != models.teacher:
+            came = f"models.generator {models.generator!r}, models.teacher {models.teacher!r}"
+            raise ValueError(
+                f"models.lora must have models.generator and models.teacher name the same folder, its base, got {came}"
+            )
+        if models.fake is not None:
+            raise ValueError(f"models.fake must be null with models.lora, whose base the fake score stands on, got {models.fake!r}")
+        if models.offload_teacher:
+            raise ValueError("models.offload_teacher must be false with models.lora, whose base all roles compute with, got true")
+        for name, stage in self.stages.items():
+            if not stage.steps:
+                continue
+            if not stage.adapts:
+                raise ValueError(
+                    f"models.lora must be null with stage {name}, which trains whole networks: {name}.steps=0 leaves it out"
+                )
+            origin = self.trained(stage.start) if stage.start else None
+            if origin not in (None, models.generator, *self.stages):
+                raise ValueError(f"{name}.start must be an earlier stage or models.generator with models.lora, got {stage.start!r}")
 
     @property
     def frames(self) -> int:

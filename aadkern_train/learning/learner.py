@@ -52,7 +52,8 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint needs to go on bitwise."""
-        parts = {"module": self.module, "optimiser": self.optimiser}
+        # Of an adapted network its adapters alone; a base that is frozen is where it came from.
+        parts = {"module": getattr(self.module, "saved", self.module), "optimiser": self.optimiser}
         return parts if self.ema is None else {**parts, "ema": self.ema}
 
 

@@ -1,8 +1,9 @@
 """A network's folder in diffusers' format, read and written: one of a hub's, or a stage's finished weights.
 
-    config.json  diffusion_pytorch_model.safetensors (or shards of 5 GB and their index)  run.json
+    config.json  diffusion_pytorch_model.safetensors (or shards of 5 GB and their index)  run.json  adapter.safetensors
 
 ``run.json`` is ours: what the network predicts, and for a stage's weights the run's settings, so that such a folder alone streams.
+``adapter.safetensors`` lies beside the weights of a network that learned as adapters, which the weights hold already.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from aadkern_train.engine.processes import Processes, local, local_rows, whole
 from aadkern_train.networks.denoiser import Denoiser
 
 STEM = "diffusion_pytorch_model"  # diffusers' name
+ADAPTER = "adapter.safetensors"
 SHARD_BYTES = 5_000_000_000
 ANEW = "a stage's weights are made anew where their folder is removed and the run resumed"
 TRANSFORMERS = ("WanTransformer3DModel", "CausalWan")
@@ -68,10 +70,10 @@ def inspect(path: Path) -> Stored:
         raise ValueError(f"{path} must be a network's folder in diffusers' format, it cannot be read: {error}; {ANEW}") from None
     if not weights.files:
         raise ValueError(f"{path} must hold its weights as safetensors, it holds pickles")
-    beside = sorted({file.name for file in path.glob("*.safetensors")} - {file.name for file in weights.files.values()})
+    used = {file.name for file in weights.files.values()}
+    beside = sorted({file.name for file in path.glob("*.safetensors")} - used - {ADAPTER})
     if beside:
-        used = sorted({file.name for file in weights.files.values()})[0]
-        raise ValueError(f"{path} must hold its weights once, {beside[0]} lies beside {used}: leave one of them")
+        raise ValueError(f"{path} must hold its weights once, {beside[0]} lies beside {min(used)}: leave one of them")
     return Stored(config, weights, facts(path).get("predicts", "flow"))
 
 
@@ -186,13 +188,21 @@ def facts(path: Path) -> dict[str, Any]:
         raise ValueError(f"{error}; {ANEW}") from None
 
 
-def export(path: Path, net: nn.Module, processes: Processes, told: Mapping[str, Any]) -> None:
+def export(
+    path: Path,
+    net: nn.Module,
+    processes: Processes,
+    told: Mapping[str, Any],
+    tensors: Iterator[tuple[str, Tensor]] | None = None,
+    adapter: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes a sharded network as a folder, whole or absent, tensor by tensor: no process holds more of it than the file that the
-    main one is filling. Every rank calls it; an error of the main one is raised on all."""
-    tensors, failed = _gathered(net), None
+    main one is filling. ``tensors`` are written in place of its own, gathered one after another, and ``adapter`` beside them.
+    Every rank calls it; an error of the main one is raised on all."""
+    tensors, failed = _gathered(net) if tensors is None else tensors, None
     if processes.is_main:
         try:
-            write_folder(path, net, tensors, told)
+            write_folder(path, net, tensors, told, adapter)
         except Exception as error:
             failed = error
     for _ in tensors:  # gathering takes all ranks to the end
@@ -211,11 +221,22 @@ def _gathered(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, whole(tensor.detach())
 
 
-def write_folder(path: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], told: Mapping[str, Any]) -> None:
-    """The folder of a network from its tensors, whole or absent; ``told`` becomes run.json. It replaces a folder at ``path``."""
+def write_folder(
+    path: Path,
+    net: Any,
+    tensors: Iterable[tuple[str, Tensor]],
+    told: Mapping[str, Any],
+    adapter: Mapping[str, Tensor] | None = None,
+) -> None:
+    """The folder of a network from its tensors, whole or absent; ``told`` becomes run.json, ``adapter`` a file of its own. It
+    replaces a folder at ``path``."""
     waiting, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old.tmp")
     try:
         _fill(waiting, net, tensors, told)
+        if adapter is not None:
+            with naming(waiting / ADAPTER):
+                save_tensors(adapter, waiting / ADAPTER, metadata={"format": "pt"})
+                sync(waiting / ADAPTER)
     except BaseException:
         shutil.rmtree(waiting, ignore_errors=True)  # a full disk's, or Ctrl-C's
         raise

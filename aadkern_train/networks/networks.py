@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import Stored, empty, export, fill, inspect, load, write_folder
+from aadkern_train.networks.lora import AdaptedDenoiser, LoraBase, LoraLinear, targets_of
 from aadkern_train.networks.teacher import Teacher
 
 BIDIRECTIONAL = {"models.teacher", "models.fake", "models.discriminator"}  # whose positions are absolute, whatever their rope says
@@ -31,6 +33,7 @@ class Networks:
     ) -> None:
         """``frame_shape`` (C, H, W) and the ``null`` text [1, T, text_dim], None without words, are the world's."""
         self.recipe, self.processes, self.folder, self.frame_shape, self.null = recipe, processes, folder, frame_shape, null
+        self._base: Callable[[], LoraBase | None] = lambda: None  # of the stage at hand, for as long as that holds it
 
     def source(self, name: str | None) -> Path:
         """The folder of a network: an earlier stage's weights by its name (``<stage>.<learner>``: another of its networks), a
@@ -62,14 +65,7 @@ class Networks:
         ``around`` makes what is sharded in its place out of the denoiser, whose weights are not there yet; its own must be.
         ``storage`` is the dtype that weights are kept in (None: fp32); ``offload`` keeps them in host memory.
         """
-        path = self.source(name)
-        setting = (
-            " and ".join(setting for setting, named in self._settings(self.recipe.stages).items() if named == name) or "the network"
-        )
-        stored = self.processes.on_main(lambda: self._checked(path, setting))
-        denoiser = empty(stored)
-        freeze_unused(denoiser.net, words=self.null is not None)
-        denoiser.net.sequence = self.processes.sequence(denoiser.tokens_per_frame(*self.frame_shape[1:]))
+        denoiser, stored = self._empty(name)
         module = denoiser if around is None else around(denoiser)
         if frozen:
             module.requires_grad_(False)
@@ -77,6 +73,25 @@ class Networks:
         shard(module.net if module is denoiser else module, self.processes, denoiser.net.blocks, storage=storage, offload=offload)
         fill(denoiser.net, stored)
         return module
+
+    def roles(self, starts: Mapping[str, str | None]) -> dict[str, Denoiser]:
+        """The networks that a stage trains, by role, each from its source: whole ones, or with ``models.lora`` adapters on one base
+        that all of them, and the teacher, share."""
+        lora = self.recipe.models.lora
+        if lora is None:
+            return {role: self.make(start) for role, start in starts.items()}
+        denoiser, stored = self._empty(self.recipe.models.generator)
+        if self._teacher_dtype() is not None:
+            nn.Module.to(denoiser.net, self._teacher_dtype())  # on meta, and not the adapters, which are made now
+        base = LoraBase(denoiser, lora, list(starts), Draws(self.recipe.seed, "lora"))
+        shard(denoiser.net, self.processes, denoiser.net.blocks)
+        fill(denoiser.net, stored)
+        self._base = weakref.ref(base)
+        views = {role: base.view(role) for role in starts}
+        for role, start in starts.items():
+            if (self.recipe.trained(start) if start else None) not in (None, self.recipe.models.generator):
+                self.processes.agreed(lambda: views[role].fill(self.source(start), f"the {role}'s start {start}"))  # noqa: B023
+        return views  # type: ignore[return-value]
 
     def check(self, stages: Collection[str]) -> None:
         """That every network which these stages may take from a folder is there and fits the run, before any is loaded.
@@ -90,6 +105,10 @@ class Networks:
                     raise ValueError(f"{setting} must name a network's folder in diffusers' format, say WAN/transformer")
                 if name.partition(".")[0] not in self.recipe.stages:
                     self._checked(Path(name), setting)
+
+            if self.recipe.models.lora is not None:
+                path = Path(self.recipe.models.generator)
+                targets_of(empty(self._checked(path, "models.generator")).net, self.recipe.models.lora.targets)
 
         if stages:
             self._check_teacher()
@@ -106,9 +125,11 @@ class Networks:
     def teacher(self, name: str, guidance: float, layout: VideoLayout) -> Teacher:
         """A frozen network as a teacher of clips of this layout."""
         self._check_teacher()
-        models, cuda = self.recipe.models, self.processes.device.type == "cuda"
-        storage = torch.bfloat16 if models.teacher_dtype == "bf16" or (models.teacher_dtype == "auto" and cuda) else None
-        network, plan = self.make(name, frozen=True, storage=storage, offload=models.offload_teacher), bidirectional(layout)
+        base, plan = self._base(), bidirectional(layout)
+        if base is not None:
+            network = base.view(None)
+        else:
+            network = self.make(name, frozen=True, storage=self._teacher_dtype(), offload=self.recipe.models.offload_teacher)
         return Teacher(lambda x, sigma, text: network(x, sigma, text, plan=plan), guidance, self.null)
 
     def fake(self, start: str | None) -> str | None:
@@ -119,7 +140,27 @@ class Networks:
         """Writes a network that this run trained, with the run's settings beside it."""
         settings = {"recipe": self.recipe.model_dump(mode="json"), "predicts": denoiser.predicts, "frame": list(self.frame_shape)}
         settings |= facts
-        export(path, denoiser.net, self.processes, settings)
+        if isinstance(denoiser, AdaptedDenoiser):
+            export(path, denoiser.net, self.processes, settings, denoiser.merged(), denoiser.tensors())
+        else:
+            export(path, denoiser.net, self.processes, settings)
+
+    def _empty(self, name: str | None) -> tuple[Denoiser, Stored]:
+        """A source's network without weights, and what its folder tells."""
+        path = self.source(name)
+        setting = (
+            " and ".join(setting for setting, named in self._settings(self.recipe.stages).items() if named == name) or "the network"
+        )
+        stored = self.processes.on_main(lambda: self._checked(path, setting))
+        denoiser = empty(stored)
+        freeze_unused(denoiser.net, words=self.null is not None)
+        denoiser.net.sequence = self.processes.sequence(denoiser.tokens_per_frame(*self.frame_shape[1:]))
+        return denoiser, stored
+
+    def _teacher_dtype(self) -> torch.dtype | None:
+        """What a frozen network is kept in; None: fp32."""
+        told, cuda = self.recipe.models.teacher_dtype, self.processes.device.type == "cuda"
+        return torch.bfloat16 if told == "bf16" or (told == "auto" and cuda) else None
 
     def _check_teacher(self) -> None:
         if self.recipe.models.offload_teacher and self.processes.device.type != "cuda":
@@ -199,4 +240,5 @@ def recompute_blocks(module: nn.Module) -> None:
     """From now on a backward through the module computes each transformer block once more and keeps its input alone."""
     for part in module.modules():
         if isinstance(part, CausalWan):
-            part.enable_gradient_checkpointing()
+            base = next((layer.base for layer in part.modules() if isinstance(layer, LoraLinear)), None)
+            part.enable_gradient_checkpointing(None if base is None else base.recomputed)

@@ -41,6 +41,7 @@ class AdversarialRefinement(Stage):
     class Settings(StageSettings):
         """Paper: 200 steps, rates 4e-7, 1e-6, heads 2e-6. ``start`` an ODE stage is the ablation without warm-up."""
 
+        adapts = True
         kind: str = "adversarial"
         start: str | None = "dmd"
         steps: int = 180
@@ -110,7 +111,11 @@ class AdversarialRefinement(Stage):
         super().__init__(run, name, settings)
         discriminator = run.networks.make(settings.source(run.recipe), around=self._discriminator)
         self.learners["generator"] = Learner(
-            run.networks.make(settings.start), settings.generator, self.steps, clip=settings.clip, ema=settings.ema
+            run.networks.roles({"generator": settings.start})["generator"],
+            settings.generator,
+            self.steps,
+            clip=settings.clip,
+            ema=settings.ema,
         )
         self.learners["discriminator"] = Learner(
             discriminator,

@@ -48,6 +48,7 @@ class DmdWarmUp(Stage):
     class Settings(StageSettings):
         """Paper: 100 steps, rates 2e-6 and 4e-7, five updates of the fake score for one of the generator."""
 
+        adapts = True
         kind: str = "dmd"
         start: str | None = "ode"
         steps: int = 200
@@ -78,12 +79,12 @@ class DmdWarmUp(Stage):
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)
         clip, networks = settings.clip, run.networks
-        generator = networks.make(settings.start)
         before = run.recipe.trained(settings.start) if settings.start else None
         goes_on = before in run.recipe.stages and run.recipe.stages[before].kind == settings.kind
-        fake = networks.make(f"{before}.fake" if goes_on else networks.fake(settings.start))
-        self.learners["generator"] = Learner(generator, settings.generator, self.steps, clip=clip, ema=settings.ema)
-        self.learners["fake"] = Learner(fake, settings.fake, self.steps * settings.fake_per_generator, clip=clip)
+        follower = f"{before}.fake" if goes_on else networks.fake(settings.start)
+        made = networks.roles({"generator": settings.start, "fake": follower})
+        self.learners["generator"] = Learner(made["generator"], settings.generator, self.steps, clip=clip, ema=settings.ema)
+        self.learners["fake"] = Learner(made["fake"], settings.fake, self.steps * settings.fake_per_generator, clip=clip)
         self.teacher = run.teacher(settings.guidance)
 
     def train_step(self, step: int) -> dict[str, float]:

@@ -53,6 +53,7 @@ class OdeInitialisation(Stage):
     class Settings(StageSettings):
         """Paper: 2000 steps, AdamW 2e-6."""
 
+        adapts = True
         kind: str = "ode"
         start: str | None = "pretrain"
         steps: int = 700
@@ -78,7 +79,7 @@ class OdeInitialisation(Stage):
         self.pairs = self.load_pairs()
         # An exact teacher has no weights to start from.
         start = None if run.recipe.models.teacher == "exact" else settings.start
-        network = run.networks.make(start)
+        network = run.networks.roles({"generator": start})["generator"]
         self.learners["generator"] = Learner(network, settings.optimiser, self.steps, clip=settings.clip, ema=settings.ema)
         self.context = CausalContext(run.layout, run.window)
 
