@@ -40,11 +40,13 @@ def streamed(run: Run, network: Any, samples: range, chunks: Sequence[int]) -> T
 
 
 def in_batches(run: Run, count: int, make: Callable[[range], Tensor]) -> Tensor:
-    """``make`` over ``count`` samples, shared by the processes, whole on every one and on the CPU."""
-    mine = run.processes.local_slice(range(count))
+    """``make`` over ``count`` samples, shared by the processes, whole on every one and on the CPU. All make equally many, and so
+    further ones where ``count`` is not to be shared, which are dropped."""
+    share = -(-count // run.processes.size)
+    mine = range(run.processes.rank * share, (run.processes.rank + 1) * share)
     size = run.recipe.evaluate.batch
     parts = [make(mine[i : i + size]) for i in range(0, len(mine), size)]
-    return run.processes.gather_rows(torch.cat(parts)).cpu()
+    return run.processes.gather_rows(torch.cat(parts))[:count].cpu()
 
 
 def real_clips(run: Run, count: int, frames: int, split: str = "test") -> Tensor:
@@ -129,7 +131,7 @@ def steering(run: Run, network: Any, count: int) -> dict[str, list[float]]:
         def noise(number: int, step: int) -> Tensor:
             return draws.normal(f"noise {number} {step}", samples, (size, *shape), device=device).transpose(1, 2)
 
-        before, after = run.condition(samples, "test"), new.rows(list(samples)).to(device)
+        before, after = run.condition(samples, "test"), new.rows([min(i, count - 1) for i in samples]).to(device)
         stream = streaming(network, len(samples), shape, run.window, run.recipe.steps, before.text)
         first = None if before.first is None else before.first[:, :, None]
         parts = [] if first is None else [first]

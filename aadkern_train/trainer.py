@@ -84,9 +84,14 @@ def make_stage(run: Run, name: str, kind: type[Stage] | None = None) -> Stage:
 
 
 def check_networks(run: Run) -> None:
-    """That networks from folders fit the run and the stages still to come. Raises ValueError, naming the setting, before any is
-    loaded."""
+    """That batches can be shared, and that networks from folders fit the run and the stages still to come. Raises ValueError,
+    naming the setting, before any is loaded."""
     waiting = [name for name in stages_of(run) if not run.processes.on_main(run.folder.weights(name).exists)]
+    for name in waiting:
+        batch, accumulate, size = run.recipe.stages[name].batch, run.recipe.stages[name].accumulate, run.processes.size
+        if batch % (accumulate * size):
+            shares = f"{size} processes with {name}.accumulate {accumulate}, so a multiple of {accumulate * size}"
+            raise ValueError(f"{name}.batch must be shared equally by {shares}, got {batch}")
     run.networks.check(waiting)
     for name in waiting:
         settings = run.recipe.stages[name]

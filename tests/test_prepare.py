@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -157,45 +156,6 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(films, wan, tmp_path):
                 assert file.read_bytes() == whole[file.name]
     assert run(films, out, wan, per_shard=1) == 6
     assert contents(out) == whole
-
-
-def test_jobs_that_make_the_same_shards_at_once_do_no_harm(films, wan, tmp_path):
-    run(films, tmp_path / "one", wan, per_shard=1)
-    children = []
-    for _ in range(3):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            with contextlib.suppress(BaseException):
-                status = 0 if run(films, tmp_path / "many", wan, per_shard=1) == 6 else 2
-            os._exit(status)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
-    assert contents(tmp_path / "many") == contents(tmp_path / "one")
-    assert not list((tmp_path / "many").glob("*.tmp"))
-
-
-class Harm:
-    """What a pickle may do when it is read."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return (Path.touch, (self.mark,))
-
-
-@pytest.mark.parametrize(("part", "name"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")])
-def test_what_a_pickle_carries_is_not_run(films, wan, tmp_path, part, name, capsys):
-    other = shutil.copytree(wan[0], tmp_path / "wan")
-    for file in (other / part).glob("*.safetensors"):
-        file.unlink()
-    torch.save({"weight": Harm(tmp_path / "mark")}, other / part / f"{name}.bin")
-    words = ["prepare", films, "--wan", other, "--out", tmp_path / "out", "--size", "32x48", "--frames", 9, "--device", "cpu"]
-    assert cli.main([str(word) for word in words]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("aad prepare: ") and str(other / part) in line and "weights_only=False" not in line, line
-    assert not (tmp_path / "mark").exists() and not list((tmp_path / "out").glob("*.jsonl"))
 
 
 def test_bad_items_are_skipped_with_their_reasons(films, wan, tmp_path, capsys):
