@@ -1,7 +1,6 @@
 """One step of a stage's own code on tensors without memory, in a process group of any size that sends nothing.
 
-Networks, their sharding, recomputation, optimiser and losses are the trainer's. Of a clip that P GPUs share a GPU has a slice of every
-frame, so it is traced with frames of that slice; what the exchange adds is left to the formulas.
+Networks, their sharding, sequences, recomputation, optimiser and losses are the trainer's; data and random numbers have shapes alone.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from aadkern.plans import VideoLayout
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.processes import Processes, shard
 from aadkern_train.engine.recipe import Recipe
@@ -95,7 +93,9 @@ class TracedNetworks(Networks):
             denoiser = empty(Stored(config(mine.shape, self.recipe), Weights({}, {}), self.recipe.network.predicts))
             freeze_unused(denoiser.net, words=self.null is not None)
             module = denoiser if around is None else around(denoiser)
-            module.requires_grad_(not frozen) if frozen else None
+            denoiser.net.sequence = self.processes.sequence(denoiser.tokens_per_frame(*self.frame_shape[1:]))
+            if frozen:
+                module.requires_grad_(False)
             held = module.net if module is denoiser else module
             shard(held, nowhere, denoiser.net.blocks, bf16=True, storage=storage)
         held._apply(lambda t: torch.empty_like(t, device="cpu"))
@@ -129,24 +129,21 @@ def trace(one: Planned, recipe: Recipe, clip: Clip) -> dict[str, float]:
         raise ValueError("trace must be asked for in a process of its own, this one has a process group")
     began, layout = time.monotonic(), one.layout
     parts = min(PARTS, layout.accumulate)
-    per_frame = -(-clip.layout.tokens_per_frame // layout.sequence)
-    channels, patch = clip.sizes.frame[0], recipe.network.patch
-    frame = clip.sizes.frame if layout.sequence == 1 else (channels, patch, patch * per_frame)
-    slices = replace(clip, sizes=replace(clip.sizes, frame=frame), layout=VideoLayout(clip.layout.chunks, per_frame))
-    settings = one.settings.model_copy(update={"batch": layout.clips * parts * layout.ranks, "accumulate": parts})
+    batch = layout.clips * parts * layout.ranks // layout.sequence
+    settings = one.settings.model_copy(update={"batch": batch, "accumulate": parts})
     models = recipe.models.model_copy(
         update={"keep_gathered": layout.keep_gathered, "teacher_dtype": "bf16", "offload_teacher": False}
     )
     recipe = recipe.model_copy(update={"models": models, "stages": {**recipe.stages, one.name: settings}})
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.ranks)
     try:
-        mesh = init_device_mesh("cpu", (layout.ranks,), mesh_dim_names=("data",))
-        processes = Processes(0, layout.ranks, torch.device("cpu"), mesh, False)
+        mesh = init_device_mesh("cpu", (layout.ranks,), mesh_dim_names=("shard",))
+        clips = init_device_mesh("cpu", (layout.ranks // layout.sequence, layout.sequence), mesh_dim_names=("data", "sequence"))
+        processes = Processes(0, layout.ranks, torch.device("cpu"), mesh, False, clips)
         with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
-            state = _step(one, recipe, slices, processes, live)
-        cut = replace(layout, sequence=1, replicate=1, gpus=layout.ranks, accumulate=parts)
-        work = settings.work(recipe)
-        told = sum(peak(memory(work or one.work, one.nets, slices, cut))[1].values())
+            state = _step(one, recipe, clip, processes, live)
+        cut = replace(layout, replicate=1, gpus=layout.ranks, accumulate=parts)
+        told = sum(peak(memory(settings.work(recipe) or one.work, one.nets, clip, cut))[1].values())
         return {"state": state, "peak": live.peak, "formula": told, "seconds": time.monotonic() - began}
     finally:
         dist.destroy_process_group()
