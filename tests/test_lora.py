@@ -18,9 +18,10 @@ from aadkern_train import trainer
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.checkpoint import Checkpoints
 from aadkern_train.engine.leaving import Asked
-from aadkern_train.engine.processes import Processes, start, whole
+from aadkern_train.engine.processes import Processes, reshard, shard, start, whole
 from aadkern_train.engine.recipe import LoraSettings
 from aadkern_train.engine.run_folder import RunFolder
+from aadkern_train.networks import networks
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import facts, load, write_folder
 from aadkern_train.networks.lora import LoraBase
@@ -167,7 +168,7 @@ def adapters(learner) -> dict[str, torch.Tensor]:
 
 
 def test_a_step_changes_only_adapters_and_the_teacher_stays(folder, tmp_path):
-    x, sigma, text = clip()
+    x, sigma, _ = clip()
     with start("cpu") as processes:
         run = new_run(tmp_path / "run", processes, folder, "dmd.start=null")
         stage = trainer.make_stage(run, "dmd")
@@ -194,11 +195,11 @@ def test_a_step_changes_only_adapters_and_the_teacher_stays(folder, tmp_path):
 def test_recorded_and_replayed_rollouts_of_recomputed_blocks_teach_the_same(folder, tmp_path, recorded):
     """Beside a replayed rollout with nothing recomputed: no role's pass leaks into another's backward."""
     found = []
-    for i, words in enumerate((["dmd.replay=true"], [f"dmd.replay={'false' if recorded else 'true'}", "dmd.checkpointing=blocks"])):
+    one = ["dmd={start: null, accumulate: 2, replay: true}", "dmd.generator.lr=1e-3"]
+    other = [*one, f"dmd.replay={'false' if recorded else 'true'}", "dmd.checkpointing=blocks"]
+    for i, words in enumerate((one, other)):
         with start("cpu") as processes:
-            run = new_run(
-                tmp_path / str(i), processes, folder, "dmd.start=null", "dmd.accumulate=2", "dmd.generator.lr=1e-3", *words
-            )
+            run = new_run(tmp_path / str(i), processes, folder, *words)
             stage = trainer.make_stage(run, "dmd")
             for seed, learner in enumerate(stage.learners.values()):
                 drawn = torch.Generator().manual_seed(seed)
@@ -287,11 +288,11 @@ def test_a_resumed_stage_repeats_an_unbroken_one_bit_for_bit(folder, tmp_path):
 
 def test_what_does_not_fit_is_refused_by_name(folder, tmp_path):
     for words, said in (
-        (["models.teacher=elsewhere/net"], "models.lora must have models.generator and models.teacher name the same folder"),
+        (["models.teacher=elsewhere/net"], "models.lora must have models.generator and models.teacher name one folder"),
         (["models.generator=null", "models.teacher=pretrain"], "models.lora must have models.generator and models.teacher"),
         ([f"models.fake={folder}"], "models.fake must be null with models.lora"),
         (["models.offload_teacher=true"], "models.offload_teacher must be false with models.lora"),
-        (["pretrain.steps=1"], "models.lora must be null with stage pretrain"),
+        (["pretrain.steps=1"], "pretrain.steps must be 0 with models.lora"),
         (["dmd.start=other/net"], "dmd.start must be an earlier stage or models.generator with models.lora"),
         (["models.lora.rank=0"], "models.lora.rank"),
         (["models.lora.targets=[]"], "models.lora.targets"),
@@ -301,19 +302,34 @@ def test_what_does_not_fit_is_refused_by_name(folder, tmp_path):
     assert lora_recipe(folder, f"dmd.start={folder}").stages["dmd"].start == str(folder)
     with start("cpu") as processes:
         run = new_run(tmp_path / "run", processes, folder, "models.lora.targets=[to_q, to_z]")
-        with pytest.raises(ValueError, match="models.lora.targets must name linear layers of a block .*to_q.*got 'to_z'"):
+        with pytest.raises(ValueError, match=r"models.lora.targets must name linear layers of a block .*to_q.*got 'to_z'"):
             trainer.check_networks(run)
 
 
-def test_a_bf16_base_keeps_fp32_adapters(folder, tmp_path):
-    with start("cpu") as processes:
-        run = new_run(tmp_path / "run", processes, folder, "models.teacher_dtype=bf16")
-        view = run.networks.roles({"generator": None})["generator"]
-        assert {p.dtype for p in view.parameters()} == {torch.float32}
-        assert {t.dtype for t in shared(run).values()} == {torch.bfloat16}
-        out = view(*clip())
-        out.square().sum().backward()
-        assert any(whole(p.grad).any() for p in view.parameters())
+def test_a_bf16_base_with_fp32_adapters_learns_block_by_block_as_on_a_gpu(folder, tmp_path, monkeypatch):
+    """Two dtypes in each part that FSDP gathers, computed in bf16: the gradients are those of fp32 to bf16's rounding."""
+    found = []
+    for kept in ("fp32", "bf16"):
+        options = {"shard_blocks_above": 0, "bf16": kept == "bf16"}
+        monkeypatch.setattr(networks, "shard", lambda *a, options=options, **k: shard(*a, **k, **options))
+        with start("cpu") as processes:
+            words = (
+                f"models={{teacher_dtype: {kept}, keep_gathered: true}}",
+                "dmd={start: null, replay: true, checkpointing: blocks}",
+            )
+            run = new_run(tmp_path / kept, processes, folder, *words)
+            view = run.networks.roles({"generator": None})["generator"]
+            assert {p.dtype for p in view.parameters()} == {torch.float32}
+            assert {t.dtype for t in shared(run).values()} == {torch.float32 if kept == "fp32" else torch.bfloat16}
+            view(*clip()).square().sum().backward()
+            reshard(view)
+            found.append({name: whole(p.grad).clone() for name, p in view.named_parameters()})
+            stage = trainer.make_stage(run, "dmd")
+            assert all(torch.isfinite(torch.tensor(value)) for step in range(2) for value in stage.train_step(step).values())
+            assert torch.isfinite(torch.cat([t.flatten() for t in adapters(stage.learners["fake"]).values()])).all()
+    assert all(t.dtype is torch.float32 for t in found[1].values())
+    a, b = (torch.cat([t.flatten() for t in grads.values()]) for grads in found)
+    assert a.norm() > 1 and (a - b).norm() < 0.1 * a.norm(), ((a - b).norm() / a.norm()).item()
 
 
 def steps(path: Path, processes: Processes, base: Path) -> dict[str, torch.Tensor]:

@@ -230,9 +230,7 @@ class Recipe(Config):
             return
         if models.generator in (None, *self.stages) or models.generator != models.teacher:
             came = f"models.generator {models.generator!r}, models.teacher {models.teacher!r}"
-            raise ValueError(
-                f"models.lora must have models.generator and models.teacher name the same folder, its base, got {came}"
-            )
+            raise ValueError(f"models.lora must have models.generator and models.teacher name one folder, its base, got {came}")
         if models.fake is not None:
             raise ValueError(f"models.fake must be null with models.lora, whose base the fake score stands on, got {models.fake!r}")
         if models.offload_teacher:
@@ -241,9 +239,7 @@ class Recipe(Config):
             if not stage.steps:
                 continue
             if not stage.adapts:
-                raise ValueError(
-                    f"models.lora must be null with stage {name}, which trains whole networks: {name}.steps=0 leaves it out"
-                )
+                raise ValueError(f"{name}.steps must be 0 with models.lora, as {name} trains a whole network, got {stage.steps}")
             origin = self.trained(stage.start) if stage.start else None
             if origin not in (None, models.generator, *self.stages):
                 raise ValueError(f"{name}.start must be an earlier stage or models.generator with models.lora, got {stage.start!r}")

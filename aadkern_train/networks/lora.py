@@ -112,7 +112,7 @@ class Acting(nn.Module):
 
 
 class AdaptedDenoiser(Denoiser):
-    """A denoiser of one role. Its parameters are that role's adapters, by the layers' names: "blocks.0.attn1.to_q.lora_A.weight"."""
+    """A denoiser of one role. Its parameters are that role's adapters by their layers: "blocks.0.attn1.to_q.lora_A.weight"."""
 
     def __init__(self, base: LoraBase, role: str | None) -> None:
         super().__init__(Acting(base, role), base.denoiser.predicts)  # type: ignore[arg-type]
@@ -133,8 +133,8 @@ class AdaptedDenoiser(Denoiser):
         return Adapter(self)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The adapters, whole, on the CPU, in diffusers' names: up-projections times alpha / r, so that readers who know of no alpha
-        read them right. Every rank calls it."""
+        """The adapters, whole, on the CPU, in diffusers' names: the B times alpha / r, so that readers who know of no alpha read
+        them right. Every rank calls it."""
         reshard(self)
         scale = {"lora_A": 1.0, "lora_B": self.base.scale}
         found = ((name, whole(p.detach()) * scale[name.split(".")[-2]]) for name, p in self.named_parameters())
