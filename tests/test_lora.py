@@ -135,6 +135,7 @@ def test_roles_compute_and_learn_as_networks_of_their_merged_weights(folder):
             chain = 1.5 * up.T @ dw if part.startswith("A") else 1.5 * dw @ down.T
             torch.testing.assert_close(p.grad, chain, rtol=1e-9, atol=1e-10)
     assert (outs["generator"] - outs["fake"]).abs().max() > 1e-2
+    assert torch.equal(base.denoiser(x, sigma, text), load(folder).double()(x, sigma, text)), "a role's turn ends with its call"
     assert all(p.grad is None for name, p in base.denoiser.named_parameters() if ".lora_" not in name)
 
 
