@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -43,6 +43,17 @@ def enable(on: bool = True) -> None:
     """Turn spans on or off for this process. RuntimeError where neither the nvtx package nor a CUDA build of torch is there."""
     global _open
     _open = _opener() if on else None
+
+
+@contextmanager
+def opened_by(opener: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within, ``opener(name)`` is every span's context: to count by spans what happens in them."""
+    global _open
+    before, _open = _open, opener
+    try:
+        yield
+    finally:
+        _open = before
 
 
 def _opener() -> Callable[[str], AbstractContextManager[Any]]:

@@ -324,16 +324,18 @@ def accumulating(*modules: nn.Module, last: bool) -> Iterator[None]:
     They add up on the rank, and are reduced in the last backward alone; of a module of WHOLE_GRADIENTS_BELOW parameters or more
     each backward reduces its own, and this rank's part of the sum is all that is kept.
     """
-    sharded = [part for module in modules if not _is_large(module) for part in module.modules() if isinstance(part, FSDPModule)]
+    parts = [part for module in modules if not _is_large(module) for part in module.modules() if isinstance(part, FSDPModule)]
+    # A part that nothing trains may never be gathered, as what lies behind a last tap: FSDP2 (2.13) would raise for its gradients.
+    sharded = [part for part in parts if any(p.requires_grad for p in part.parameters())]  # type: ignore[attr-defined]
     try:
-        for module in sharded:
-            module.set_requires_gradient_sync(last)
-            module.set_reshard_after_backward(last)
+        for part in sharded:
+            part.set_requires_gradient_sync(last, recurse=False)
+            part.set_reshard_after_backward(last, recurse=False)
         yield
     finally:
-        for module in sharded:
-            module.set_requires_gradient_sync(True)
-            module.set_reshard_after_backward(True)
+        for part in sharded:
+            part.set_requires_gradient_sync(True, recurse=False)
+            part.set_reshard_after_backward(True, recurse=False)
 
 
 def _is_large(module: nn.Module) -> bool:

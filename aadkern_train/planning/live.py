@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+REST = "outside of spans"
 READ = torch.ops.aten._local_scalar_dense.default
 
 
 class Live(TorchDispatchMode):
-    """Counts the storages that operators return, ``now`` and at their ``peak``, until nothing holds them.
+    """Counts the storages that operators return, ``now`` and in ``peaks`` at their peak in each outermost span of
+    ``aadkern.spans``, until nothing holds them.
 
     Enter it within FakeTensorMode. A number that is read off a tensor (``item``) is 0 or 1.0, since such tensors have none: nothing
     may depend on it. FSDP2 frees what it gathered by ``UntypedStorage.resize_(0)``, of which no operator tells, so that is watched.
@@ -24,7 +27,9 @@ class Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peaks: dict[str, int] = {}
+        self._span: str | None = None
         self._sizes: dict[int, int] = {}
 
     def see(self, tensor: Tensor) -> None:
@@ -43,7 +48,18 @@ class Live(TorchDispatchMode):
     def _sized(self, key: int, size: int) -> None:
         self.now += size - self._sizes[key]
         self._sizes[key] = size
-        self.peak = max(self.peak, self.now)
+        place = self._span or REST
+        self.peaks[place] = max(self.peaks.get(place, 0), self.now)
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """What ``aadkern.spans.opened_by`` takes."""
+        outermost = self._span is None
+        self._span = name if outermost else self._span
+        try:
+            yield
+        finally:
+            self._span = None if outermost else self._span
 
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)

@@ -45,7 +45,9 @@ def words(one: Planned, recipe: Recipe) -> list[str]:
     """What the plan chose otherwise than the recipe, as words for ``aad train``."""
     changed = differences(recipe.stages[one.name].model_dump(mode="json"), one.settings.model_dump(mode="json"))
     told = [f"{one.name}.{key}={value}" for key, (_, value) in changed.items()]
-    return told + (["models.keep_gathered=true"] if one.layout.keep_gathered > recipe.models.keep_gathered else [])
+    told += ["models.keep_gathered=true"] if one.layout.keep_gathered > recipe.models.keep_gathered else []
+    shared = {"sequence": one.layout.sequence, "replicate": one.layout.replicate}
+    return told + [f"parallel.{key}={value}" for key, value in shared.items() if value != getattr(recipe.parallel, key)]
 
 
 def traced_values(told: dict[str, float]) -> dict[str, float]:

@@ -1,12 +1,12 @@
 """One step of a stage's own code on tensors without memory, in a process group of any size that sends nothing.
 
-Networks, their sharding, sequences, recomputation, optimiser and losses are the trainer's; data and random numbers have shapes alone.
+Networks, sharding, sequences, recomputation, optimiser and losses are the trainer's; data and random numbers have shapes alone.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from aadkern.spans import opened_by
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.processes import Processes, shard
-from aadkern_train.engine.recipe import Recipe
+from aadkern_train.engine.recipe import Recipe, StageSettings
 from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.denoiser import Denoiser
@@ -37,6 +38,7 @@ from aadkern_train.stages import KINDS
 from aadkern_train.trainer import make_stage
 
 STEP = 12  # one in which every learner learns
+BEFORE = "before the step"
 PARTS = 2  # of a batch: the second finds what the first one left
 
 
@@ -120,10 +122,11 @@ def config(shape: Shape, recipe: Recipe) -> dict[str, Any]:
 
 
 def trace(one: Planned, recipe: Recipe, clip: Clip) -> dict[str, float]:
-    """Bytes on a GPU before a step of the stage and at its peak, and what the formulas have for the peak of the same step, which has
-    at most ``PARTS`` parts; and the seconds that the trace took.
+    """Bytes on a GPU before a step of the stage and at its peak, and what the formulas have for the peak of the same step, which
+    has at most ``PARTS`` parts; and the seconds that the trace took.
 
-    Raises ValueError in a process that has a process group.
+    Blocks are alike, so what a step holds in each span grows by the same with each: it is traced with a few, then with one more in
+    the networks of each depth, and carried on to the true depths. Raises ValueError in a process that has a process group.
     """
     if dist.is_initialized():
         raise ValueError("trace must be asked for in a process of its own, this one has a process group")
@@ -131,29 +134,56 @@ def trace(one: Planned, recipe: Recipe, clip: Clip) -> dict[str, float]:
     parts = min(PARTS, layout.accumulate)
     batch = layout.clips * parts * layout.ranks // layout.sequence
     settings = one.settings.model_copy(update={"batch": batch, "accumulate": parts})
-    models = recipe.models.model_copy(
-        update={"keep_gathered": layout.keep_gathered, "teacher_dtype": "bf16", "offload_teacher": False}
-    )
+    cut = replace(layout, replicate=1, gpus=layout.ranks, accumulate=parts)
+    told = sum(peak(memory(settings.work(recipe) or one.work, one.nets, clip, cut))[1].values())
+    least = max([2, *(len(net.member.taps) for net in one.nets.values())])
+    traced = {depth: min(least, depth) for depth in {net.blocks for net in one.nets.values()}}
+    few = _held(one, settings, recipe, clip, traced)
+    held = dict(few)
+    for depth, blocks in traced.items():
+        if blocks < depth:
+            more = _held(one, settings, recipe, clip, {**traced, depth: blocks + 1})
+            held = {place: size + (depth - blocks) * (more.get(place, 0) - few.get(place, 0)) for place, size in held.items()}
+    state = held.pop(BEFORE)
+    return {"state": state, "peak": max(held.values()), "formula": told, "seconds": time.monotonic() - began}
+
+
+def _held(one: Planned, settings: StageSettings, recipe: Recipe, clip: Clip, blocks: Mapping[int, int]) -> dict[str, float]:
+    """Bytes before a step and at the peak of each of its spans, with so many ``blocks`` in place of a network's own number."""
+    ranks, sequence = one.layout.ranks, one.layout.sequence
+    nets = [_cut(net, blocks[net.blocks]) for net in one.nets.values()]
+    update: dict[str, Any] = {"keep_gathered": one.layout.keep_gathered, "teacher_dtype": "bf16", "offload_teacher": False}
+    models = recipe.models.model_copy(update=update)
+    taps = next((net.member.taps for net in nets if net.member.taps), None)
+    settings = settings if taps is None else settings.model_copy(update={"layers": taps})
     recipe = recipe.model_copy(update={"models": models, "stages": {**recipe.stages, one.name: settings}})
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        mesh = init_device_mesh("cpu", (layout.ranks,), mesh_dim_names=("shard",))
-        clips = init_device_mesh("cpu", (layout.ranks // layout.sequence, layout.sequence), mesh_dim_names=("data", "sequence"))
-        processes = Processes(0, layout.ranks, torch.device("cpu"), mesh, False, clips)
-        with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
-            state = _step(one, recipe, clip, processes, live)
-        cut = replace(layout, replicate=1, gpus=layout.ranks, accumulate=parts)
-        told = sum(peak(memory(settings.work(recipe) or one.work, one.nets, clip, cut))[1].values())
-        return {"state": state, "peak": live.peak, "formula": told, "seconds": time.monotonic() - began}
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+        clips = init_device_mesh("cpu", (ranks // sequence, sequence), mesh_dim_names=("data", "sequence"))
+        processes = Processes(0, ranks, torch.device("cpu"), mesh, False, clips)
+        with FakeTensorMode(allow_non_fake_inputs=True), Live() as live, opened_by(live.span):
+            state = _step(one, nets, recipe, clip, processes, live)
+        return {BEFORE: state, **live.peaks}
     finally:
         dist.destroy_process_group()
 
 
-def _step(one: Planned, recipe: Recipe, clip: Clip, processes: Processes, live: Live) -> float:
+def _cut(net: Net, blocks: int) -> Net:
+    """A network of so many blocks that run; blocks behind the deepest tap, which are only stored, stay."""
+    behind = net.shape.layers - net.blocks
+    shape = replace(net.shape, layers=blocks + behind)
+    if net.judge is None:
+        return replace(net, shape=shape)
+    taps = tuple(range(blocks - len(net.judge.taps), blocks))
+    return Net(replace(net.member, taps=taps), shape, replace(net.judge, backbone=shape, taps=taps))
+
+
+def _step(one: Planned, nets: Sequence[Net], recipe: Recipe, clip: Clip, processes: Processes, live: Live) -> float:
     """Makes the stage and takes a step; the bytes before it."""
     run = Run(recipe, processes, RunFolder(Path("."), active=False))
     world = TracedWorld(clip)
-    run.__dict__ |= {"world": world, "networks": TracedNetworks(recipe, processes, world, list(one.nets.values()))}
+    run.__dict__ |= {"world": world, "networks": TracedNetworks(recipe, processes, world, nets)}
     run.__dict__["draws"] = lambda scope, step: TracedDraws(recipe.seed, scope, step)
     kind = KINDS[one.settings.kind]
 
