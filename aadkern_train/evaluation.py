@@ -42,8 +42,8 @@ def streamed(run: Run, network: Any, samples: range, chunks: Sequence[int]) -> T
 def in_batches(run: Run, count: int, make: Callable[[range], Tensor]) -> Tensor:
     """``make`` over ``count`` samples, shared by the processes, whole on every one and on the CPU. All make equally many, and so
     further ones where ``count`` is not to be shared, which are dropped."""
-    share = -(-count // run.processes.size)
-    mine = range(run.processes.rank * share, (run.processes.rank + 1) * share)
+    share = -(-count // run.processes.data_size)
+    mine = range(run.processes.data_rank * share, (run.processes.data_rank + 1) * share)
     size = run.recipe.evaluate.batch
     parts = [make(mine[i : i + size]) for i in range(0, len(mine), size)]
     return run.processes.gather_rows(torch.cat(parts))[:count].cpu()

@@ -88,7 +88,7 @@ def check_networks(run: Run) -> None:
     naming the setting, before any is loaded."""
     waiting = [name for name in stages_of(run) if not run.processes.on_main(run.folder.weights(name).exists)]
     for name in waiting:
-        batch, accumulate, size = run.recipe.stages[name].batch, run.recipe.stages[name].accumulate, run.processes.size
+        batch, accumulate, size = run.recipe.stages[name].batch, run.recipe.stages[name].accumulate, run.processes.data_size
         if batch % (accumulate * size):
             shares = f"{size} processes with {name}.accumulate {accumulate}, so a multiple of {accumulate * size}"
             raise ValueError(f"{name}.batch must be shared equally by {shares}, got {batch}")

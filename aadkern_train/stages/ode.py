@@ -85,8 +85,8 @@ class OdeInitialisation(Stage):
 
     @classmethod
     def check(cls, run: Run, name: str, settings: Settings) -> None:
-        if settings.pairs_from is None and settings.pairs % run.processes.size:
-            raise ValueError(f"{name}.pairs must be shared equally by {run.processes.size} processes, got {settings.pairs}")
+        if settings.pairs_from is None and settings.pairs % run.processes.data_size:
+            raise ValueError(f"{name}.pairs must be shared equally by {run.processes.data_size} processes, got {settings.pairs}")
         if settings.pairs_from is not None:
             run.processes.agreed(lambda: cls.check_pairs(run, name, settings.pairs_from))
 
