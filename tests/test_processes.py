@@ -282,3 +282,17 @@ if __name__ == "__main__":
     with start("cpu") as this:
         told = {**all_variants(this), "conversation": conversation(this)}
         torch.save(told, Path(sys.argv[1]) / f"rank{this.rank}.pt")
+
+
+def test_a_part_behind_the_last_tap_stays_out_of_accumulation():
+    """It is frozen and never gathered; FSDP2 raised for it where gradients wait for a later backward."""
+    with start("cpu") as one:
+        blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+        blocks[2].requires_grad_(False)
+        net = shard(torch.nn.Sequential(*blocks), one, blocks, bf16=True, shard_blocks_above=0)
+        net.forward = lambda x: blocks[1](blocks[0](x))
+        x = torch.randn(5, 4, dtype=torch.bfloat16)
+        for last in (False, True):
+            with accumulating(net, last=last):
+                net(x).float().square().sum().backward()
+        assert local(blocks[0].weight.grad).abs().sum() > 0 and blocks[2].weight.grad is None

@@ -6,9 +6,10 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aadkern_train.engine.recipe import Recipe
+if TYPE_CHECKING:
+    from aadkern_train.engine.recipe import Recipe
 
 OWN = {
     "gpus": "how many GPUs (1)",

@@ -18,6 +18,7 @@ from functools import cached_property
 
 from aadkern.plans import AttentionPlan, VideoLayout, Window, bidirectional, block_causal, frame_isolated
 from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.engine.processes import WHOLE_GRADIENTS_BELOW
 from aadkern_train.engine.work import Pass, Sizes, Work
 from aadkern_train.planning.machines import Machine
 from aadkern_train.planning.networks import Net
@@ -145,8 +146,11 @@ def _of_pass(one: Pass, nets: Mapping[str, Net], clip: Clip, layout: Layout, las
     learner = nets[one.updates]
     if one.gradient == "weights" or layout.accumulate > 1:
         parts["gradients"] = 4 * learner.trained / layout.ranks
+    if _waits(one, learner, layout):
+        parts["gradients"] = 4.0 * learner.trained
     others = sum(2.0 * other.root for other in nets.values() if other is not net and layout.ranks > 1)
-    parts["gathered"] = net.gathered(layout.keep_gathered and one.sees in CHUNKED) + others
+    kept = (layout.keep_gathered and one.sees in CHUNKED) or (net is learner and _waits(one, learner, layout))
+    parts["gathered"] = net.gathered(kept) + others
     if one.gradient == "weights" and layout.ranks > 1:
         parts["reduced"] = 6.0 * net.shape.block
     longest = layout.share(max(tokens for _, tokens, _ in clip.pieces(one.sees)), n)
@@ -163,6 +167,14 @@ def _of_pass(one: Pass, nets: Mapping[str, Net], clip: Clip, layout: Layout, las
         parts["text"] = 4.0 * net.shape.layers * net.shape.text[0] * net.shape.dim * layout.clips
     parts["clips"] += rows * (CLIPS * clip.bytes + clip.text_bytes)
     return parts
+
+
+def _waits(one: Pass, learner: Net, layout: Layout) -> bool:
+    """Whether whole gradients, and the weights beside them, wait for the last of several backwards: ``accumulating``'s way for
+    smaller networks."""
+    several = layout.accumulate > 1 or (one.sees == "exits" and one.replay)
+    small = learner.parameters < WHOLE_GRADIENTS_BELOW and layout.ranks > 1
+    return small and several and (one.gradient == "weights" or layout.accumulate > 1)
 
 
 def _added(held: Mapping[str, Parts]) -> Parts:

@@ -6,7 +6,8 @@ Networks, sharding, sequences, recomputation, optimiser and losses are the train
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from aadkern.spans import opened_by
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine import processes as engine
 from aadkern_train.engine.processes import Processes, shard
 from aadkern_train.engine.recipe import Recipe, StageSettings
 from aadkern_train.engine.run_folder import RunFolder
@@ -162,11 +164,23 @@ def _held(one: Planned, settings: StageSettings, recipe: Recipe, clip: Clip, blo
         mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
         clips = init_device_mesh("cpu", (ranks // sequence, sequence), mesh_dim_names=("data", "sequence"))
         processes = Processes(0, ranks, torch.device("cpu"), mesh, False, clips)
-        with FakeTensorMode(allow_non_fake_inputs=True), Live() as live, opened_by(live.span):
+        with FakeTensorMode(allow_non_fake_inputs=True), Live() as live, opened_by(live.span), _as_large_as(one.nets.values()):
             state = _step(one, nets, recipe, clip, processes, live)
         return {BEFORE: state, **live.peaks}
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _as_large_as(nets: Iterable[Net]) -> Iterator[None]:
+    """Within, gradients are reduced as those of the whole networks would be, not as a few blocks' alone."""
+    before = engine.WHOLE_GRADIENTS_BELOW
+    large = max(net.parameters for net in nets if net.member.learns) >= before
+    engine.WHOLE_GRADIENTS_BELOW = 0 if large else 10**15
+    try:
+        yield
+    finally:
+        engine.WHOLE_GRADIENTS_BELOW = before
 
 
 def _cut(net: Net, blocks: int) -> Net:
