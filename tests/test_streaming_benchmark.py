@@ -236,7 +236,7 @@ def test_goals_of_rooms_are_judged_on_a_hopper():
     rooms = {"streaming": {"sizes": sizes}, "pooling": {"cases": {"1.3B": pooling, "keyed": {**pooling, "keys": True}}}}
     document = results.empty(results.environment("cpu"), {}) | {"rooms": rooms}
     assert list(goals.judged(document, table.times)) == []
-    document["environment"]["device"] |= {"type": "cuda", "name": "NVIDIA H200"}
+    document["environment"]["device"] |= {"type": "cuda", "name": "NVIDIA H200", "capability": "9.0"}
     assert [line.split(maxsplit=1) for line in goals.judged(document, table.times)] == [
         ["met", "streaming 1.3B, 1 NFE, without VAE: 101 of 100 FPS"],
         ["missed", "streaming 14B, 1 NFE, without VAE: 19 of 20 FPS"],

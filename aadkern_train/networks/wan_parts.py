@@ -66,8 +66,10 @@ def is_wan(checkpoint: Path) -> bool:
 
 def trained_parts(told: Mapping[str, Any]) -> Path | None:
     """The Wan folder whose latents a run was trained on, by its weights' run.json; None: latents of another kind."""
-    parts = told.get("recipe", {}).get("data", {}).get("parts")
-    return Path(parts) if parts else None
+    recipe = told.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    parts = data.get("parts") if isinstance(data, dict) else None
+    return Path(parts) if isinstance(parts, str) and parts else None
 
 
 def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
