@@ -126,7 +126,7 @@ def test_shares_make_the_same_videos_and_generate_does_too(wan, tmp_path, loaded
 
 
 def test_a_restart_makes_what_is_missing(wan, tmp_path, capsys, monkeypatch):
-    out, real = tmp_path / "out", from_wan._uint8
+    out, real = tmp_path / "out", from_wan.rgb_of
     decoded = []
 
     def stops(pixels):
@@ -135,7 +135,7 @@ def test_a_restart_makes_what_is_missing(wan, tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return real(pixels)
 
-    monkeypatch.setattr(from_wan, "_uint8", stops)
+    monkeypatch.setattr(from_wan, "rgb_of", stops)
     assert export(wan, out, "--chunks", 2) == 130 and "interrupted" in capsys.readouterr().err
     monkeypatch.undo()
     before = {path: path.stat().st_mtime_ns for path in (out / "videos").iterdir()}

@@ -77,6 +77,19 @@ def _drop_stdout() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def two_numbers(text: str, between: str, wanted: str) -> tuple[int, int]:
+    """ "2/8" as (2, 8). Raises ValueError, which says what is ``wanted``."""
+    first, found, second = text.lower().partition(between)
+    if not (found and first.isdecimal() and second.isdecimal()):
+        raise ValueError(f"{wanted}, got {text!r}")
+    return int(first), int(second)
+
+
+def rows_and_columns(size: str) -> tuple[int, int]:
+    """ "480x832" as (480, 832)."""
+    return two_numbers(size, "x", "size must be rows x columns of pixels, say 480x832")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 

@@ -193,6 +193,18 @@ class Processes:
         self.close()
 
 
+def device_of(name: str | None) -> torch.device:
+    """The device of a name, None: the GPU if there is one. Raises ValueError for one that is not there."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name or found)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu or cuda, got {name!r}") from error
+    if device.type not in ("cpu", found):
+        raise ValueError(f"device must be cpu: torch finds no {device.type} device here, got {name!r}")
+    return device
+
+
 def start(device: str | None = None, timeout_minutes: float = 30.0, *, replicate: int = 1, sequence: int = 1) -> Processes:
     """Joins the processes that torchrun started, or is alone: `with start() as processes:`.
 

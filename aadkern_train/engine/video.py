@@ -32,6 +32,11 @@ def as_frames(frames: torch.Tensor | np.ndarray, name: str = "frames") -> np.nda
     return np.ascontiguousarray(array)
 
 
+def rgb_of(pixels: torch.Tensor) -> torch.Tensor:
+    """A VAE's pixels [1, 3, T, H, W] in [-1, 1] as uint8 frames [T, H, W, 3] on the CPU."""
+    return pixels[0].float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
+
+
 def write_video(path: str | os.PathLike[str], frames: torch.Tensor | np.ndarray, fps: float, scale: int = 1) -> Path:
     """Writes uint8 RGB ``frames`` [T, H, W, 3] at ``fps`` frames per second as ``.mp4`` or ``.gif``, whole or not at
     all.

@@ -17,7 +17,7 @@ from torch import Tensor
 from aadkern import SequenceGroup, StreamingCache, StreamingGenerator, Window
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.processes import Processes, start
-from aadkern_train.engine.video import GrowingVideo
+from aadkern_train.engine.video import GrowingVideo, rgb_of
 from aadkern_train.generate.prompts import changes
 from aadkern_train.generate.ranks import sequence_of
 from aadkern_train.generate.wan_settings import WanSettings
@@ -233,14 +233,14 @@ def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: 
     with video:
         try:
             if first is not None:
-                video.write(_uint8(decoder.decode(first)))
+                video.write(rgb_of(decoder.decode(first)))
             for count in range(1, chunks + 1):
                 began = time.monotonic()
                 latents = next(stream)
                 if latents.device.type == "cuda":
                     torch.cuda.synchronize(latents.device)
                 made = time.monotonic()
-                frames = _uint8(decoder.decode(latents))
+                frames = rgb_of(decoder.decode(latents))
                 decoded = time.monotonic()
                 video.write(frames)
                 seconds = time.monotonic() - began
@@ -255,11 +255,6 @@ def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: 
         _say(f"stopped in chunk {count or 1}; {video.holds()}")
         raise stopped
     _say(f"{video.path}: {video.count} frames, {video.count / float(video.rate):.1f} s")
-
-
-def _uint8(pixels: Tensor) -> Tensor:
-    """Pixels [1, 3, F, H, W] in [-1, 1] as uint8 frames [F, H, W, 3] on the CPU."""
-    return pixels[0].float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
 
 
 def _say(line: str) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aadkern_train.engine.command import rows_and_columns
+
 if TYPE_CHECKING:
     from aadkern_train.generate.wan_settings import WanSettings
 
@@ -47,14 +49,6 @@ def wan_settings(given: Mapping[str, Any], told: Mapping[str, Any]) -> WanSettin
     if "size" in given:
         options["size"] = rows_and_columns(given["size"])
     return WanSettings(**options)
-
-
-def rows_and_columns(size: str) -> tuple[int, int]:
-    """ "480x832" as (480, 832)."""
-    rows, x, columns = size.lower().partition("x")
-    if not (x and rows.isdecimal() and columns.isdecimal()):
-        raise ValueError(f"size must be rows x columns of pixels, say 480x832, got {size!r}")
-    return int(rows), int(columns)
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from aadkern_train.engine.processes import device_of
 from aadkern_train.generate.prompts import changes
 from aadkern_train.networks.rollout import TURNS
+from aadkern_train.networks.wan_parts import PIXELS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_STEPS = 100
-PIXELS = 8  # rows of pixels in a row of latents: Wan 2.1's VAE
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,7 @@ class WanSettings:
 
     def placement(self) -> tuple[torch.device, torch.dtype]:
         """The device and dtype to run with. Raises ValueError for a device that is not there."""
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(self.device or found)
-        except RuntimeError as error:
-            raise ValueError(f"device must be cpu or cuda, got {self.device!r}") from error
-        if device.type not in ("cpu", found):
-            raise ValueError(f"device must be cpu: torch finds no {device.type} device here, got {self.device!r}")
+        device = device_of(self.device)
         if self.cuda_graphs and device.type != "cuda":
             raise ValueError(f"cuda_graphs must be left out on {device}: they need a GPU")
         return device, DTYPES[self.dtype or ("bf16" if device.type == "cuda" else "fp32")]

@@ -12,6 +12,7 @@ import torch
 from aadkern_train.engine.files import read_json
 from aadkern_train.networks.folders import STEM, Shapes, check_shapes, check_transformer, facts, find_weights, stated
 
+PIXELS = 8  # rows of pixels in a row of latents: Wan 2.1's VAE
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from aadkern_train.engine.command import rows_and_columns, two_numbers
+
 PLAIN = ("frames", "fps", "limit", "clips_per_video", "per_shard", "device", "text_dtype")  # as in PrepareSettings
 
 
@@ -45,9 +47,9 @@ def run_prepare(args: argparse.Namespace) -> None:
 
     given: dict[str, Any] = {name: getattr(args, name) for name in PLAIN if getattr(args, name) is not None}
     if args.size is not None:
-        given["size"] = _pair(args.size.lower(), "x", "size must be rows x columns of pixels, say 480x832")
+        given["size"] = rows_and_columns(args.size)
     if args.part is not None:
-        given["part"] = _pair(args.part, "/", "part must be i/n, say 2/8")
+        given["part"] = two_numbers(args.part, "/", "part must be i/n, say 2/8")
     if args.columns is not None:
         given["columns"] = _columns(args.columns)
     prepare(args.source, args.out, args.wan, PrepareSettings(**given, strict=args.strict))
@@ -90,19 +92,12 @@ def run_pairs(args: argparse.Namespace) -> None:
         except ValueError:
             raise ValueError(f"levels must be numbers, say 1,0.8333, got {args.levels!r}") from None
     if args.size is not None:
-        given["size"] = _pair(args.size.lower(), "x", "size must be rows x columns of pixels, say 480x832")
-    part = (1, 1) if args.part is None else _pair(args.part, "/", "part must be i/n, say 2/8")
+        given["size"] = rows_and_columns(args.size)
+    part = (1, 1) if args.part is None else two_numbers(args.part, "/", "part must be i/n, say 2/8")
     made = make_pairs(args.wan, args.prompts, args.out, PairSettings(**given), part=part, device=args.device)
     print(
         f"{args.out}: {len(made.items)} pairs" if made else f"{args.out}: this part is finished, shards of other parts are missing"
     )
-
-
-def _pair(text: str, between: str, wanted: str) -> tuple[int, int]:
-    first, found, second = text.partition(between)
-    if not (found and first.isdecimal() and second.isdecimal()):
-        raise ValueError(f"{wanted}, got {text!r}")
-    return int(first), int(second)
 
 
 def _columns(text: str) -> dict[str, str]:

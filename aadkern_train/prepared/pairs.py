@@ -17,18 +17,18 @@ from torch import Tensor
 from aadkern.plans import VideoLayout, bidirectional
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.flow import ode_trajectory, solver_grid
+from aadkern_train.engine.processes import device_of
 from aadkern_train.engine.run_folder import Progress
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import inspect, load
 from aadkern_train.networks.teacher import Teacher
+from aadkern_train.networks.wan_parts import PIXELS
 from aadkern_train.prepared.format import Item, Prepared, Writer, padded
 from aadkern_train.prepared.layout import MADE_WITH
-from aadkern_train.prepared.prepare import device_of
 from aadkern_train.prepared.settings import digest
 
 PER_SHARD = 8  # pairs: an hour of a GPU at 14B is what a kill can cost
-PIXELS = 8  # rows of pixels in a row of latents: Wan 2.1's VAE
 
 
 @dataclass(frozen=True)

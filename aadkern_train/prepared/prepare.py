@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.processes import device_of
 from aadkern_train.engine.run_folder import Progress
 from aadkern_train.networks.wan_parts import Encoders, find_encoders, load_part
 from aadkern_train.prepared import lineage, videos
@@ -258,18 +259,6 @@ def _rows(lmdb: Path, encoders: Encoders) -> lineage.Rows:
             wanted = f"{encoders.channels} channels, the VAE's, and even sides"
             raise ValueError(f"source must have latents of {wanted}, {folder} has {channels} channels and sides of {sides}")
     return rows
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device of a name, None: the GPU if there is one. Raises ValueError for one that is not there."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name or found)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu or cuda, got {name!r}") from error
-    if device.type not in ("cpu", found):
-        raise ValueError(f"device must be cpu: torch finds no {device.type} device here, got {name!r}")
-    return device
 
 
 def _bytes(count: float) -> str:

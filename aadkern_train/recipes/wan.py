@@ -20,6 +20,7 @@ SHAPES = {
     "smoke": {"heads": 4, "head_dim": 32, "layers": 2, "ffn": 256},
 }
 MEMORY = {"replay": True, "checkpointing": "blocks"}
+MEASURED = EvaluationSettings(every=10, clips=8, final_clips=16, batch=1, long=3, show=4, teacher_steps=48)
 TO_BE_NAMED = ""  # a folder that only the user knows: a run without it is refused, by the setting's name
 
 
@@ -95,7 +96,7 @@ def wan_i2v_14b() -> Recipe:
         sink=1,
         levels=(1.0,),
         stages=_stages((19, 29, 39), guidance=5.0),
-        evaluate=EvaluationSettings(every=10, clips=8, final_clips=16, batch=1, long=3, show=4, teacher_steps=48),
+        evaluate=MEASURED,
         validation=ValidationSettings(every=50),
         checkpoint_every=25,
         keep_checkpoints=1,
@@ -114,7 +115,7 @@ def wan_t2v_1_3b() -> Recipe:
         levels=(1.0,),
         first_levels=(1.0, 0.9375, 0.8333, 0.625),
         stages=_stages((14, 21, 29), guidance=6.0),
-        evaluate=EvaluationSettings(every=10, clips=8, final_clips=16, batch=1, long=3, show=4, teacher_steps=48),
+        evaluate=MEASURED,
         validation=ValidationSettings(every=50),
         checkpoint_every=50,
         keep_checkpoints=1,

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.recipe import Recipe, Whole, WorldSettings
+from aadkern_train.engine.video import rgb_of
 from aadkern_train.engine.work import Sizes
 from aadkern_train.networks.conditions import Condition
+from aadkern_train.networks.wan_parts import load_part
 from aadkern_train.prepared.format import TOKENS, Item, Prepared, opened, padded
 from aadkern_train.prepared.layout import MADE_WITH, check_made_with
 from aadkern_train.prepared.settings import digest
@@ -209,15 +211,10 @@ class LatentsWorld:
         from diffusers import AutoencoderKLWan
 
         cuda = torch.cuda.is_available()
-        dtype = torch.bfloat16 if cuda else torch.float32
         try:
-            vae, told = AutoencoderKLWan.from_pretrained(
-                self.parts / "vae", torch_dtype=dtype, local_files_only=True, output_loading_info=True
-            )
+            vae = load_part(AutoencoderKLWan, self.parts / "vae", torch.bfloat16 if cuda else torch.float32)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"data.parts must be a Wan folder with a vae, {self.parts} cannot be read: {error}") from error
-        if told["missing_keys"]:
-            raise ValueError(f"data.parts must hold a whole vae, {self.parts} lacks {', '.join(sorted(told['missing_keys'])[:3])}")
+            raise ValueError(f"data.parts must be a Wan folder with a whole vae, {self.parts} cannot be read: {error}") from error
         return vae.eval().requires_grad_(False).to("cuda" if cuda else "cpu")
 
     def _described(self, x: Tensor) -> tuple[Described, Tensor]:
@@ -237,7 +234,7 @@ class LatentsWorld:
         videos = []
         for clip in x:
             decoder = StreamingDecoder(self._vae)
-            parts = [_uint8(decoder.decode(frame[None, :, None])) for frame in clip.to(self._vae.device)]
+            parts = [rgb_of(decoder.decode(frame[None, :, None])) for frame in clip.to(self._vae.device)]
             videos.append(torch.cat(parts))
         return torch.stack(videos)
 
@@ -285,11 +282,6 @@ class LatentsWorld:
     def follows(self, x: Tensor, condition: Condition, frames: tuple[int, int]) -> float:
         """Raises ValueError: real videos have no measure of it."""
         raise ValueError("prepared videos have no measure of how far captions are followed")
-
-
-def _uint8(pixels: Tensor) -> Tensor:
-    """Pixels [1, 3, T, H, W] in [-1, 1] as uint8 [T, H, W, 3] on the CPU."""
-    return pixels[0].float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu()
 
 
 def _commonest(*data: Prepared) -> tuple[int, int, int]:
