@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,10 @@ def in_child(work) -> int:
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()  # os._exit would end without a word
         finally:
+            sys.stderr.flush()
             os._exit(code)
     return child
 
@@ -219,7 +223,6 @@ def checking(folder: Path, at_least: int) -> None:
         assert saved.step >= at_least and marked.step == saved.step, (saved.step, marked.step, at_least)
         for name, tensor in marked.tensors.items():
             assert bool((tensor == saved.step).all()), (name, saved.step, tensor)
-        assert sum(path.is_dir() for path in folder.glob("*/step-*")) <= 5
         (folder / "reached").write_text(str(saved.step))
 
 
@@ -230,7 +233,8 @@ def crash(folder: Path, rounds: int) -> None:
     def check() -> None:
         reached = folder / "reached"
         at_least = int(reached.read_text()) if reached.exists() else -1
-        assert os.waitpid(in_child(lambda: checking(folder, at_least)), 0)[1] == 0
+        status = os.waitstatus_to_exitcode(os.waitpid(in_child(lambda: checking(folder, at_least)), 0)[1])
+        assert status == 0, f"the check ended with {status}"  # below 0: a signal
 
     for _ in range(rounds):
         child = in_child(lambda: saving(folder, 10**6))
@@ -247,6 +251,8 @@ def crash(folder: Path, rounds: int) -> None:
         if os.waitstatus_to_exitcode(status) == 0:
             break
     assert die_at > 10 and int((folder / "reached").read_text()) > begun
+    # What a death before pruning left behind grows by at most one folder a death, and goes with the first save that ends.
+    assert sum(path.is_dir() for path in folder.glob("*/step-*")) <= 3
     print(f"{rounds} kills, {die_at - 1} deaths at durable operations, step {(folder / 'reached').read_text()}")
 
 
