@@ -7,6 +7,7 @@
 #   SEED     of the demo, whose run is then runs/demo-SEED                  (0, runs/demo)
 #   BENCH    arguments of the benchmark, for example BENCH="--case 7x3"      (none)
 #   VIDEOS   a folder of video files for wan-smoke                          (some are made)
+#   WHEELS   arguments of .ci/wheels.py                                      (none)
 #   JOBS     test processes                                                 (one per core, at most 8)
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all wan-smoke lint format bench clean
+.PHONY: help env demo test test-all wan-smoke lint format bench wheels clean
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.aadkern-installed
 LOG := $(VENV)/install.log
@@ -78,6 +79,9 @@ format: $(STAMP)  ## rewrite the sources as ruff wants them
 
 bench: $(STAMP)  ## attention beside its rivals, each timed behind a passing check (BENCH="--case 7x3 --out FILE")
 	@"$(BIN)/python" -m benchmarks.run $(BENCH)
+
+wheels: $(STAMP)  ## build, audit and try out the packages, into dist/ (WHEELS="--python python3.12 --torch 2.11.0 2.13.0")
+	@"$(BIN)/python" .ci/wheels.py $(WHEELS)
 
 clean:  ## remove .venv, builds and caches; runs/ stays, and so does an environment that VENV= names
 	rm -rf .venv build dist *.egg-info aadkern/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

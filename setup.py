@@ -1,4 +1,4 @@
-"""Drives the one CMake build; all metadata is in pyproject.toml.
+"""Drives the one CMake build, of the CUDA kernels, and writes what was built into the package; all metadata is in pyproject.toml.
 
 Environment: AADKERN_BUILD_CUDA = auto (default: build what the machine allows, and no CUDA kernel where it has GPUs that could not
 run one), 1 (CUDA kernels or failure), 0 (none).
@@ -7,6 +7,7 @@ run one), 1 (CUDA kernels or failure), 0 (none).
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -15,97 +16,91 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CUDA_CHOICES = ("auto", "1", "0")
 CAPABILITY = "9.0"  # of the GPUs that the CUDA kernels are for, and no other runs them
-HOST, CUDA = "aadkern._host", "aadkern._C"
-WITHOUT = {
-    HOST: (
-        "aadkern is installed without it. Nothing is slower or missing but the build facts in `aad info`.\n"
-        "To have it: install a C++17 compiler (CXX names one), then `pip install -v .` shows the build."
-    ),
-    CUDA: (
-        "aadkern is installed without its CUDA kernels for sm_90a (H100, H200, H20); Triton's and torch's serve every GPU.\n"
-        "To have them: CUDA 12.0 or later and torch 2.11 or later, no GPU; `AADKERN_BUILD_CUDA=1 pip install -v .` says what fails."
-    ),
-}
-
-
-class CMakeExtension(Extension):
-    """A module that CMake builds; `optional` lets an editable install go on without its file."""
-
-    def __init__(self, name: str, **options: bool) -> None:
-        super().__init__(name, sources=[], optional=True, **options)
+CUDA = "aadkern._C"
+FACTS = Path("aadkern", "_built.json")
+WITHOUT_CUDA = (
+    "aadkern is installed without its CUDA kernels for sm_90a (H100, H200, H20); Triton's and torch's serve every GPU.\n"
+    "To have them: CUDA 12.0 or later, a C++17 compiler and torch 2.11 or later, no GPU; `AADKERN_BUILD_CUDA=1 pip install -v .` "
+    "says what fails."
+)
 
 
 class CMakeBuild(build_ext):
     def build_extensions(self) -> None:
-        """One CMake build of both modules; under auto a second one without CUDA, if the kernels do not compile."""
+        """The kernels, if they can be had and are wanted, and the facts in any case."""
         cuda = os.environ.get("AADKERN_BUILD_CUDA", "auto")
         if cuda not in CUDA_CHOICES:
             raise SystemExit(f"AADKERN_BUILD_CUDA={cuda!r} is not one of {', '.join(CUDA_CHOICES)}")
-        for name in (HOST, CUDA):  # what an earlier build left must not pass for this one's
-            Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
-        useless = _useless_here() if cuda == "auto" else None
-        if useless:
-            print(f"aadkern._C: {useless}", file=sys.stderr, flush=True)
-            reason = self.failure(AADKERN_BUILD_CUDA="0", AADKERN_NO_CUDA=useless)
-            if reason:
-                _warn(HOST, reason)
-            return
-        reason = self.failure(AADKERN_BUILD_CUDA=cuda)
-        if reason and cuda == "1":
-            raise SystemExit(f"AADKERN_BUILD_CUDA=1, and the build failed: {reason}")
-        if reason and cuda == "auto":
-            no_cuda = "the kernels did not compile (`pip install -v .` shows why)"
-            reason = self.failure(AADKERN_BUILD_CUDA="0", AADKERN_NO_CUDA=no_cuda)
-        for name in (HOST, CUDA) if cuda == "auto" else (HOST,):
-            if not Path(self.get_ext_fullpath(name)).exists():
-                _warn(name, reason or "see `No CUDA kernels` above")
+        library = Path(self.get_ext_fullpath(CUDA))
+        library.unlink(missing_ok=True)  # what an earlier build left must not pass for this one's
+        useless = "AADKERN_BUILD_CUDA=0 was set" if cuda == "0" else _useless_here() if cuda == "auto" else None
+        facts = {"no_cuda": useless} if useless else self.built(cuda, library)
+        if useless is None and not library.exists():
+            _warn(facts["no_cuda"])
+        elif useless:
+            print(f"{CUDA}: {useless}", file=sys.stderr, flush=True)
+        file = Path(self.build_lib, FACTS)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"version": self.distribution.get_version(), **facts}, indent=1) + "\n")
 
-    def failure(self, **definitions: str) -> str | None:
-        """Why CMake did not build what the definitions ask for; None: it did."""
+    def built(self, cuda: str, library: Path) -> dict[str, str]:
+        """What CMake built, or why it did not."""
+        facts = Path(self.build_temp).resolve() / "facts.txt"
         try:
-            self.run_cmake(definitions)
-        except OSError as error:
-            return str(error)
-        except subprocess.CalledProcessError:
-            return "CMake stopped, see above"
-        return None
+            self.run_cmake(library, facts, cuda)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = str(error) if isinstance(error, OSError) else "CMake stopped, see above"
+            if cuda == "1":
+                raise SystemExit(f"AADKERN_BUILD_CUDA=1, and the build failed: {reason}") from None
+            library.unlink(missing_ok=True)
+            failed = isinstance(error, subprocess.CalledProcessError)
+            return {"no_cuda": "the kernels did not compile (`pip install -v .` shows why)" if failed else reason}
+        return dict(line.split("=", 1) for line in facts.read_text().splitlines())
 
-    def run_cmake(self, definitions: dict[str, str]) -> None:
-        """Configure and build, placing the modules where setuptools expects them."""
+    def run_cmake(self, library: Path, facts: Path, cuda: str) -> None:
+        """Configure and build, placing the module where setuptools expects it."""
         cmake = shutil.which("cmake")
         if cmake is None:
             raise FileNotFoundError("cmake is not on PATH")
-        build_dir = Path(self.build_temp).resolve()
-        build_dir.mkdir(parents=True, exist_ok=True)
-        cuda_file = Path(self.get_ext_fullpath(CUDA)).resolve()
-        definitions |= {
+        facts.parent.mkdir(parents=True, exist_ok=True)
+        definitions = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(cuda_file.parent),
-            "Python_EXECUTABLE": sys.executable,
-            "AADKERN_VERSION": self.distribution.get_version(),
-            "AADKERN_CUDA_FILE": cuda_file.name,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(library.resolve().parent),
+            "AADKERN_BUILD_CUDA": cuda,
+            "AADKERN_CUDA_FILE": library.name,
+            "AADKERN_FACTS": str(facts),
             "AADKERN_TORCH": _torch(),
         }
-        if importlib.util.find_spec("pybind11"):
-            import pybind11
-
-            definitions["pybind11_DIR"] = pybind11.get_cmake_dir()
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         flags = [f"-D{name}={value}" for name, value in definitions.items()]
         # An earlier cache names tools of pip's build environment, which is gone.
-        subprocess.run([cmake, "--fresh", "-S", str(ROOT), "-B", str(build_dir), *generator, *flags], check=True)
-        subprocess.run([cmake, "--build", str(build_dir), "--parallel"], check=True)
+        subprocess.run([cmake, "--fresh", "-S", str(ROOT), "-B", str(facts.parent), *generator, *flags], check=True)
+        subprocess.run([cmake, "--build", str(facts.parent), "--parallel"], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        """Into an editable install. A module of an earlier build that this one does not have must not be found there."""
-        for extension in self.extensions:
-            (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+        """Into an editable install, with the facts. A module that an earlier build left must not be found there."""
+        (ROOT / self.get_ext_filename(CUDA)).unlink(missing_ok=True)
         super().copy_extensions_to_source()
+        shutil.copy(Path(self.build_lib, FACTS), ROOT / FACTS)
+
+
+class Wheel(bdist_wheel):
+    """One for every Python, as nothing in it knows of Python: of this platform with the kernels, of any without."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        self.skip_build = True
+        self.root_is_pure = not any(Path(self.get_finalized_command("build").build_lib, "aadkern").glob("_C.*"))
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 def _useless_here() -> str | None:
@@ -133,12 +128,13 @@ def _torch() -> str:
     return str(beside) if beside.is_dir() else ""
 
 
-def _warn(name: str, reason: str) -> None:
+def _warn(reason: str) -> None:
     rule = "*" * 100
-    print(f"\n{rule}\nWARNING: {name} was not built: {reason}\n{WITHOUT[name]}\n{rule}\n", file=sys.stderr, flush=True)
+    print(f"\n{rule}\nWARNING: {CUDA} was not built: {reason}\n{WITHOUT_CUDA}\n{rule}\n", file=sys.stderr, flush=True)
 
 
+# Optional, so that an editable install goes on without its file.
 setup(
-    ext_modules=[CMakeExtension(HOST), CMakeExtension(CUDA, py_limited_api=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[Extension(CUDA, sources=[], optional=True, py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -1,10 +1,9 @@
-"""What the installation built, as told by the optional module ``aadkern._host``, and the loading of its CUDA kernels; run as a
-script it prints both."""
+"""What the installation built, as ``setup.py`` wrote it into ``_built.json``, and the loading of its CUDA kernels; run as a script
+it prints both."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import json
 from pathlib import Path
@@ -12,25 +11,22 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-NOT_BUILT = (
-    "aadkern._host is not built: there was no working C++ compiler when aadkern was installed. Only these build facts "
-    "need it. To build it: install a C++17 compiler, then `pip install -v .`"
-)
+NOT_INSTALLED = "these are sources that were not installed (`pip install .` builds what the machine allows)"
 
 
 def build_info() -> dict[str, Any] | None:
-    """Facts fixed at build time, or None where the host module was not built (``NOT_BUILT`` says what that means).
+    """Facts fixed at build time, or None where the sources were never installed.
 
-    Keys: version (of the sources that were built), compiler, cxx_standard (int), build_type, cuda_compiler (str, or
-    None: none found or not looked for), cuda_architectures (tuple of str, empty where no CUDA kernel was built), no_cuda
-    (why none was built, or None).
+    Keys: version (of the sources that were built), cuda_architectures (tuple of str, empty where no CUDA kernel was built), no_cuda
+    (why none was built, or None), cuda_compiler and compiler (the two that built them, or None: none found or not looked for).
     """
     try:
-        host = importlib.import_module("aadkern._host")
-    except ImportError:
+        told: dict[str, str] = json.loads(Path(__file__).with_name("_built.json").read_text())
+    except FileNotFoundError:
         return None
-    info: dict[str, Any] = host.build_info()
-    return info
+    architectures = tuple(filter(None, told.get("cuda_architectures", "").split(";")))
+    texts = {name: told.get(name) or None for name in ("no_cuda", "cuda_compiler", "compiler")}
+    return {"version": told["version"], "cuda_architectures": architectures, **texts}
 
 
 def cuda_library() -> Path | None:
@@ -63,7 +59,7 @@ def load_cuda() -> str | None:
 
 def _why_no_cuda(info: dict[str, Any] | None) -> str:
     if info is None:
-        return "there was no working C++ compiler when aadkern was installed"
+        return NOT_INSTALLED
     if info["cuda_architectures"]:
         return f"they were built, but {Path(__file__).parent} holds no _C library now; install it again"
     return info.get("no_cuda") or f"what is installed is of version {info['version']} before it had CUDA kernels; install it again"
@@ -102,13 +98,12 @@ def describe() -> str:
     """
     info, reason, elsewhere = build_info(), load_cuda(), shadowing()
     if info is None:
-        told = f"WARNING: {NOT_BUILT}; CUDA kernels: {reason or 'loaded'}"
+        told = f"WARNING: {NOT_INSTALLED}; CUDA kernels: {reason or 'loaded'}"
     else:
+        by = " and ".join(filter(None, (info["cuda_compiler"], info["compiler"]))) or "none"
         kernels = ", ".join(f"sm_{architecture.replace('.', '')}" for architecture in info["cuda_architectures"])
-        told = (
-            f"aadkern {info['version']}: host module by {info['compiler']}, C++{info['cxx_standard']}, "
-            f"{info['build_type']}; CUDA compiler: {info['cuda_compiler'] or 'none'}; CUDA kernels: "
-            + (kernels if reason is None else f"WARNING: {reason}")
+        told = f"aadkern {info['version']}; CUDA compiler: {by}; CUDA kernels: " + (
+            kernels if reason is None else f"WARNING: {reason}"
         )
     return told if elsewhere is None else f"{told}; WARNING: {elsewhere}"
 

@@ -84,11 +84,11 @@ open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
 time.sleep(60)
 """
     began = time.monotonic()
-    outcome, journal = run_worker(tmp_path, code, 4)
-    assert outcome == "failed: out of time" and time.monotonic() - began < 10
+    outcome, journal = run_worker(tmp_path, code, 8)
+    assert outcome == "failed: out of time" and time.monotonic() - began < 45
     assert journal.read().lost == {} and journal.read().open == ("slow", 60)
     child = Path(f"/proc/{(tmp_path / 'child').read_text()}")
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while child.exists() and "\nState:\tZ" not in (child / "status").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not child.exists() or "\nState:\tZ" in (child / "status").read_text()

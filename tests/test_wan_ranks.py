@@ -55,7 +55,7 @@ def test_where_one_process_cannot_read_both_end_with_a_line(tmp_path):
     for name, said in FAILURES.items():
         told = [json.loads((tmp_path / f"{name} {rank}.json").read_text()) for rank in (0, 1)]
         assert [status for status, _, _ in told] == [2, 2], told
-        assert max(seconds for _, seconds, _ in told) < 20, told
+        assert max(seconds for _, seconds, _ in told) < 60, told
         assert f"aad train: {said}" in told[1][2], told
         assert "aad train: rank 1 could not read its data, and said why; this rank stops too" in told[0][2], told
         assert all("Traceback" not in text and text.count("aad train:") == 1 for _, _, text in told), told

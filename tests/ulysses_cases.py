@@ -224,7 +224,7 @@ def disagreements() -> None:
         began = time.monotonic()
         with raises(ValueError, "rank"):
             call(**(other if rank == 2 else {}))  # type: ignore[arg-type]
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30  # gloo would wait for 60
         call()
     with raises(ValueError, "alike on all 4 ranks"):
         group.agree("x" * 900 + str(rank == 2), "what is said")
@@ -243,7 +243,7 @@ def a_dead_rank() -> None:
     began = time.monotonic()
     with raises(RuntimeError, ""):
         ulysses_attention(x, x, x, plan, group)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     time.sleep(1)  # a rank that ends first would be the one that the others hear of
     os._exit(0)
 
