@@ -43,7 +43,7 @@ env: $(STAMP)  ## make the environment (the other targets do it by themselves)
 # What is built; the host model and the ladder are the tests' own.
 BUILT_FROM := $(shell find csrc -type f -not -path '*/host_model/*' -not -path '*/primitives/host/*' -not -path '*/ladder/*')
 
-$(STAMP): pyproject.toml setup.py CMakeLists.txt $(BUILT_FROM)
+$(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(BUILT_FROM)
 	@command -v "$(PYTHON)" >/dev/null || { echo "No $(PYTHON) here; name a Python 3.10 or later: make PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "aadkern needs Python 3.10 or later, and\
 	 $(PYTHON) is $$("$(PYTHON)" -V); name another: make PYTHON=..." >&2; exit 1; }
@@ -52,7 +52,7 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(BUILT_FROM)
 	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv "$(VENV)"
 	@: > "$(LOG)"
 	@$(PIP_INSTALL); "$(BIN)/python" -c 'import torch' 2>/dev/null || { echo "[1/2] $(TORCH)"; install $(TORCH); }
-	@$(PIP_INSTALL); echo "[2/2] aadkern and what its training, benchmarks and tests need"; install -e '.[train,bench,dev]'
+	@$(PIP_INSTALL); echo "[2/2] aadkern and what its training, benchmarks and tests need"; install -c constraints.txt -e '.[train,bench,dev]'
 	@"$(BIN)/python" -m aadkern._build
 	@touch "$@"
 

@@ -23,6 +23,7 @@ from aadkern_train.prepared.command import add_pairs, add_prepare
 
 TRAIN_MODULES = {
     "diffusers": "diffusers",
+    "einops": "einops",
     "pydantic": "pydantic",
     "yaml": "pyyaml",
     "av": "av",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from safetensors.torch import load_file
 
 from aadkern_train.engine.files import atomic_path, save_tensors
@@ -21,10 +22,8 @@ LEAST_STD = 1 / 255  # half a grey level: a flat channel is not blown up to unit
 
 def _patches(rgb: torch.Tensor, patch: int) -> torch.Tensor:
     """uint8 [..., H, W, 3] to [..., H/p, W/p, p*p*3] in [-1, 1]."""
-    *lead, height, width, _ = rgb.shape
     pixels = rgb.to(torch.float32) / 127.5 - 1
-    cut = pixels.reshape(*lead, height // patch, patch, width // patch, patch, 3)
-    return cut.transpose(-4, -3).reshape(*lead, height // patch, width // patch, patch * patch * 3)
+    return rearrange(pixels, "... (h p) (w q) rgb -> ... h w (p q rgb)", p=patch, q=patch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +79,8 @@ class PatchLatents:
         if x.ndim < 3 or x.shape[-3] != self.channels:
             raise ValueError(f"x must be [B, F, C, H, W] with C = {self.channels}, got {list(x.shape)}")
         z = x.detach().float().cpu().movedim(-3, -1)
-        *lead, height, width, _ = z.shape
-        pixels = (z * self.std) @ self.basis + self.mean
-        pixels = pixels.reshape(*lead, height, width, self.patch, self.patch, 3).transpose(-4, -3)
-        pixels = pixels.reshape(*lead, height * self.patch, width * self.patch, 3)
+        patches = (z * self.std) @ self.basis + self.mean
+        pixels = rearrange(patches, "... h w (p q rgb) -> ... (h p) (w q) rgb", p=self.patch, q=self.patch, rgb=3)
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
