@@ -18,7 +18,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all wan-smoke lint format bench wheels clean
+.PHONY: help env demo test test-all wan-smoke lint format bench docs wheels clean
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.aadkern-installed
 LOG := $(VENV)/install.log
@@ -79,6 +79,11 @@ format: $(STAMP)  ## rewrite the sources as ruff wants them
 
 bench: $(STAMP)  ## attention beside its rivals, each timed behind a passing check (BENCH="--case 7x3 --out FILE")
 	@"$(BIN)/python" -m benchmarks.run $(BENCH)
+
+docs: $(STAMP)  ## the site, to build/docs/index.html, with every link checked
+	@"$(BIN)/python" -c 'import sphinx, myst_parser, furo' 2>/dev/null || { $(PIP_INSTALL); install -c constraints.txt -e '.[docs]'; }
+	@"$(BIN)/python" -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 wheels: $(STAMP)  ## build, audit and try out the packages, into dist/ (WHEELS="--python python3.12 --torch 2.11.0 2.13.0")
 	@"$(BIN)/python" .ci/wheels.py $(WHEELS)
