@@ -1,6 +1,6 @@
 """Builds the packages into dist/, audits them, and installs each into fresh environments: `make wheels`.
 
-    python .ci/wheels.py [--python python3.12 ...] [--torch 2.13.0 ...] [--no-kernels]
+    python .ci/wheels.py [--python python3.12 ...] [--torch 2.13.0 ...] [--index URL] [--no-kernels]
 
 One wheel with the Hopper kernels, for this platform and every Python (auditwheel chooses the manylinux tag from what the machine's
 libraries ask for; built in the manylinux_2_28 image it is that), one without for every machine, and the sources. Run by the
@@ -10,6 +10,7 @@ environment of `make env`, whose torch's headers the kernels are compiled agains
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -79,17 +80,17 @@ def build(kernels: bool) -> list[Path]:
     return sorted(DIST.glob("*.whl"))
 
 
-def try_out(wheel: Path, python: str, torch: str, streams: bool) -> None:
+def try_out(wheel: Path, python: str, torch: str, index: list[str], streams: bool) -> None:
     """In an environment with torch alone: the operator and `aad info`; then with the train extra the demo's model streams."""
     with tempfile.TemporaryDirectory() as folder:
         inside = environment(Path(folder) / "venv", python)
-        run(inside, "-m", "pip", "install", "-q", f"torch=={torch}", wheel)
+        run(inside, "-m", "pip", "install", "-q", *index, f"torch=={torch}", wheel)
         version = run(inside, "-V").strip()
         print(f"{wheel.name}, {version}, torch {torch}: {run(inside, '-c', OPERATOR).strip()}")
         info = run(inside.with_name("aad"), "info")
         assert re.search("^build: aadkern ", info, re.M), info
         if streams:
-            run(inside, "-m", "pip", "install", "-q", f"{wheel}[train]")
+            run(inside, "-m", "pip", "install", "-q", *index, f"{wheel}[train]")
             aad = inside.with_name("aad")
             small = ["pretrain.steps=2", "ode.steps=2", "dmd.steps=2", "dmd_continued.steps=2", "adversarial.steps=2"]
             run(aad, "train", "digits", f"out={folder}/run", *small)
@@ -101,13 +102,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters to install into")
     parser.add_argument("--torch", nargs="+", default=["2.13.0"], help="versions of torch to install beside")
+    parser.add_argument("--index", help="a further package index, for torch's CPU builds")
     parser.add_argument("--no-kernels", action="store_true", help="only the wheel without the Hopper kernels")
     args = parser.parse_args()
+    index = ["--extra-index-url", args.index] if args.index else []
     wheels = build(not args.no_kernels and shutil.which("nvcc") is not None)
-    for wheel in wheels:
-        for python in args.python:
-            for torch in args.torch:
-                try_out(wheel, python, torch, streams=wheel == wheels[-1] and python == args.python[0] and torch == args.torch[0])
+    for number, (wheel, python, torch) in enumerate(itertools.product(reversed(wheels), args.python, args.torch)):
+        try_out(wheel, python, torch, index, streams=number == 0)
 
 
 if __name__ == "__main__":
