@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from drawing import BLUE, write
 
 from aadkern import AttentionPlan, VideoLayout, Window, plans
 
@@ -38,7 +38,7 @@ def panel(title: str, plan: AttentionPlan, note: str, x: int) -> tuple[str, int]
         f'<text x="{x}" y="18" class="title">{title}</text><text x="{x}" y="34">{note}</text>'
         f'<text x="{x}" y="{TOP + height + 18}">{plan.q_len} x {plan.k_len} frames, {plan.area} visible pairs</text>'
     )
-    return frame + "".join(cells) + words, max(width, 8 * len(title), 6 * len(note))
+    return f"{frame}<g>{''.join(cells)}</g>{words}", max(width, 8 * len(title), 6 * len(note))
 
 
 def main() -> None:
@@ -48,13 +48,7 @@ def main() -> None:
         parts.append(drawn)
         x += width + GAP
         bottom = max(bottom, TOP + plan.q_len * CELL + 26)
-    style = (
-        "text{font:11px system-ui,sans-serif;fill:#555}.title{font-weight:600;fill:#222}rect{fill:#3b6fb6}"
-        ".frame{fill:none;stroke:#999}svg{background:#fff}"
-    )
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {x} {bottom}" width="{x}" height="{bottom}">'
-    svg = f"{head}<style>{style}</style><rect width='100%' height='100%' style='fill:#fff'/>{''.join(parts)}</svg>\n"
-    Path(__file__).with_name("plans.svg").write_text(svg)
+    write("plans", x, bottom, *parts, style=f"rect.frame{{fill:none}}g rect{{fill:{BLUE}}}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from drawing import BLUE, GREEN, RED, write
 
 TOKENS, CHANNELS, HEADS = 32760, 1536, 12  # 21 frames at 480p; one query token
 WIDE, TALL, THIN = 58, 100, 9  # of a drawing of [tokens, channels], and of one that has heads in the place of either
-TOP, HEIGHT = 52, 366
+TOP, WIDTH, HEIGHT = 52, 800, 366
 
 
 def box(x: float, y: float, width: float, height: float, kind: str, name: str, note: str) -> str:
@@ -73,23 +73,12 @@ def absorbed(x: float) -> str:
 
 def main() -> None:
     style = (
-        "text{font:11px system-ui,sans-serif;fill:#555;text-anchor:middle}.title{font-size:13px;font-weight:600;fill:#222;"
-        "text-anchor:start}.name{font-weight:600;fill:#222}.clip{fill:#3b6fb6}.formed{fill:#c0504d}.thin{fill:#5a9a5a}"
-        "path{stroke:#777;fill:none;marker-end:url(#tip)}"
+        "text{text-anchor:middle}.title{text-anchor:start}path{stroke:#777;fill:none;marker-end:url(#tip)}"
+        f".clip{{fill:{BLUE}}}.formed{{fill:{RED}}}.thin{{fill:{GREEN}}}"
     )
-    tip = (
-        '<marker id="tip" markerWidth="7" markerHeight="6" refX="6" refY="3" orient="auto"><polygon points="0 0 7 3 0 6"/></marker>'
-    )
-    width, foot = (
-        800,
-        "bf16 tokens, float32 sums: 21 frames of 1560 tokens, 1536 channels, 12 heads, one query",
-    )
-    svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}">'
-        f"<style>{style}</style><defs>{tip}</defs><rect width='100%' height='100%' style='fill:#fff'/>"
-        f'{layer(20)}{absorbed(430)}<text class="foot" x="{width / 2}" y="{HEIGHT - 10}">{foot}</text></svg>\n'
-    )
-    Path(__file__).with_name("pooling.svg").write_text(svg)
+    foot = "bf16 tokens, float32 sums: 21 frames of 1560 tokens, 1536 channels, 12 heads, one query"
+    words = f'<text class="foot" x="{WIDTH / 2:g}" y="{HEIGHT - 10}">{foot}</text>'
+    write("pooling", WIDTH, HEIGHT, layer(20), absorbed(430), words, style=style)
 
 
 if __name__ == "__main__":

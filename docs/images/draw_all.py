@@ -1,0 +1,12 @@
+"""Draws every picture that code draws anew: ``python docs/images/draw_all.py``. tests/test_pictures.py holds them to the code."""
+
+from __future__ import annotations
+
+import house
+import plans
+import pooling
+import ring
+import stages
+
+for picture in (house, plans, pooling, ring, stages):
+    picture.main()
