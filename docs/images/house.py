@@ -19,46 +19,30 @@ def row(y: float, fill: str, *names: tuple[str, str], left: float = 190) -> str:
 
 
 def main() -> None:
-    parts = [
-        floor(12, 72, "people", ""),
-        row(26, GREY, ("aad", "the command line"), ("benchmarks/", "timed behind checks"), ("your project", "compat.patch")),
-        arrow(WIDTH / 2, 84, WIDTH / 2, 100),
-        floor(102, 124, "aadkern_train", "a laptop to many GPUs"),
-        row(
-            114,
-            GREEN,
-            ("stages/", "which loss, who learns"),
-            ("worlds/", "clips, captions, measures"),
-            ("recipes/", "all settings"),
-        ),
-        row(
-            168,
-            GREEN,
-            ("networks/", "denoiser, teacher, judge"),
-            ("engine/", "processes, checkpoints"),
-            ("diffusion/, learning/", "levels, optimisers"),
-        ),
-        arrow(WIDTH / 2, 226, WIDTH / 2, 242),
-        floor(244, 124, "aadkern", "needs torch alone"),
-        row(
-            256,
-            BLUE,
-            ("wan/", "CausalWan, VAE, text"),
-            ("streaming/", "ring, merged step, graphs"),
-            ("ulysses/", "one clip on many GPUs"),
-        ),
-        row(
-            310,
-            BLUE,
-            ("range_attention/", "plans to kernels"),
-            ("pooling/, noise/", "judge's heads, views"),
-            ("blocks/, fp8/", "norms, rotary, linear"),
-        ),
-        arrow(WIDTH / 2, 368, WIDTH / 2, 384),
-        floor(386, 70, "csrc", "CUDA C++ for Hopper"),
-        row(399, PALE, ("attention/", "forward, backward"), ("primitives/", "wgmma, TMA: PTX and a host model")),
-        text(12, 476, "Imports point down only; tests/test_contracts.py holds them to it."),
-    ]
+    middle = WIDTH / 2
+    parts = [floor(12, 72, "people", ""), arrow(middle, 84, middle, 100)]
+    parts += row(26, GREY, ("aad", "the command line"), ("benchmarks/", "timed behind checks"), ("your project", "compat.patch"))
+    parts += [floor(102, 124, "aadkern_train", "a laptop to many GPUs"), arrow(middle, 226, middle, 242)]
+    parts += row(114, GREEN, ("stages/", "losses, who learns"), ("worlds/", "clips, captions, measures"), ("recipes/", "settings"))
+    below = (
+        ("networks/", "denoiser, teacher, judge"),
+        ("engine/", "processes, checkpoints"),
+        ("diffusion/, learning/", "levels, optimisers"),
+    )
+    parts += row(168, GREEN, *below)
+    parts += [floor(244, 124, "aadkern", "needs torch alone"), arrow(middle, 368, middle, 384)]
+    parts += row(
+        256, BLUE, ("wan/", "CausalWan, VAE, text"), ("streaming/", "ring, merged step"), ("ulysses/", "a clip on many GPUs")
+    )
+    below = (
+        ("range_attention/", "plans to kernels"),
+        ("pooling/, noise/", "judge's heads, views"),
+        ("blocks/, fp8/", "norms, linear layers"),
+    )
+    parts += row(310, BLUE, *below)
+    parts += [floor(386, 70, "csrc", "CUDA C++ for Hopper")]
+    parts += row(399, PALE, ("attention/", "forward, backward"), ("primitives/", "wgmma, TMA: PTX and a host model"))
+    parts += [text(12, 476, "Imports point down only; tests/test_contracts.py holds them to it.")]
     write("house", WIDTH, 488, *parts)
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/images/ring.svg: which frames lie in which slot of a streaming cache, and what each pass sees, as the cache says it."""
+"""Draws docs/images/ring.svg: which frames lie in which slot of a streaming cache, and what each pass sees; the cache says it."""
 
 from __future__ import annotations
 
@@ -12,32 +12,20 @@ PASSES = 4
 
 
 def row(cache: StreamingCache, held: dict[int, int], clean: int, noisy: int, y: float) -> str:
-    """One pass: clean and noisy chunk written, what its noisy queries see outlined."""
-    frames = clean + noisy
-    if noisy:
-        ring = cache.begin(frames, clean)
-    else:
-        ring = cache.begin(frames)
-    for frame, slot, count in ring.own:
-        for offset in range(count):
-            held[slot + offset] = frame + offset
-    noisy_from = ring.chunks[-1][0] if noisy else cache.frame + frames
+    """One merged pass: the clean and the noisy chunk that it writes, and what of the rest the noisy one sees."""
+    ring = cache.begin(clean + noisy, clean)
+    held |= {slot + n: frame + n for frame, slot, count in ring.own for n in range(count)}
     seen = {slot for a, b in ring.last_plan.runs[0][1] for slot in range(a, b)}
     cells = []
     for slot in range(cache.capacity_frames):
-        x = LEFT + slot * CELL + (8 if slot >= cache.window.sink else 0)
-        frame = held.get(slot)
+        x, frame = LEFT + slot * CELL + (8 if slot >= cache.window.sink else 0), held.get(slot)
         if frame is None:
-            fill = GREY
-        elif frame >= noisy_from:
-            fill = RED
-        elif frame >= cache.frame:
-            fill = GREEN
-        else:
-            fill = BLUE if slot in seen else PALE
+            cells.append(rect(x, y, CELL - 3, 26, GREY, 'rx="3"'))
+            continue
+        written = RED if frame >= ring.chunks[1][0] else GREEN
+        fill = written if frame >= cache.frame else BLUE if slot in seen else PALE
         cells.append(rect(x, y, CELL - 3, 26, fill, 'rx="3"'))
-        if frame is not None:
-            cells.append(text(x + CELL / 2 - 1.5, y + 17, str(frame), f"middle {'light' if fill != PALE else ''}"))
+        cells.append(text(x + CELL / 2 - 1.5, y + 17, str(frame), f"middle {'light' if fill != PALE else ''}"))
     ring.finish()
     cache.commit()
     return "".join(cells)
