@@ -37,8 +37,8 @@ def noised_views(
 
     Returns (x_sigma, x_perturbed) in x0's shape and dtype; computed in float32, in bf16 rounded at the end: there, a
     ``delta_std`` under 1/256 of a value is lost, so keep latents in float32. Gradients flow to ``x0`` alone. ``seed`` as a tensor
-    keeps one compiled graph or CUDA graph for all seeds. ``backend``: "reference" or "torch" (the same here), "triton", or None for the
-    device's best.
+    keeps one compiled graph or CUDA graph for all seeds. ``backend``: "reference" or "torch" (the same here), "triton", or None for
+    the device's best.
 
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value, before any work.
     """
