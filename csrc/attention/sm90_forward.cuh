@@ -213,7 +213,8 @@ struct ForwardConsumer {
         float inverse[2], lse[2];
         softmax.finish(inverse, lse);
         scale_rows(o, inverse);
-        const int first = 64 * consumer + 16 * (warp_index() % 4);  // of this warp's rows in the tile; of q nobody else read them
+        const int first = 64 * consumer + 16 * (warp_index() % 4);  // of this warp's rows in the tile
+        named_barrier_sync(3 + consumer, 128);  // no warp's part of q k reads q any more
         store_results<T, HeadDim>(parameters, work, first, o, lse, shared.q(first), Shared::q_panel);
     }
 };
