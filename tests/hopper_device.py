@@ -6,7 +6,7 @@ import collections
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -73,19 +73,20 @@ def tool(name: str) -> str:
 
 
 def compile_kernels(
-    source: str, folder: Path, *, instance: str = "", faults: Iterable[Fault] = ()
+    source: str, folder: Path, *, instance: str = "", faults: Iterable[Fault] = (), defines: Sequence[str] = ()
 ) -> tuple[list[Kernel], list[str]]:
     """The kernels of csrc/<source>, and ptxas' complaints about wgmma. Of a .cuh, the one ``instance`` that is named, as
     "kernel<arguments>(parameters)"; ``faults`` are planted in a copy first."""
+    flags = [*FLAGS, *(f"-D{name}" for name in defines)]
     nvcc, sources = tool("nvcc"), planted(faults) if faults else SOURCES
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    cubin = folder / f"{Path(source).stem}-{digest(source, instance, FLAGS, version, folders=[sources])}.cubin"
+    cubin = folder / f"{Path(source).stem}-{digest(source, instance, flags, version, folders=[sources])}.cubin"
     log, unit = cubin.with_suffix(".log"), cubin.with_suffix(".cu")
     if not (cubin.exists() and log.exists()):
         made = f"namespace aadkern {{\ntemplate __global__ void {instance};\n}}\n" if instance else ""
         unit.write_text(f'#include "{source}"\n{made}')
         result = subprocess.run(
-            [nvcc, *FLAGS, f"-I{sources}", "-cubin", "-o", str(cubin), str(unit)], capture_output=True, text=True
+            [nvcc, *flags, f"-I{sources}", "-cubin", "-o", str(cubin), str(unit)], capture_output=True, text=True
         )
         if result.returncode != 0:
             raise RuntimeError(result.stderr)

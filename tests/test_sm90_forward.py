@@ -241,6 +241,18 @@ def test_a_wait_for_the_next_k_anywhere_else_leaves_the_softmax_alone(head_dim, 
     assert complaints == [] and exponentials >= 64 and beside == 0
 
 
+def test_a_limit_to_spins_leaves_the_products_in_flight(tmp_path):
+    """A debug build must hang where the real one does: the same pipeline, and a look at the clock in every spin."""
+    instance = "forward_kernel<BFloat16, 128, 176, true>(AADKERN_GRID_CONSTANT ForwardParameters)"
+    ((kernel,), complaints) = compile_kernels(
+        "attention/sm90_forward.cuh", tmp_path, instance=instance, defines=["AADKERN_SPIN_SECONDS=2"]
+    )
+    beside, exponentials = beside_products(kernel, "MUFU.EX2")
+    assert complaints == [] and beside == exponentials >= 88
+    clocks = sum("SR_GLOBALTIMERLO" in operand for i in kernel.code for operand in i.operands)
+    assert clocks >= sum(i.opcode.startswith("SYNCS.PHASECHK") for i in kernel.code) / 2 > 0  # each spin stands there twice
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", ["8BFloat16", "7Float16"])
 def test_the_simple_kernel_compiles_to_what_it_says(compiled, dtype, head_dim):
