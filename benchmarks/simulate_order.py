@@ -1,9 +1,9 @@
 """What the deterministic order of dQ costs the Hopper backward, in a simulation: `python -m benchmarks.simulate_order`.
 
-CTAs take key tiles by ticket and walk query tiles; a step takes STEP, or longer where memory is slower: key tiles of a head follow
-each other closely and share what they read, so each head side by side brings its own Q, dO and sums of dQ once a step. The sums of a
-step wait for their turn, that is for the end of the turn of the key tile before and of this CTA's own last one, and take a turn; the
-next step's sums need the buffer, which is read after READ.
+CTAs take key tiles by ticket and walk query tiles; a step takes STEP, or longer where memory is slower: key tiles of a head
+follow each other closely and share what they read, so each head side by side brings its own Q, dO and sums of dQ once a step.
+The sums of a step wait for their turn, that is for the end of the turn of the key tile before and of this CTA's own last one,
+and take a turn; the next step's sums need the buffer, which is read after READ.
 """
 
 from __future__ import annotations
