@@ -78,9 +78,7 @@ def main() -> None:
         "frame by frame, window": block_causal(frames, window),
         "teacher forcing, window": teacher_forcing(chunks, window),
     }
-    print(
-        f"share of the unordered speed: all heads | {ORDERED_HEADS} heads | one head; last queries first | one head, first queries first"
-    )
+    print(f"share of the unordered speed with all heads, {ORDERED_HEADS} heads and one side by side; then one, first queries first")
     for heads in arguments.heads:
         for name, plan in plans.items():
             found = shares(plan, heads, arguments.turn, [(heads, True), (ORDERED_HEADS, True), (1, True), (1, False)])
