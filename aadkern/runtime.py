@@ -89,6 +89,8 @@ def _reason_against_sm90(device: str) -> str | None:
         return "built for sm_90a, and serves GPUs of compute capability 9.0 (H100, H200, H20, GH200) only"
     if not torch.cuda.is_available():
         return "built for sm_90a, and torch sees no CUDA device here"
+    if torch.version.hip is not None:
+        return "built for sm_90a, and torch here is made for AMD's GPUs"
     capability = torch.cuda.get_device_capability(device)
     if capability != SM90_CAPABILITY:
         return f"built for sm_90a, and this GPU has compute capability {capability[0]}.{capability[1]}, not 9.0"

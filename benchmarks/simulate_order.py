@@ -1,8 +1,9 @@
 """What the deterministic order of dQ costs the Hopper backward, in a simulation: `python -m benchmarks.simulate_order`.
 
-CTAs take key tiles by ticket and walk query tiles; a step takes STEP. The sums of a step wait for their turn, that is for
-the end of the turn of the key tile before and of this CTA's own last one, and take a turn; the next step's sums need the
-buffer, which is read after READ. It knows nothing of caches or of bandwidth.
+CTAs take key tiles by ticket and walk query tiles; a step takes STEP, or longer where memory is slower: key tiles of a head
+follow each other closely and share what they read, so each head side by side brings its own Q, dO and sums of dQ once a step.
+The sums of a step wait for their turn, that is for the end of the turn of the key tile before and of this CTA's own last one,
+and take a turn; the next step's sums need the buffer, which is read after READ.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import heapq
 from collections.abc import Iterator
 
 from aadkern.plans import AttentionPlan, VideoLayout, Window, bidirectional, block_causal, teacher_forcing
+from aadkern.range_attention.sm90 import ORDERED_HEADS
 from aadkern.range_attention.sm90_tables import BackwardCut, cut_backward
 
-SMS, HEADS = 132, 12
+SMS = 132
+HEADS = (12, 40, 96)  # Wan 1.3B, 14B, and 1.3B with a batch of 8
 START, STEP, READ = 3.0, 2.5, 0.4  # microseconds; a step of 10.5 MFLOP at 550 TFLOP/s on 132 SMs
+STREAM, BANDWIDTH = 96e3, 3.0  # bytes of a head and step: Q and dO 32 KB, dQ read and written 64; TB/s of an H100's memory
 
 
 def query_tiles(cut: BackwardCut, key_tile: tuple[int, int, int, int], queries: int, last_first: bool) -> Iterator[int]:
@@ -25,20 +29,26 @@ def query_tiles(cut: BackwardCut, key_tile: tuple[int, int, int, int], queries: 
         yield from range(first_tile, first_tile - (first_row - end_row) // queries)[::order]
 
 
-def duration(plan: AttentionPlan, side_by_side: int, last_first: bool, turn: float | None) -> float:
+def step_time(side_by_side: int) -> float:
+    """Microseconds of a step with so many heads side by side."""
+    return max(STEP, min(side_by_side, SMS) * STREAM / BANDWIDTH * 1e-6)
+
+
+def duration(plan: AttentionPlan, heads: int, side_by_side: int, last_first: bool, turn: float | None) -> float:
     """Microseconds of the launch with so many heads side by side; unordered where there are no turns."""
+    step = step_time(side_by_side)
     queries = 64
     cut = cut_backward(plan, queries)
     walks = [list(query_tiles(cut, key_tile, queries, last_first)) for key_tile in cut.key_tiles]
     free = [0.0] * SMS
     turn_ends: dict[tuple[int, int], float] = {}
-    for first_head in range(0, HEADS, side_by_side):
+    for first_head in range(0, heads, side_by_side):
         for walk in walks:
-            for head in range(first_head, min(HEADS, first_head + side_by_side)):
+            for head in range(first_head, min(heads, first_head + side_by_side)):
                 now = heapq.heappop(free) + START
                 buffer_free = own_turn_ends = 0.0
                 for tile in walk:
-                    now = max(now + STEP, buffer_free)
+                    now = max(now + step, buffer_free)
                     added = now
                     if turn is not None:
                         added = max(now, own_turn_ends, turn_ends.get((head, tile), 0.0))
@@ -48,10 +58,17 @@ def duration(plan: AttentionPlan, side_by_side: int, last_first: bool, turn: flo
     return max(free)
 
 
+def shares(plan: AttentionPlan, heads: int, turn: float, choices: list[tuple[int, bool]]) -> list[float]:
+    """Of the unordered speed of memory without a limit, by (heads side by side, last queries first)."""
+    free = duration(plan, heads, 1, True, None)
+    return [free / duration(plan, heads, min(heads, group), last_first, turn) for group, last_first in choices]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turn", type=float, default=1.5, help="microseconds from a turn's start to the next's")
-    turn = parser.parse_args().turn
+    parser.add_argument("--heads", type=int, nargs="*", default=HEADS)
+    arguments = parser.parse_args()
     chunks, frames = (VideoLayout.regular(21, size, 1560) for size in (3, 1))
     window = Window(frames=9, sink=1)
     plans = {
@@ -61,10 +78,11 @@ def main() -> None:
         "frame by frame, window": block_causal(frames, window),
         "teacher forcing, window": teacher_forcing(chunks, window),
     }
-    print("fraction of the unordered speed: all heads, last queries first | one head, last first | one head, first queries first")
-    for name, plan in plans.items():
-        choices = [(HEADS, True), (1, True), (1, False)]
-        print(f"{name:24}", *(f"{duration(plan, *c, None) / duration(plan, *c, turn):.2f}" for c in choices), flush=True)
+    print(f"share of the unordered speed with all heads, {ORDERED_HEADS} heads and one side by side; then one, first queries first")
+    for heads in arguments.heads:
+        for name, plan in plans.items():
+            found = shares(plan, heads, arguments.turn, [(heads, True), (ORDERED_HEADS, True), (1, True), (1, False)])
+            print(f"{heads:3} heads, {name:24}", *(f"{share:.2f}" for share in found), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import aadkern
-from aadkern.range_attention.tiles import Tile, device_class
+from aadkern.range_attention.tiles import Tile, class_of, row_of
 from benchmarks import results
 from benchmarks.cases import AttentionCase, case_of
 from benchmarks.checks import Problem, Truth, check, truth
@@ -65,13 +65,17 @@ def table_of(kernel: str) -> dict[tuple[str, int], Tile]:
 @contextlib.contextmanager
 def configured(kernel: str, tile: Tile, device: torch.device, head_dim: int) -> Iterator[None]:
     """Launches of the kernel use ``tile`` inside, and what they used before afterwards."""
-    table, key = table_of(kernel), (device_class(torch.cuda.get_device_capability(device)), max(64, head_dim))
-    before = table[key]
+    table, key = table_of(kernel), (class_of(device), max(64, head_dim))
+    own = key in table
+    before = row_of(table, *key)
     table[key] = tile
     try:
         yield
     finally:
-        table[key] = before
+        if own:
+            table[key] = before
+        else:
+            del table[key]
 
 
 def described(tile: Tile) -> str:

@@ -16,8 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CAPABILITIES = {"sm80": 80, "sm89": 89, "sm90": 90}
+BLACKWELL = {"sm100": 100, "sm120": 120}  # B200; RTX 5090
 # The most shared memory that a block may have (CUDA C++ programming guide, compute capabilities).
-SHARED_BYTES = {"sm80": 163 << 10, "sm89": 99 << 10, "sm90": 227 << 10}
+SHARED_BYTES = {"sm80": 163 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
 LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 
@@ -132,12 +133,13 @@ def compile_kernel(
     unaligned: tuple[str, ...] = (),
     **options: Any,
 ) -> Compiled:
-    """``kernel`` for "sm80", "sm89" or "sm90", within its shared memory. ``types`` names each argument's type, int32 where silent.
+    """``kernel`` for one of ``CAPABILITIES`` or ``BLACKWELL``, within its shared memory. ``types`` names each argument's
+    type, int32 where silent.
 
     Pointers, and integers with "stride" in their names, are multiples of 16, as in a launch with aligned tensors, and so are those
     named ``aligned``, but not those named ``unaligned``. ``options`` are Triton's: num_warps, num_stages, enable_fp_fusion.
     """
     source = source_of(kernel, types, constants, aligned, unaligned)
-    compiled = Compiled(triton.compile(source, target=GPUTarget("cuda", CAPABILITIES[device], 32), options=options))
+    compiled = Compiled(triton.compile(source, target=GPUTarget("cuda", (CAPABILITIES | BLACKWELL)[device], 32), options=options))
     assert compiled.shared <= SHARED_BYTES[device], f"{compiled.shared} bytes of shared memory"
     return compiled

@@ -6,16 +6,16 @@ import collections
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.hopper_host import SOURCES, digest
+from tests.hopper_host import SOURCES, Fault, digest, planted
 
-FLAGS = ["-gencode", "arch=compute_90a,code=sm_90a", "-O3", "--std=c++17", "-Xptxas", "-v", f"-I{SOURCES}"]
+FLAGS = ["-gencode", "arch=compute_90a,code=sm_90a", "-O3", "--std=c++17", "-Xptxas", "-v"]
 # C7510 to C7519 and their kin: ptxas waits after every wgmma, for one reason or another.
 COMPLAINT = re.compile(r"\(C75\d\d\).*")
 
@@ -72,14 +72,22 @@ def tool(name: str) -> str:
     return found
 
 
-def compile_kernels(source: str, folder: Path) -> tuple[list[Kernel], list[str]]:
-    """The kernels of csrc/<source>, a .cu, and ptxas' complaints about wgmma."""
-    nvcc = tool("nvcc")
+def compile_kernels(
+    source: str, folder: Path, *, instance: str = "", faults: Iterable[Fault] = (), defines: Sequence[str] = ()
+) -> tuple[list[Kernel], list[str]]:
+    """The kernels of csrc/<source>, and ptxas' complaints about wgmma. Of a .cuh, the one ``instance`` that is named, as
+    "kernel<arguments>(parameters)"; ``faults`` are planted in a copy first."""
+    flags = [*FLAGS, *(f"-D{name}" for name in defines)]
+    nvcc, sources = tool("nvcc"), planted(faults) if faults else SOURCES
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    cubin = folder / f"{Path(source).stem}-{digest(source, FLAGS, version, folders=[SOURCES])}.cubin"
-    log = cubin.with_suffix(".log")
+    cubin = folder / f"{Path(source).stem}-{digest(source, instance, flags, version, folders=[sources])}.cubin"
+    log, unit = cubin.with_suffix(".log"), cubin.with_suffix(".cu")
     if not (cubin.exists() and log.exists()):
-        result = subprocess.run([nvcc, *FLAGS, "-cubin", "-o", str(cubin), str(SOURCES / source)], capture_output=True, text=True)
+        made = f"namespace aadkern {{\ntemplate __global__ void {instance};\n}}\n" if instance else ""
+        unit.write_text(f'#include "{source}"\n{made}')
+        result = subprocess.run(
+            [nvcc, *flags, f"-I{sources}", "-cubin", "-o", str(cubin), str(unit)], capture_output=True, text=True
+        )
         if result.returncode != 0:
             raise RuntimeError(result.stderr)
         log.write_text(result.stdout + result.stderr)
@@ -117,18 +125,39 @@ def read_sass(kernels: dict[str, Kernel], text: str) -> None:
             kernel.highest[role] = max(kernel.highest.get(role, 0), *instruction.registers(operand), 0)
 
 
+def loops_of_products(kernel: Kernel) -> list[list[Instruction]]:
+    """The loops that hold a wgmma, as they lie in the code, the shortest first."""
+    bodies = []
+    for branch in kernel.code:
+        target = re.search(r"0x([0-9a-f]+)", branch.operands[-1]) if branch.opcode == "BRA" else None
+        if target and int(target[1], 16) < branch.address:
+            bodies.append([i for i in kernel.code if int(target[1], 16) <= i.address <= branch.address])
+    return sorted((body for body in bodies if any(i.opcode.startswith("HGMMA") for i in body)), key=len)
+
+
+def beside_products(kernel: Kernel, opcode: str) -> tuple[int, int]:
+    """In the loop over tiles: how many ``opcode`` stand where a product is in flight, and how many in all."""
+    # The loop's waits leave one in flight; spins that ptxas puts at the end of the code jump back over other products.
+    body = next(
+        b for b in loops_of_products(kernel) if any(i.opcode.startswith("WARPGROUP.DEPBAR") and i.operands[-1] == "0x1" for i in b)
+    )
+    in_flight = inside = total = 0
+    for place, instruction in enumerate(body * 2):  # the second time round with what the first left in flight
+        if instruction.opcode.startswith("HGMMA"):
+            in_flight += "gsb0" in instruction.operands
+        elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+            in_flight = min(in_flight, int(instruction.operands[-1], 16))
+        elif instruction.opcode.startswith(opcode) and place >= len(body):
+            inside, total = inside + (in_flight > 0), total + 1
+    return inside, total
+
+
 def touched_in_flight(kernel: Kernel) -> list[str]:
     """Instructions that touch a wgmma's registers between its issue and the wait that ends it: reading or writing accumulators,
     or writing its A operand. Follows the code as it lies, then each loop twice over, so that what is in flight across the back
     edge is in it.
     """
-    passes = [kernel.code]
-    for branch in kernel.code:
-        target = re.search(r"0x([0-9a-f]+)", branch.operands[-1]) if branch.opcode == "BRA" else None
-        if target and int(target[1], 16) < branch.address:
-            body = [i for i in kernel.code if int(target[1], 16) <= i.address <= branch.address]
-            if any(i.opcode.startswith("HGMMA") for i in body):
-                passes.append(body * 2)
+    passes = [kernel.code, *(body * 2 for body in loops_of_products(kernel))]
     found = [line for code in passes for line in _touched(code)]
     return sorted(set(found))
 

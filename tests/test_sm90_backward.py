@@ -17,7 +17,7 @@ from aadkern.plans import AttentionPlan, VideoLayout, Window, block_causal, fram
 from aadkern.range_attention.sm90_tables import cut_backward
 from aadkern.testing import Results, assert_results_close, eager, exact, make_gradients, make_inputs, plans, random_plan
 from tests.hopper_backward import run_backward
-from tests.hopper_device import compile_kernels, touched_in_flight
+from tests.hopper_device import beside_products, compile_kernels, touched_in_flight
 from tests.hopper_host import BUILD, EAGER, LAZY, RANDOM, Options, build, schedules
 
 # Runs that end inside a tile, whole tiles and tails on both sides, one key, one query, queries and keys that see nothing.
@@ -318,6 +318,15 @@ def test_the_main_kernel_keeps_to_its_registers_and_uses_the_units_it_is_written
         assert kernel.opcodes["UTMALDG"] == (8 if wide else 4)
         assert kernel.opcodes["UBLKCP"] == 1 and kernel.opcodes["UBLKRED"] == 1
         assert kernel.stores == [16] * (16 if wide else 8)  # dk and dv, 16 rows a warp
+
+
+def test_what_a_step_computes_stands_beside_products(compiled):
+    """All exponentials under dP^T, dS^T and its way out under dV, dQ's way out under dK."""
+    for kernel in (kernel for kernel in compiled[0] if "attention_backward" in kernel.name):
+        queries = 64 if "ELi128E" in kernel.name else 128
+        assert beside_products(kernel, "MUFU.EX2") == (queries // 2, queries // 2)
+        assert beside_products(kernel, "STSM") == (queries // 16, queries // 16)
+        assert beside_products(kernel, "FMUL")[0] >= queries // 2
 
 
 def test_ptxas_moves_nothing_into_the_flight_of_a_product(compiled):

@@ -16,7 +16,7 @@ import torch
 
 import aadkern
 from aadkern import AttentionPlan, VideoLayout, Window, plans, runtime, testing
-from aadkern.range_attention import sm90
+from aadkern.range_attention import sm90, sm90_split
 from tests import hopper_host
 from tests.bad_inputs import CASES, On
 
@@ -84,6 +84,23 @@ def test_random_plans_and_layouts(schedule, seed):
     dout, dlse = testing.make_gradients(q, seed)
     schedule.seed = seed + 1
     check(q, k, v, plan, dout, rng.choice((None, dlse)))
+
+
+@pytest.mark.parametrize("kernel", ["pingpong", "wide"])
+def test_split_keys_are_merged(schedule, monkeypatch, kernel):
+    """On a GPU of 2 multiprocessors and at no cost: the last tiles' keys go to several CTAs, and the merge is within the budget."""
+    plan = AttentionPlan.from_ranges(300, 1300, [((0, 300), [(5, 700), (710, 1290)])])
+    q, k, v = testing.make_inputs(plan, 1, 128, torch.bfloat16, seed=random.randrange(2**31))
+    launches = []
+    monkeypatch.setattr(sm90, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(sm90_split, "LAUNCHES", 0.0)
+    sm90_split.best_split.cache_clear()
+    monkeypatch.setattr(sm90, "launch_forward", lambda *a: launches.append(len(a[5])) or torch.ops.aadkern.sm90_forward(*a))
+    monkeypatch.setitem(sm90.DEFAULT_FORWARD, 128, kernel)
+    check(q, k, v, plan, *testing.make_gradients(q))
+    found = sm90_split.best_split(plan, 128, sm90.FORWARD_KERNELS[kernel].step, 1, 128, 2)
+    sm90_split.best_split.cache_clear()
+    assert launches == [found.row // 128, len(found.parts) * (3 - found.row // 128)]
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 0.5])

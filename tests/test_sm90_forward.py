@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from aadkern.plans import AttentionPlan, VideoLayout, Window, block_causal
 from aadkern.testing import exact, make_inputs, plans, random_plan
-from tests.hopper_device import compile_kernels, touched_in_flight
+from tests.hopper_device import beside_products, compile_kernels, touched_in_flight
 from tests.hopper_forward import PING_PONG, SIMPLE, SPECIALISED, WIDE, assert_right, run_forward
-from tests.hopper_host import EAGER, LAZY, RANDOM, Options, build, schedules
+from tests.hopper_host import EAGER, LAZY, RANDOM, SOURCES, Fault, Options, build, schedules
 
 KERNELS = {"simple": SIMPLE, "specialised": SPECIALISED, "ping_pong": PING_PONG, "wide": WIDE}
 # A run of several tiles, whole key tiles and tails, a run without a tail, one key alone, no key, the last key of the tensor.
@@ -216,9 +216,41 @@ def test_the_specialised_kernels_compile_to_what_they_say(compiled, dtype, head_
     # q k and p v, each before the loop or after it and once in it; 16 columns, or 16 keys, a step
     assert kernel.opcodes["HGMMA"] == 2 * (head_dim // 16 + keys // 16)
     assert kernel.opcodes["UTMALDG"] == 4 * (head_dim // 64)  # q, k at two places, v
-    assert (kernel.opcodes["BAR"] > 1) == ping_pong
+    assert kernel.opcodes["BAR"] == 2 + 5 * ping_pong  # the start, before the way out; turns begun, and taken and passed twice
     assert touched_in_flight(kernel) == []
+    beside, exponentials = beside_products(kernel, "MUFU.EX2")
+    assert exponentials >= keys // 2 and beside > 0.9 * exponentials  # the softmax stands between q k's end and p v's
     assert kernel.stores == [4] * 2 + [16] * (head_dim // 16)  # lse; out, 16 rows a warp
+
+
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_a_wait_for_the_next_k_anywhere_else_leaves_the_softmax_alone(head_dim, tmp_path):
+    """The order that suggests itself: k is waited for where it is used. ptxas then moves the wait for p v above the softmax."""
+    file = "attention/sm90_forward.cuh"
+    text = (SOURCES / file).read_text()
+    early = text[
+        text.index("            // The next k is waited for here") : text.index(
+            "            wgmma_wait<0>();\n            keep(o);"
+        )
+    ]
+    late = "            scale_rows(o, decay);\n"
+    faults = [Fault(file, early, ""), Fault(file, late, late + early)]
+    instance = f"forward_kernel<BFloat16, {head_dim}, 128, true>(AADKERN_GRID_CONSTANT ForwardParameters)"
+    ((kernel,), complaints) = compile_kernels(file, tmp_path, instance=instance, faults=faults)
+    beside, exponentials = beside_products(kernel, "MUFU.EX2")
+    assert complaints == [] and exponentials >= 64 and beside == 0
+
+
+def test_a_limit_to_spins_leaves_the_products_in_flight(tmp_path):
+    """A debug build must hang where the real one does: the same pipeline, and a look at the clock in every spin."""
+    instance = "forward_kernel<BFloat16, 128, 176, true>(AADKERN_GRID_CONSTANT ForwardParameters)"
+    ((kernel,), complaints) = compile_kernels(
+        "attention/sm90_forward.cuh", tmp_path, instance=instance, defines=["AADKERN_SPIN_SECONDS=2"]
+    )
+    beside, exponentials = beside_products(kernel, "MUFU.EX2")
+    assert complaints == [] and beside == exponentials >= 88
+    clocks = sum("SR_GLOBALTIMERLO" in operand for i in kernel.code for operand in i.operands)
+    assert clocks >= sum(i.opcode.startswith("SYNCS.PHASECHK") for i in kernel.code) / 2 > 0  # each spin stands there twice
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -62,6 +62,7 @@ LOOP_QK = """            turns.take();
             multiply_q_k<T, HeadDim, Keys>(s, q, Shared::q_panel, shared.k(k_at.stage));
             wgmma_commit();
 """
+WAY_OUT = "        named_barrier_sync(3 + consumer, 128);  // no warp's part of q k reads q any more\n"
 CLEAR_END = """            fence_proxy_async();
             warp_sync();
             if (lane_index() == 0) mbarrier_arrive"""
@@ -179,6 +180,7 @@ FAULTS = [
     Planted(
         "shared memory not aligned", KERNEL, BASE, BASE.replace("(shared_base() + 1023) & ~1023u", "shared_base()"), "alignment"
     ),
+    Planted("q's rows written while another warp's product reads them", KERNEL, WAY_OUT, "", "race"),
     Planted("rows of the next run written", TILES, "if (row < count) store_global", "store_global", "global"),
     Planted("lse of the next run written", PARTS, "lane_index() % 4 == 0 && own < count", "lane_index() % 4 == 0", "global"),
     # arithmetic
@@ -215,6 +217,14 @@ FAULTS = [
     ),
     # the simple kernel
     Planted("simple: no proxy fence after clearing", SIMPLE_KERNEL, "            fence_proxy_async();\n", "", "race", SIMPLE),
+    Planted(
+        "simple: k loaded while it is read",
+        SIMPLE_KERNEL,
+        "        cta_sync();  // all are done with k and v\n",
+        "",
+        "race",
+        SIMPLE,
+    ),
     Planted("simple: parity", SIMPLE_KERNEL, "tiles.next(); parity ^= 1)", "tiles.next(); parity ^= 0)", "race", SIMPLE),
 ]
 DAILY = {

@@ -12,8 +12,8 @@ import torch
 triton = pytest.importorskip("triton")
 
 from aadkern.range_attention import triton_backward, triton_forward  # noqa: E402
-from aadkern.range_attention.tiles import device_class  # noqa: E402
-from tests.ahead_of_time import CAPABILITIES, beside_products, compile_kernel, counts  # noqa: E402
+from aadkern.range_attention.tiles import device_class, row_of  # noqa: E402
+from tests.ahead_of_time import BLACKWELL, CAPABILITIES, beside_products, compile_kernel, counts  # noqa: E402
 
 REGISTER_FILE = 65536  # per multiprocessor, in all three
 KERNELS = {
@@ -41,7 +41,7 @@ ALONE = {("forward", 64)} if triton.__version__ >= "3.9" else set()
 def build(name, device, dtype, head_dim, wide=False):
     kernel, configs, rows, step = KERNELS[name]
     block_d = triton_forward.padded(head_dim)
-    tile = triton_forward.CONFIGS_FP32[max(64, block_d)] if dtype == "fp32" else configs[device, max(64, block_d)]
+    tile = triton_forward.CONFIGS_FP32[max(64, block_d)] if dtype == "fp32" else row_of(configs, device, max(64, block_d))
     constants = {rows: tile.rows, step: tile.step, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "WIDE": wide, "UPCAST": False}
     if name == "forward":
         constants["AHEAD"] = tile.ahead
@@ -95,6 +95,25 @@ def test_without_scores_ahead_exponentials_wait(monkeypatch):
     assert counts(main)["MUFU"] > 0 and beside_products(main, "MUFU") == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "head_dim"),
+    [
+        pytest.param(
+            name, device, head_dim, marks=() if (name, device, head_dim) == ("forward", "sm120", 128) else pytest.mark.slow
+        )
+        for name in KERNELS
+        for device in BLACKWELL
+        for head_dim in (64, 128)
+    ],
+)
+def test_blackwell_compiles_without_spills(name, device, head_dim):
+    """Shared memory is held to what a block may have by compile_kernel."""
+    machine, tile = build(name, device, "bf16", head_dim)
+    assert machine.stack == 0
+    assert -(-machine.registers // 8) * 8 * 32 * tile.warps <= REGISTER_FILE
+    assert machine.count("UTCHMMA" if device == "sm100" else "HMMA") > 0
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_padded_head_dims_and_wide_offsets_compile(name):
     build(name, "sm90", "bf16", 80, wide=True)
@@ -120,9 +139,21 @@ def test_stats_compile(has_dlse):
 
 def test_there_is_a_configuration_for_every_device():
     for _, configs, _, _ in KERNELS.values():
-        assert set(configs) == {(device, head_dim) for device in CAPABILITIES for head_dim in (64, 128, 256)}
-    capabilities = {(8, 0): "sm80", (8, 6): "sm89", (8, 9): "sm89", (9, 0): "sm90", (10, 0): "sm80", (12, 0): "sm89"}
+        assert set(configs) >= {(device, head_dim) for device in CAPABILITIES for head_dim in (64, 128, 256)}
+        for device in ("sm100", "sm120", "amd"):
+            assert all(row_of(configs, device, head_dim) for head_dim in (64, 128, 256))
+    capabilities = {(8, 0): "sm80", (8, 6): "sm89", (8, 9): "sm89", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}
+    capabilities |= {(11, 0): "sm100", (12, 0): "sm120", (12, 1): "sm120"}
     assert {c: device_class(c) for c in capabilities} == capabilities
+    assert {device_class(c, amd=True) for c in ((9, 0), (9, 4), (9, 5))} == {"amd"}  # an MI250 tells Hopper's capability
+
+
+def test_an_mi250_is_given_no_tiles_of_a_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    q = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(1, 1, 1, 128))
+    assert triton_forward.pick(triton_forward.CONFIGS, q) == triton_forward.CONFIGS["sm90", 128]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert triton_forward.pick(triton_forward.CONFIGS, q) == triton_forward.CONFIGS["amd", 128]
 
 
 def test_launches_go_to_the_tensors_device():

@@ -14,20 +14,21 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from aadkern.range_attention import triton_backward, triton_forward  # noqa: E402
-from aadkern.range_attention.tiles import Tile  # noqa: E402
+from aadkern.range_attention.tiles import row_of  # noqa: E402
 from tests.ahead_of_time import source_of  # noqa: E402
 
 LDS_BYTES = 64 << 10  # of a workgroup (AMD CDNA 3 ISA reference)
 KERNELS = {
-    "forward": (triton_forward.forward_kernel, "BLOCK_Q", "BLOCK_K", Tile(64, 64, warps=4, stages=2)),
-    "dq": (triton_backward.dq_kernel, "BLOCK_Q", "BLOCK_K", Tile(128, 32, warps=8, stages=1)),
-    "dkv": (triton_backward.dkv_kernel, "BLOCK_K", "BLOCK_Q", Tile(64, 32, warps=4, stages=1)),
+    "forward": (triton_forward.forward_kernel, "BLOCK_Q", "BLOCK_K", triton_forward.CONFIGS),
+    "dq": (triton_backward.dq_kernel, "BLOCK_Q", "BLOCK_K", triton_backward.DQ_CONFIGS),
+    "dkv": (triton_backward.dkv_kernel, "BLOCK_K", "BLOCK_Q", triton_backward.DKV_CONFIGS),
 }
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_gfx942(name):
-    kernel, rows, step, tile = KERNELS[name]
+    kernel, rows, step, configs = KERNELS[name]
+    tile = row_of(configs, "amd", 128)
     constants = {rows: tile.rows, step: tile.step, "HEAD_DIM": 128, "BLOCK_D": 128, "WIDE": False, "UPCAST": False}
     if name == "forward":
         constants["AHEAD"] = False

@@ -180,5 +180,7 @@ def test_only_the_very_capability_is_served(capability, served, monkeypatch):
     reason = runtime._reason_against_sm90("cuda:1")
     assert (reason is None) == served
     assert served or f"compute capability {capability[0]}.{capability[1]}, not 9.0" in reason
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # an MI250 tells 9.0 too
+    assert "AMD" in runtime._reason_against_sm90("cuda:1")
     monkeypatch.setattr(_build, "load_cuda", lambda: "not built: for a reason")
     assert runtime._reason_against_sm90("cuda") == "not built: for a reason"

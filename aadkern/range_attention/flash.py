@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aadkern.flash_libraries import Served, served
 from aadkern.plans import AttentionPlan
-from aadkern.range_attention.ranges import add_gradients_of_lse
+from aadkern.range_attention.ranges import add_gradients_of_lse, merged
 from aadkern.range_attention.sm90 import loadable
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -70,16 +70,6 @@ def _check_served(q: Tensor) -> Served:
     return found
 
 
-def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """out [B, L, H, D] and lse [B, H, L] over several ranges of keys from those of each."""
-    if len(parts) == 1:
-        return parts[0]
-    lse = torch.logsumexp(torch.stack([part for _, part in parts]), 0)
-    shares = [torch.exp(part - lse).nan_to_num(0.0) for _, part in parts]  # -inf - -inf: nothing there, and nothing anywhere
-    weighted = (share.transpose(1, 2)[..., None] * out for share, (out, _) in zip(shares, parts, strict=True))
-    return functools.reduce(torch.add, weighted), lse
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
     """q [B, Lq, H, D], k and v [B, Lk, H, D] in bf16 or fp16 -> out [B, Lq, H, D], lse fp32 [B, H, Lq].
 
@@ -100,7 +90,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
             given = {"softmax_scale": abs(scale), "scale": abs(scale), "return_lse": True}
             part = _call(here.forward, q[:, q0:q1], k[:, a:b], v[:, a:b], **given)
             parts.append((part[0], part[1][:, :, : q1 - q0]))  # some pad their lse
-        out[:, q0:q1], lse[:, :, q0:q1] = _merged(parts)
+        out[:, q0:q1], lse[:, :, q0:q1] = merged(parts)
     return out, lse
 
 

@@ -1,6 +1,8 @@
-"""Tokens in key ranges: taken out, and added back."""
+"""Tokens in key ranges: taken out, and added back; results over several ranges, made one."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -35,3 +37,13 @@ def add_gradients_of_lse(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, lse: Tens
         ds = scale * torch.exp(scale * (queries @ keys.mT) - lse[:, :, rows, None]) * dlse[:, :, rows, None]
         dq[:, rows] += (ds @ keys).transpose(1, 2)
         dk += (ds.mT @ queries).transpose(1, 2)
+
+
+def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """out [B, L, H, D] and lse [B, H, L] over several ranges of keys from those of each."""
+    if len(parts) == 1:
+        return parts[0]
+    lse = torch.logsumexp(torch.stack([part for _, part in parts]), 0)
+    shares = [torch.exp(part - lse).nan_to_num(0.0) for _, part in parts]  # -inf - -inf: nothing there, and nothing anywhere
+    weighted = (share.transpose(1, 2)[..., None] * out for share, (out, _) in zip(shares, parts, strict=True))
+    return functools.reduce(torch.add, weighted), lse

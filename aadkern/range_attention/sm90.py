@@ -6,13 +6,16 @@ docs/hopper.md describes the kernels. Unverified on a GPU.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from aadkern.plans import AttentionPlan
+from aadkern.range_attention.ranges import merged
+from aadkern.range_attention.sm90_split import Split, best_split
 from aadkern.range_attention.sm90_tables import backward_tables
-from aadkern.range_attention.tiles import heads_per_group, tile_table
+from aadkern.range_attention.tiles import TileTable, heads_per_group, tile_table
 from aadkern.runtime import SM90_CAPABILITY, SM90_DTYPES, SM90_HEAD_DIMS
 
 
@@ -24,13 +27,20 @@ class ForwardKernel(NamedTuple):
     step: int
 
 
-# They compute the same. The first two are for finding faults, the last is to be timed against the third on a GPU.
+# They compute the same. The first two are for finding faults, the last two to be timed against each other on a GPU.
 FORWARD_KERNELS = {
     "simple": ForwardKernel(0, 64, 128),
     "specialised": ForwardKernel(1, 128, 128),
     "pingpong": ForwardKernel(2, 128, 128),
     "wide": ForwardKernel(3, 128, 176),
 }
+
+# At head_dim 128 a step of 176 keys reads 0.82 bytes of shared memory for what the tensor cores could take, one of 128 keys 0.875,
+# reduces over the quad and rescales out 27 % less often, and its softmax has longer to hide; at 64 the exponentials limit both.
+DEFAULT_FORWARD = {64: "pingpong", 128: "wide"}
+# Heads that take turns in a fixed order: the more, the less a tile waits for the one before it; but each brings its own Q, dO
+# and dQ from memory, 96 KB a step, and from about 80 on they come slower than the products (benchmarks/simulate_order.py).
+ORDERED_HEADS = 16
 
 launch_forward = torch.ops.aadkern.sm90_forward
 launch_backward = torch.ops.aadkern.sm90_backward
@@ -63,13 +73,42 @@ def loadable(x: torch.Tensor) -> torch.Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; elsewhere, on the host model, an H100's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@cache
+def _first_rows(plan: AttentionPlan, rows: int, step: int, row: int, device: torch.device) -> TileTable:
+    """The tiles of the rows before ``row``; kept, as those of ``tile_table``."""
+    tiles, ranges = tile_table(plan, rows, step, device)
+    return TileTable(tiles[: row // rows], ranges)
+
+
+@cache
+def _part_plan(split: Split, q_len: int, k_len: int) -> AttentionPlan:
+    """The split rows once for each part, one after the other."""
+    rows = q_len - split.row
+    return AttentionPlan.from_ranges(
+        len(split.parts) * rows, k_len, [((i * rows, (i + 1) * rows), part) for i, part in enumerate(split.parts)]
+    )
+
+
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, scale: float, kernel: str = "pingpong"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    kernel: str | None = None,
+    split: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q [B, Lq, H, D] over k, v [B, Lk, H, D] under a plan: (out [B, Lq, H, D], lse fp32 [B, H, Lq]).
 
-    bf16 or fp16, D 64 or 128, any strides, on a GPU of compute capability 9.0; ``kernel`` is one of ``FORWARD_KERNELS``.
-    Bitwise the same at every run. Raises ValueError or TypeError for what is not served.
+    bf16 or fp16, D 64 or 128, any strides, on a GPU of compute capability 9.0; ``kernel`` is one of ``FORWARD_KERNELS`` (None:
+    ``DEFAULT_FORWARD``); ``split`` allows keys to be split where that fills the GPU better (sm90_split.py). Bitwise the same at
+    every run. Raises ValueError or TypeError for what is not served.
     """
     check_served(q)
     batch, q_len, heads, head_dim = q.shape
@@ -79,10 +118,22 @@ def forward(
         return out.zero_(), lse.fill_(float("-inf"))
     # The running maximum commutes with a scale of at least 0 only; a sign moves to q exactly.
     q, k, v = loadable(-q if scale < 0 else q), loadable(k), loadable(v)
-    number, rows, step = FORWARD_KERNELS[kernel]
+    number, rows, step = FORWARD_KERNELS[kernel or DEFAULT_FORWARD[head_dim]]
     table = tile_table(plan, rows, step, q.device)
     group = heads_per_group(2 * plan.k_len * head_dim * k.element_size(), batch * heads)
-    launch_forward(q, k, v, out, lse, *table, abs(scale), group, number)
+    found = best_split(plan, rows, step, batch * heads, head_dim, multiprocessors(q.device)) if split else None
+    if found is None:
+        launch_forward(q, k, v, out, lse, *table, abs(scale), group, number)
+        return out, lse
+    if found.row > 0:
+        launch_forward(q, k, v, out, lse, *_first_rows(plan, rows, step, found.row, q.device), abs(scale), group, number)
+    parts = len(found.parts)
+    repeated = q[:, found.row :].repeat(1, parts, 1, 1)
+    part_out, part_lse = torch.empty_like(repeated), lse.new_empty((batch, heads, repeated.shape[1]))
+    part_table = tile_table(_part_plan(found, q_len, plan.k_len), rows, step, q.device)
+    launch_forward(repeated, k, v, part_out, part_lse, *part_table, abs(scale), group, number)
+    of_parts = list(zip(part_out.chunk(parts, 1), part_lse.chunk(parts, 2), strict=True))
+    out[:, found.row :], lse[:, :, found.row :] = merged(of_parts)
     return out, lse
 
 
@@ -112,9 +163,9 @@ def backward(
     dout, q, k, v, out = (loadable(x) for x in (dout, q, k, v, out))
     dlse = None if dlse is None else dlse.contiguous()
     tables = backward_tables(plan, head_dim, q.device)
-    # q, dout and the fp32 accumulator of dq are what every key tile walks over. In a fixed order all heads walk side by side:
-    # then a tile waits least for the one before it.
-    group = batch * heads if deterministic else heads_per_group(8 * q_len * head_dim, batch * heads)
+    # q, dout and the fp32 accumulator of dq are what every key tile walks over.
+    ordered = min(batch * heads, ORDERED_HEADS)
+    group = ordered if deterministic else heads_per_group(8 * q_len * head_dim, batch * heads)
     words = -(-workspace_bytes(q, k, len(tables.query_tiles)) // 4)
     workspace = torch.empty(words, dtype=torch.float32, device=q.device)
     launch_backward(dout, dlse, q, k, v, out, lse.contiguous(), dq, dk, dv, workspace, *tables, scale, group, deterministic)

@@ -80,12 +80,29 @@ def heads_per_group(bytes_per_head: int, heads: int) -> int:
     return max(1, min(heads, L2_BYTES // max(1, bytes_per_head)))
 
 
-def device_class(capability: tuple[int, int]) -> str:
+# Rows of these are the other's where a table names none of their own: the same tensor cores or the same shared memory.
+LIKE = {"sm100": "sm80", "sm120": "sm89", "amd": "sm89"}
+
+
+def device_class(capability: tuple[int, int], amd: bool = False) -> str:
     """The configuration row of a compute capability, chosen by its tensor cores and shared memory per block.
 
-    "sm90": wgmma, 227 KB. "sm80": mma.sync, 163 KB; later data-centre parts too. "sm89": mma.sync, 99 KB (8.6, 8.9,
-    12.x).
+    "sm90": wgmma, 227 KB. "sm80": mma.sync, 163 KB. "sm89": mma.sync, 99 KB (8.6, 8.9). "sm100": tcgen05, 227 KB (10.x, 11.x).
+    "sm120": mma.sync, 99 KB. "amd": 64 KB; torch for ROCm tells capabilities too, and an MI250's is Hopper's.
     """
-    if capability == (9, 0):
-        return "sm90"
-    return "sm80" if capability == (8, 0) or capability[0] in (10, 11) else "sm89"
+    if amd:
+        return "amd"
+    if capability in ((8, 0), (9, 0)):
+        return "sm{}{}".format(*capability)
+    return {10: "sm100", 11: "sm100", 12: "sm120"}.get(capability[0], "sm89")
+
+
+def class_of(device: torch.device) -> str:
+    """``device_class`` of a GPU."""
+    return device_class(torch.cuda.get_device_capability(device), amd=torch.version.hip is not None)
+
+
+def row_of(configs: dict[tuple[str, int], Tile], device: str, head_dim: int) -> Tile:
+    """A table's row for a device class and a padded head_dim of 64, 128 or 256."""
+    own = configs.get((device, head_dim))
+    return configs[LIKE[device], head_dim] if own is None else own

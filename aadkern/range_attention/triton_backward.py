@@ -46,6 +46,7 @@ DQ_CONFIGS: dict[tuple[str, int], Tile] = {
     ("sm89", 64): Tile(128, 64, warps=8, stages=3),  # as sm80
     ("sm89", 128): Tile(64, 64, warps=8, stages=2),  # 128 queries spill
     ("sm89", 256): Tile(64, 16, warps=8, stages=2),  # 32 keys need 100 of 99 KB
+    ("amd", 128): Tile(128, 32, warps=8, stages=1),  # 64 queries spill
 }
 DKV_CONFIGS: dict[tuple[str, int], Tile] = {
     ("sm90", 64): Tile(128, 64, warps=8, stages=3),  # 128 queries spill
@@ -57,6 +58,7 @@ DKV_CONFIGS: dict[tuple[str, int], Tile] = {
     ("sm89", 64): Tile(128, 32, warps=8, stages=2),  # as sm80
     ("sm89", 128): Tile(64, 64, warps=8, stages=2),  # 128 keys spill
     ("sm89", 256): Tile(64, 16, warps=8, stages=1),  # 32 queries need 112 of 99 KB
+    ("amd", 128): Tile(64, 32, warps=4, stages=1),  # 64 queries spill
 }
 STATS_ROWS = 64
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from aadkern.plans import AttentionPlan
-from aadkern.range_attention.tiles import Tile, device_class, heads_per_group, tile_table
+from aadkern.range_attention.tiles import Tile, class_of, heads_per_group, row_of, tile_table
 from aadkern.runtime import TRITON_MAX_HEAD_DIM, on_device
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -43,6 +43,10 @@ CONFIGS: dict[tuple[str, int], Tile] = {
     ("sm89", 64): Tile(64, 64, warps=4, stages=3),  # 128 queries spill
     ("sm89", 128): Tile(64, 64, warps=4, stages=2),  # 128 queries spill
     ("sm89", 256): Tile(64, 32, warps=8, stages=2),  # 68 of 99 KB
+    ("sm120", 128): Tile(64, 64, warps=8, stages=3),  # 4 warps spill, and 128 queries
+    ("sm100", 64): Tile(128, 64, warps=8, stages=3),  # 4 warps spill
+    ("amd", 64): Tile(128, 64, warps=4, stages=2),
+    ("amd", 128): Tile(64, 64, warps=4, stages=2),
 }
 # fp32 is multiplied exactly, without tensor cores, so registers bound the tile. Shared with the backward, whose tiles
 # spill above these.
@@ -254,7 +258,7 @@ def pick(configs: dict[tuple[str, int], Tile], q: torch.Tensor, fp32: dict[int, 
     block_d = max(64, padded(q.shape[3]))
     if q.dtype == torch.float32:
         return fp32[block_d]
-    return configs[device_class(torch.cuda.get_device_capability(q.device)), block_d]
+    return row_of(configs, class_of(q.device), block_d)
 
 
 def padded(head_dim: int) -> int:

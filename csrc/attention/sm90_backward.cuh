@@ -49,8 +49,8 @@ AADKERN_DEVICE void load_backward_tiles(const BackwardParameters& p, const Work&
         const SharedAddress full = shared.full(ring.stage);
         mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
         mbarrier_arrive_expect_tx(full, 2 * Tile::query_tile + Tile::row_values);
-        load_panels<HeadDim>(shared.q(ring.stage), &p.q, full, Tile::queries, query.row, work, L2Hint::Normal);
-        load_panels<HeadDim>(shared.dout(ring.stage), &p.dout, full, Tile::queries, query.row, work, L2Hint::Normal);
+        load_panels<HeadDim>(shared.q(ring.stage), &p.q, full, Tile::queries, query.row, work, L2Hint::EvictLast);
+        load_panels<HeadDim>(shared.dout(ring.stage), &p.dout, full, Tile::queries, query.row, work, L2Hint::EvictLast);
         const int64_t at = query_tile_index(p, work.batch, work.head, query.tile);
         bulk_load(shared.lse(ring.stage), p.workspace.values + at * (Tile::row_values / 4), Tile::row_values, full);
         ring.advance();
@@ -81,7 +81,7 @@ AADKERN_DEVICE void add_dq(const BackwardParameters& p, const Work& work, const 
                 semaphore_wait(unpublished, query.rank);
                 fence_proxy_async_global();
             }
-            bulk_reduce_add_f32(p.workspace.dq + at * (Tile::dq_half / 4), shared.dq(half), Tile::dq_half);
+            bulk_reduce_add_f32(p.workspace.dq + at * (Tile::dq_half / 4), shared.dq(half), Tile::dq_half, L2Hint::EvictLast);
             bulk_commit();
             bulk_wait_read<0>();
         }
@@ -236,7 +236,8 @@ AADKERN_DEVICE void consume_backward(const BackwardParameters& p, const Backward
     });
     consumer.finish();
     work = own_key_tile(p, shared);
-    // Through 16 rows of V a warp, which no other warp reads.
+    // Through 16 rows of V a warp, once no other warp's part of dP^T reads them.
+    named_barrier_sync(backward_all_consumers, Tile::consumer_threads);
     const int own = 64 * half + thread_index() % 128 / 32 * 16, first = work.first_row + own;
     const SharedAddress rows = shared.v() + own * panel_row_bytes;
     store_rows<T, HeadDim>(consumer.dv, rows, Tile::key_panel, element(p.dv, work.batch, work.head, first, 0), p.dv.length_stride, keys - own);

@@ -165,10 +165,10 @@ struct ForwardConsumer {
         if (count < Keys) mask_tail(s, count);
         softmax.step(s, parameters.scale_log2, decay);
         pack_fragment<T>(p, s);
+        k_at.advance();
+        if (tiles > 1) count = wait_for_k(k_at);
 
         for (int tile = 1; tile < tiles; ++tile) {
-            k_at.advance();
-            count = wait_for_k(k_at);
             turns.take();
             wgmma_fence();
             multiply_q_k<T, HeadDim, Keys>(s, q, Shared::q_panel, shared.k(k_at.stage));
@@ -183,6 +183,10 @@ struct ForwardConsumer {
             release(shared.k_empty(k_at.stage));
             if (count < Keys) mask_tail(s, count);
             softmax.step(s, parameters.scale_log2, decay);
+            // The next k is waited for here, and not where it is used, to hold the wait for p v in its place: ptxas moves nothing
+            // across the branch of a spin, but would move that wait above the softmax, with nothing left to run beside it.
+            k_at.advance();
+            if (tile + 1 < tiles) count = wait_for_k(k_at);
             wgmma_wait<0>();
             keep(o);
             release(shared.v_empty(v_at.stage));
@@ -209,7 +213,8 @@ struct ForwardConsumer {
         float inverse[2], lse[2];
         softmax.finish(inverse, lse);
         scale_rows(o, inverse);
-        const int first = 64 * consumer + 16 * (warp_index() % 4);  // of this warp's rows in the tile; of q nobody else read them
+        const int first = 64 * consumer + 16 * (warp_index() % 4);  // of this warp's rows in the tile
+        named_barrier_sync(3 + consumer, 128);  // no warp's part of q k reads q any more
         store_results<T, HeadDim>(parameters, work, first, o, lse, shared.q(first), Shared::q_panel);
     }
 };

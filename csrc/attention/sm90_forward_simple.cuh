@@ -78,7 +78,7 @@ simple_forward_kernel(AADKERN_GRID_CONSTANT ForwardParameters parameters) {
     float inverse[2], lse[2];
     softmax.finish(inverse, lse);
     scale_rows(o, inverse);
-    const int first = 16 * warp_index();  // of this warp's rows in the tile; of q nobody else read them
+    const int first = 16 * warp_index();  // of this warp's rows in the tile; nobody reads q any more
     store_results<T, HeadDim>(parameters, work, first, o, lse, q + first * panel_row_bytes, Shared::q_panel);
 }
 

@@ -194,7 +194,7 @@ AADKERN_KERNEL(128) reduce(AADKERN_GRID_CONSTANT ReduceArguments arguments) {
     if (warp_index() == 0 && elect_one()) {
         tma_reduce_add_4d(&arguments.sum, box, 0, arguments.row, arguments.head, 0);
         bulk_commit();
-        bulk_reduce_add_f32(arguments.line, line, 4 * count);
+        bulk_reduce_add_f32(arguments.line, line, 4 * count, L2Hint::EvictLast);
         bulk_store(arguments.copies + block_index_x() * count, line, 4 * count);
         bulk_commit();
         bulk_wait_read<0>();

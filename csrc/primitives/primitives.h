@@ -53,7 +53,7 @@ struct alignas(8) Float2 {
 using SharedAddress = uint32_t;
 // Which dimension of a wgmma operand is contiguous in shared memory: K (rows of Q, K), or M/N (V in P V).
 enum class Major : int { K = 0, MN = 1 };
-// L2 eviction priority of a TMA load, in the encoding of createpolicy that CUTLASS's TMA::CacheHintSm90 uses too.
+// L2 eviction priority of what TMA loads or adds to, in the encoding of createpolicy that CUTLASS's TMA::CacheHintSm90 uses too.
 enum class L2Hint : uint64_t {
     Normal = 0x1000000000000000,
     EvictFirst = 0x12F0000000000000,
@@ -181,6 +181,7 @@ AADKERN_PRIMITIVE void tma_reduce_add_4d(const TensorMap* map, SharedAddress sou
 AADKERN_PRIMITIVE void bulk_load(SharedAddress target, const void* source, int bytes, SharedAddress mbarrier);
 AADKERN_PRIMITIVE void bulk_store(void* target, SharedAddress source, int bytes);
 AADKERN_PRIMITIVE void bulk_reduce_add_f32(float* target, SharedAddress source, int bytes);
+AADKERN_PRIMITIVE void bulk_reduce_add_f32(float* target, SharedAddress source, int bytes, L2Hint hint);
 // Stores and reductions of this thread since its last commit become one group.
 AADKERN_PRIMITIVE void bulk_commit();
 // Until at most N groups of this thread still read shared memory (its source may then be overwritten, or the thread may exit).

@@ -74,4 +74,37 @@ template <int R> AADKERN_PRIMITIVE void registers_decrease() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(R));
 }
 
+// A debug build (docs/hopper.md) gives spins a limit, at most 4 seconds: a warp that spins longer leaves a record of what it waits for and
+// ends the launch with an illegal access, where it would hang for ever and say nothing. Neither printf nor trap: with a call or an end
+// of the path in it, ptxas serialises every product (C7510, C7512). Named barriers and setmaxnreg wait in hardware, without a limit.
+#if defined(AADKERN_SPIN_SECONDS)
+constexpr int spin_record_count = 64;
+// In pinned host memory, which outlives the launch: (CTA + 1, warp, shared address of the mbarrier or 0, parity or count waited for).
+static __constant__ uint32_t* spin_records;
+
+struct SpinLimit {
+    uint32_t start = 0;
+    AADKERN_DEVICE void check(uint32_t mbarrier, int wanted) {
+        uint32_t now;  // the low half, in nanoseconds: differences are right for 4 seconds
+        asm volatile("mov.u32 %0, %globaltimer_lo;" : "=r"(now));
+        if (start == 0) start = now;
+        if (now - start < AADKERN_SPIN_SECONDS * 1000000000u) return;
+        if (spin_records != nullptr) {
+            volatile uint32_t* record = spin_records + (blockIdx.x * 16 + threadIdx.x / 32) % spin_record_count * 4;
+            record[0] = blockIdx.x + 1;
+            record[1] = threadIdx.x / 32;
+            record[2] = mbarrier;
+            record[3] = uint32_t(wanted);
+        }
+        __threadfence_system();
+        __nanosleep(1000000);  // for others to leave theirs
+        asm volatile("st.global.u32 [%0], 0;" ::"l"(uint64_t(0)) : "memory");
+    }
+};
+#else
+struct SpinLimit {
+    AADKERN_DEVICE void check(uint32_t, int) {}
+};
+#endif
+
 }  // namespace aadkern

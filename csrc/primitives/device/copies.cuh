@@ -56,6 +56,14 @@ AADKERN_PRIMITIVE void bulk_reduce_add_f32(float* target, SharedAddress source, 
         : "memory");
 }
 
+AADKERN_PRIMITIVE void bulk_reduce_add_f32(float* target, SharedAddress source, int bytes, L2Hint hint) {
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;" ::"l"(
+            __cvta_generic_to_global(target)),
+        "r"(source), "r"(bytes), "l"(uint64_t(hint))
+        : "memory");
+}
+
 AADKERN_PRIMITIVE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 template <int N> AADKERN_PRIMITIVE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }

@@ -15,10 +15,11 @@ template <> AADKERN_PRIMITIVE void store_global(Word4* target, Word4 value) {
 AADKERN_PRIMITIVE int atomic_add_global(int* counter, int value) { return atomicAdd(counter, value); }
 
 AADKERN_PRIMITIVE void semaphore_wait(const int* counter, int value) {
-    int seen;
-    do {
+    SpinLimit limit;
+    for (int seen;; limit.check(0, value)) {
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    } while (seen != value);
+        if (seen == value) return;
+    }
 }
 
 AADKERN_PRIMITIVE void semaphore_add(int* counter, int value) {

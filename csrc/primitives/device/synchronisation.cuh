@@ -34,8 +34,8 @@ AADKERN_PRIMITIVE bool mbarrier_test(SharedAddress mbarrier, int parity) {
 }
 
 AADKERN_PRIMITIVE void mbarrier_wait(SharedAddress mbarrier, int parity) {
-    while (!mbarrier_test(mbarrier, parity)) {
-    }
+    SpinLimit limit;
+    while (!mbarrier_test(mbarrier, parity)) limit.check(mbarrier, parity);
 }
 
 AADKERN_PRIMITIVE void named_barrier_sync(int id, int threads) {

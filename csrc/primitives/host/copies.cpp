@@ -204,6 +204,8 @@ void bulk_reduce_add_f32(float* target, SharedAddress source, int bytes) {
                        [=](const uint8_t* shared) { add_floats(reinterpret_cast<uint8_t*>(target), shared, size_t(bytes)); });
 }
 
+void bulk_reduce_add_f32(float* target, SharedAddress source, int bytes, L2Hint) { bulk_reduce_add_f32(target, source, bytes); }
+
 void bulk_commit() { self().bulk.groups.push_back(std::make_shared<BulkUse::Group>()); }
 
 }  // namespace aadkern

@@ -117,7 +117,7 @@ void start_cta(Cta& cta, int64_t linear) {
     cta.block[2] = int(linear / launch.grid[0] / launch.grid[1]);
     const size_t threads = size_t(launch.threads);
     cta.agents.clear();
-    cta.agent_capacity = threads + threads / 128 + 128;
+    cta.agent_capacity = threads + threads / 32 + 128;
     cta.memory.reset(1024 + 16 * SharedAddress(machine.options.seed % 64), uint32_t(launch.shared_bytes));
     cta.mbarriers.clear();
     for (auto& barrier : cta.named_barriers) {
@@ -128,8 +128,10 @@ void start_cta(Cta& cta, int64_t linear) {
     cta.warps.assign(threads / 32, Warp());
     for (auto& warp : cta.warps) warp.arriving.reset(cta.agent_capacity, threads);
     cta.warpgroups = std::vector<Warpgroup>(threads / 128);
-    for (size_t i = 0; i < cta.warpgroups.size(); i++)
+    for (size_t i = 0; i < cta.warpgroups.size(); i++) {
         cta.warpgroups[i].agent = cta.new_agent("wgmma of warpgroup " + std::to_string(i));
+        for (int warp = 1; warp < 4; warp++) cta.new_agent("wgmma of warpgroup " + std::to_string(i));
+    }
     cta.free_registers = 0;
     cta.waiting_for_registers.clear();
     cta.running = launch.threads;

@@ -83,7 +83,7 @@ struct WgmmaOperation {
 };
 
 struct Warpgroup {
-    int agent = -1;
+    int agent = -1;  // and the three after it: one for each warp's part
     std::deque<WgmmaOperation> operations;  // from number `first` on
     int first = 0, done = 0;
     std::deque<Accumulator> accumulators;

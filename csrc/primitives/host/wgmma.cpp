@@ -235,7 +235,7 @@ void wait_for_wgmma(int allowed) {
     };
     while (unfinished()) block(group.waiting, [] { return std::string("wgmma_wait"); });
     use.needs_fence = true;
-    if (due > 0) thread.knows.past.raise(group.agent, uint32_t(due));
+    if (due > 0) thread.knows.past.raise(group.agent + thread.index % 128 / 32, uint32_t(due));
     for (size_t i = 0; i < use.sources.size();) {
         auto& source = use.sources[i];
         if (source.group >= due) {
