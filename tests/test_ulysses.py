@@ -143,13 +143,14 @@ def in_one_process(ranks: int, moves: list[Moves], parts: list[list[torch.Tensor
     packed = []
     for mine, own in zip(parts, moves, strict=True):
         given = (*mine, *(None,) * (5 - len(mine)))
-        sizes = [ulysses_pack(*given, flat([boxes])).numel() for boxes in own.sent]
-        packed.append(ulysses_pack(*given, flat(own.sent)).split(sizes))
+        sizes = [ulysses_pack(*given, flat([boxes]), own.together).numel() for boxes in own.sent]
+        packed.append(ulysses_pack(*given, flat(own.sent), own.together).split(sizes))
     arrived = []
     for rank, own in enumerate(moves):
         shapes = [number for shape in own.new_shapes for number in shape]
         buffer = torch.cat([packed[source][rank] for source in range(ranks)])
-        arrived.append(split(ulysses_unpack(buffer, flat(own.received), shapes, batch, head_dim), shapes, batch, head_dim))
+        whole = ulysses_unpack(buffer, flat(own.received), own.together, shapes, batch, head_dim)
+        arrived.append(split(whole, shapes, batch, head_dim))
     return arrived
 
 
@@ -197,17 +198,17 @@ def test_where_ranks_divide_heads_and_tokens_a_tensor_is_moved_by_one_copy():
 def test_operators_are_what_their_schemas_say():
     parts = [torch.randn(2, 3, 4, 5, 6).transpose(1, 2), torch.randn(2, 2, 4, 1, 6)]
     boxes = [0, 1, 3, 0, 2, 1, 4, 1, 0, 2, 2, 4, 0, 1, 0, 0, 1, 0, 3, 0, 5]
-    torch.library.opcheck(torch.ops.aadkern.ulysses_pack.default, (*parts, None, None, None, boxes))
-    buffer = ulysses_pack(*parts, None, None, None, boxes)
-    torch.library.opcheck(torch.ops.aadkern.ulysses_unpack.default, (buffer, boxes, [4, 3, 5, 2, 4, 1], 2, 6))
+    torch.library.opcheck(torch.ops.aadkern.ulysses_pack.default, (*parts, None, None, None, boxes, 1))
+    buffer = ulysses_pack(*parts, None, None, None, boxes, 1)
+    torch.library.opcheck(torch.ops.aadkern.ulysses_unpack.default, (buffer, boxes, 1, [4, 3, 5, 2, 4, 1], 2, 6))
 
 
 def test_operators_refuse_derivatives_by_name():
     x, boxes = torch.randn(1, 2, 3, 4, 5, requires_grad=True), [0, 0, 2, 0, 3, 0, 4]
     flat = torch.randn(120, requires_grad=True)
     for operator, argument in (
-        (lambda y: ulysses_pack(y, None, None, None, None, boxes), x),
-        (lambda y: ulysses_unpack(y, boxes, [2, 3, 4], 1, 5), flat),
+        (lambda y: ulysses_pack(y, None, None, None, None, boxes, 1), x),
+        (lambda y: ulysses_unpack(y, boxes, 1, [2, 3, 4], 1, 5), flat),
     ):
         with pytest.raises(RuntimeError, match="ulysses_pack and ulysses_unpack"):
             operator(argument).sum().backward()

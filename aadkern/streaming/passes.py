@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +73,7 @@ class RingAttention:
     ring: RingPass
     layer: int
     slot: Tensor | None = None
+    any_order: ClassVar[bool] = False  # later passes see some of the frames
 
     def key_slot(self, k: Tensor) -> Tensor | None:
         """Where turned keys like k [B, L, H, D] may be written, to be given to ``store``; None where that is not one place."""
@@ -155,6 +156,7 @@ class ReplayAttention:
     cache: StreamingCache
     frames: int
     past: tuple[Tensor, Tensor] | None
+    any_order: ClassVar[bool] = True
 
     def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The past, and the chunk's own k and v behind it."""

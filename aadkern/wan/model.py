@@ -30,8 +30,9 @@ from aadkern.streaming.context import CausalContext, ClipAttention, everything
 from aadkern.streaming.graphs import PassGraphs, PassInputs
 from aadkern.streaming.passes import LayerAttention, RingPass
 from aadkern.streaming.rope import checked_periods
-from aadkern.ulysses.api import SequenceAttention, heads_held, plan_word
+from aadkern.ulysses.api import heads_held, plan_word
 from aadkern.ulysses.group import SequenceGroup, check_group, enter, leave
+from aadkern.ulysses.layer import SequenceAttention
 from aadkern.wan.arguments import blocks_to_run, check_clip, check_configuration, check_exact, check_text, check_ways, frame_indices
 from aadkern.wan.block import CausalWanBlock, TextCache, TextEntry, TimeCache, wide_dtype
 
