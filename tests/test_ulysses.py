@@ -29,9 +29,20 @@ ALONE = SequenceGroup(None, 4)
 
 
 def test_on_two_to_four_processes():
-    alone = ("attention_up_to_four", "slices", "pooling", "refusals", "disagreements")
+    alone = ("attention_up_to_four", "copies", "slices", "pooling", "refusals", "disagreements")
     run_processes(
-        MODELS, "4", *alone, "model", "discriminator", "streaming", "generator", "replayed", "quantised", "other_clips", count=1
+        MODELS,
+        "4",
+        *alone,
+        "model",
+        "one_clip",
+        "discriminator",
+        "streaming",
+        "generator",
+        "replayed",
+        "quantised",
+        "other_clips",
+        count=1,
     )
 
 
@@ -222,6 +233,15 @@ def test_a_group_is_a_plain_value():
     )
     assert ALONE.spans == ((0, 4),) and ALONE.tokens == 4
     assert spans_of(12, 8) == ((0, 1), (1, 3), (3, 4), (4, 6), (6, 7), (7, 9), (9, 10), (10, 12))
+
+
+def test_a_model_with_a_group_of_one_is_itself():
+    from tests.ulysses_models import TOKENS, causal_wan, clip
+
+    net, (x, t, text) = causal_wan(), clip(2, 3)
+    expected = net(x, t, text)
+    net.sequence = SequenceGroup(None, TOKENS)
+    assert torch.equal(net(x, t, text), expected)
 
 
 def test_wrong_arguments_are_named():

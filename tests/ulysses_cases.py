@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aadkern import AttentionPlan, SequenceGroup, VideoLayout, Window, plans, ulysses_attention
+from aadkern import AttentionPlan, SequenceGroup, VideoLayout, Window, plans, spans, ulysses_attention
 from aadkern.ulysses import enter, leave, merge_pooled
 from aadkern.ulysses.api import by_frame
 
@@ -121,6 +122,47 @@ def attention_up_to_eight() -> None:
     group = group_of(8, 12)
     assert group is not None
     compare_attention(group, plans.bidirectional(VideoLayout((7,) * 3, 12)), 1, 12, 4, 77, "12 heads on 8 ranks, 21 frames")
+
+
+@contextmanager
+def operators_counted() -> Iterator[Counter[str]]:
+    """How often each of our operators runs within."""
+    seen: Counter[str] = Counter()
+
+    @contextmanager
+    def opener(name: str) -> Iterator[None]:
+        seen[name] += 1
+        yield
+
+    with spans.opened_by(opener):
+        yield seen
+
+
+@case
+def copies() -> None:
+    """Where ranks divide the heads and every query sees every key, what arrives is what attention reads: one copy in, one out."""
+    full, causal = plans.bidirectional(VideoLayout((3,), 7)), plans.block_causal(VideoLayout((1, 2), 7))
+    for size, heads, plan, batch, packs in (
+        (2, 4, full, 1, 1),
+        (4, 4, full, 1, 1),
+        (3, 6, full, 1, 1),
+        (2, 4, full, 2, 2),
+        (4, 6, full, 1, 2),
+        (2, 4, causal, 1, 2),
+    ):
+        group = group_of(size, 7)
+        if group is None:
+            continue
+        what = f"{size} ranks, {heads} heads, {batch} samples"
+        compare_attention(group, plan, batch, heads, 4, 78, what)
+        q, k, v = (torch.randn(batch, 3 * group.tokens, heads, 4).requires_grad_() for _ in range(3))
+        with operators_counted() as forward:
+            out = ulysses_attention(q, k, v, plan, group)
+        with operators_counted() as backward:
+            out.sum().backward()
+        for direction, seen in (("forward", forward), ("backward", backward)):
+            # The gradients of q, k and v are stacked by torch, and come back into the tensors.
+            assert seen["ulysses_pack"] == packs and seen["ulysses_unpack"] == packs, f"{what}, {direction}: {dict(seen)}"
 
 
 @case

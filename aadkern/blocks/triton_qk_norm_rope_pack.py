@@ -73,20 +73,20 @@ def forward_kernel(
     frame, place = token // places, token % places
     if part == 2:
         at = v + batch * v_stride_b + far * v_stride_l + head_offsets(0, v_stride_h, HEADS, BLOCK_H, BLOCK_D)
-        row = tl.load(at, mask=here(HEADS, HEAD_DIM, BLOCK_H, BLOCK_D), other=0.0)
-        send(row, out, table, 2, frame, place, batch, frames, COPIES, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
+        value = tl.load(at, mask=here(HEADS, HEAD_DIM, BLOCK_H, BLOCK_D), other=0.0)
+        send(value, out, table, 2, frame, place, batch, frames, COPIES, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
     else:
         cos, sin = turns_of(turns, token, time, space, frames, height, width, start, places, HEAD_DIM // 2, BLOCK_D // 2)
         if part == 1:
-            row = normed_row(
+            key = normed_row(
                 k, k_weight, batch * k_stride_b + far * k_stride_l, cos, sin, eps, k_stride_h, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D
             )
-            send(row, out, table, 1, frame, place, batch, frames, COPIES, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
+            send(key, out, table, 1, frame, place, batch, frames, COPIES, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
         else:
-            row = normed_row(
+            query = normed_row(
                 q, q_weight, batch * q_stride_b + far * q_stride_l, cos, sin, eps, q_stride_h, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D
             )
-            send(row, out, table, 0, frame, place, batch, frames, COPIES, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
+            send(query, out, table, 0, frame, place, batch, frames, COPIES, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
 
 
 @triton.jit

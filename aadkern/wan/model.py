@@ -302,7 +302,7 @@ class CausalWan(WanTransformer3DModel):
             temb, modulation = (y[:, :, slice(*group.span)] for y in (temb, modulation))
         tapped: list[Tensor] = []
         for i, block in zip(range(last), self.blocks, strict=False):
-            attend: Any = attention_of(i) if group is None else SequenceAttention(attention_of(i), group)
+            attend: Any = attention_of(i) if group is None or group.size == 1 else SequenceAttention(attention_of(i), group)
             arguments = (x, modulation, turns, attend, texts[i], sample_of)
             if cache_only and i == last - 1:
                 return block(*arguments, True)
