@@ -1,10 +1,11 @@
 """One sequence on several GPUs, checked and then timed: ``torchrun --nproc-per-node=4 -m benchmarks.multi_gpu --out FILE``.
 
-First attention's outputs and gradients are held to fp64 on every rank. Then come the copies beside an exchange, the exchange itself
-(bytes, GB/s), an attention layer, blocks as a training step runs them, and streaming, these three beside the same on one GPU. FILE is
-written anew when an item begins and when it ends, and an item that fails is a line with the reason: whatever ends this command, what
-was found stays. Without torchrun it is one process and a group of one. On CPUs (``--device cpu``, the default without a GPU) it walks
-the same path at a size whose times mean nothing. Needs torch and Triton; blocks and streaming need diffusers.
+First attention's outputs and gradients are held to fp64 on every rank. Then come the copies beside an exchange, the exchange
+itself (bytes, GB/s), an attention layer, blocks as a training step runs them, and streaming, these three beside the same on one
+GPU. FILE is written anew when an item begins and when it ends, and an item that fails is a line with the reason: whatever ends
+this command, what was found stays. Without torchrun it is one process and a group of one. On CPUs (``--device cpu``, the default
+without a GPU) it walks the same path at a size whose times mean nothing. Needs torch and Triton; blocks and streaming need
+diffusers.
 """
 
 from __future__ import annotations

@@ -117,9 +117,12 @@ def one_clip() -> None:
         def replay(leaf: Tensor, net: CausalWan = net) -> Tensor:
             cache = StreamingCache.for_model(net, 1, HEIGHT, WIDTH, Window(4, sink=1), max_chunk_frames=2)
             for start, end in ((0, 1), (1, 3)):
-                with torch.no_grad():
+                with torch.no_grad(), operators_counted() as seen:
                     net(leaf[:, :, start:end].detach(), torch.zeros_like(t[:, start:end]), text, cache=cache)
                     cache.commit()
+                # Keys and values of frames behind the sink are unpacked into the cache; the output of two layers is a tensor.
+                unpacked = (seen["ulysses_unpack_into"], seen["ulysses_unpack"])
+                assert net.sequence is None or unpacked == ((2, 2) if start else (0, 4)), unpacked
             return net(leaf[:, :, 3:], t[:, 3:], text, cache=cache)
 
         compare(net, net, (2, 3), replay, x, f"one clip, replayed, {rope}")

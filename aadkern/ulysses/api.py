@@ -12,7 +12,7 @@ from torch import Tensor
 from aadkern.checks import shown, tensor
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.api import attention
-from aadkern.ulysses.exchange import Ends, Route, exchange, exchange_ends, route
+from aadkern.ulysses.exchange import Ends, Route, exchange, exchange_ends, exchange_into, route
 from aadkern.ulysses.group import SequenceGroup, check_group, refuse_tangents
 from aadkern.ulysses.shares import frame_areas, kept_heads
 
@@ -100,12 +100,17 @@ def attended(
     head_dim: int,
     seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     options: dict[str, Any],
+    slots: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """From this rank's tokens of all heads to all tokens of its heads, their attention, and back: [B, F n_r, H, D].
 
-    ``parts`` are q, k and v [B, F, n_r, H, D], or the buffer that holds them; ``seen`` gives what queries see of such k and v.
+    ``parts`` are q, k and v [B, F, n_r, H, D], or the buffer that holds them; ``seen`` gives what queries see of such k and v,
+    which without gradient may be written to ``slots``.
     """
-    arrived = exchange_ends(parts, way.to_heads, group, ends, head_dim)
+    if slots is None:
+        arrived = exchange_ends(parts, way.to_heads, group, ends, head_dim)
+    else:
+        arrived = exchange_into(parts, way.to_heads, group, ends, head_dim, [by_frame(x, group.tokens_per_frame) for x in slots])
     if ends.as_it_comes:  # tokens in the order (rank, frame, place), and so the output goes back
         heads = way.shares[0][1] - way.shares[0][0]
         q, k, v = arrived[0].view(1, -1, 3, heads, head_dim).unbind(2)
@@ -113,7 +118,7 @@ def attended(
         (out,) = exchange_ends([out.flatten()], way.to_tokens, group, Ends(packed=True), head_dim)
         return out.flatten(1, 2)
     *shares, k, v = (x.flatten(1, 2) for x in arrived)
-    k, v = seen(k, v)
+    k, v = seen(k, v) if slots is None else seen(*slots)
     outs = []
     for share, plan, (h0, h1, _, _) in zip(shares, way.plans, way.shares, strict=True):
         own = slice(h0 - way.first_head, h1 - way.first_head)

@@ -125,6 +125,17 @@ def exchange_ends(parts: Sequence[Tensor], moves: Moves, group: SequenceGroup, e
     return _Exchange.apply(moves, group.name, ends, head_dim, *parts)  # type: ignore[no-any-return]
 
 
+def exchange_into(
+    parts: Sequence[Tensor], moves: Moves, group: SequenceGroup, ends: Ends, head_dim: int, last: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """``exchange_ends`` without gradient, to heads, that writes the last of its tensors where they are to be."""
+    arrived, batch = _arrived(parts, moves, group.name, ends, head_dim)
+    first = moves.new_shapes[: len(moves.new_shapes) - len(last)]
+    made = (*(arrived.new_empty(batch, *shape, head_dim) for shape in first), *last)
+    ops.unpack_into(made, arrived, _flat(moves.received), moves.together)
+    return made
+
+
 def rows_sent(moves: Moves, batch: int) -> tuple[list[Any], int]:
     """Where each head of each frame of q, k and v lies in the buffer that leaves, for ``qk_norm_rope_pack``.
 
@@ -159,7 +170,8 @@ def _flat(groups: Sequence[Sequence[Sequence[int]]]) -> list[int]:
     return [number for group in groups for box in group for number in box]
 
 
-def _moved(parts: Sequence[Tensor], moves: Moves, name: str, ends: Ends, head_dim: int) -> list[Tensor]:
+def _arrived(parts: Sequence[Tensor], moves: Moves, name: str, ends: Ends, head_dim: int) -> tuple[Tensor, int]:
+    """The buffer that comes, and the batch."""
     collectives = torch.ops._c10d_functional
     places, new_places = ([sum(map(ops.volume, boxes)) for boxes in side] for side in (moves.sent, moves.received))
     if ends.packed:
@@ -168,7 +180,11 @@ def _moved(parts: Sequence[Tensor], moves: Moves, name: str, ends: Ends, head_di
         packed = ops.ulysses_pack(*parts, *(None,) * (ops.MOST - len(parts)), _flat(moves.sent), moves.together)
         batch = parts[0].shape[0]
     sizes, new_sizes = ([batch * head_dim * number for number in side] for side in (places, new_places))
-    arrived = collectives.wait_tensor(collectives.all_to_all_single(packed, new_sizes, sizes, name))
+    return collectives.wait_tensor(collectives.all_to_all_single(packed, new_sizes, sizes, name)), batch
+
+
+def _moved(parts: Sequence[Tensor], moves: Moves, name: str, ends: Ends, head_dim: int) -> list[Tensor]:
+    arrived, batch = _arrived(parts, moves, name, ends, head_dim)
     if ends.as_it_comes:
         return [arrived]
     shapes = [number for shape in moves.new_shapes for number in shape]

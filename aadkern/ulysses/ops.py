@@ -118,6 +118,13 @@ def _unpack(buffer: Tensor, boxes: Sequence[int], together: int, shapes: Sequenc
     return out
 
 
+def unpack_into(parts: Sequence[Tensor], buffer: Tensor, boxes: Sequence[int], together: int) -> None:
+    """``ulysses_unpack`` of boxes that do not overlap, into tensors [B, F, n, H, D] that are there."""
+    with span("ulysses_unpack_into"):
+        for there, here in _pairs(buffer, parts, boxes, together):
+            here.copy_(there)
+
+
 @torch.library.register_fake("aadkern::ulysses_unpack", lib=library)
 def _unpack_fake(buffer: Tensor, boxes: Sequence[int], together: int, shapes: Sequence[int], batch: int, head_dim: int) -> Tensor:
     return buffer.new_empty(batch * head_dim * sum(_whole(shapes)))
