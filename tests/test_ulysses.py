@@ -29,7 +29,7 @@ ALONE = SequenceGroup(None, 4)
 
 
 def test_on_two_to_four_processes():
-    alone = ("attention_up_to_four", "copies", "slices", "pooling", "refusals", "disagreements")
+    alone = ("attention_up_to_four", "copies", "slices", "dropped_factors", "pooling", "refusals", "disagreements")
     run_processes(
         MODELS,
         "4",
@@ -56,9 +56,10 @@ def fake_ranks():
         dist.destroy_process_group()
 
 
-def test_one_graph_with_two_collectives_each_way(fake_ranks):
-    plan = plans.block_causal(VideoLayout((1, 2), 5))
-    q, k, v = (torch.randn(1, 3 * fake_ranks.tokens, 4, 4, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize("heads, chunks", [(4, (1, 2)), (6, (3,))])  # shared heads; whole ones, which nothing unpacks
+def test_one_graph_with_two_collectives_each_way(fake_ranks, heads, chunks):
+    plan = plans.block_causal(VideoLayout(chunks, 5))
+    q, k, v = (torch.randn(1, 3 * fake_ranks.tokens, heads, 4, requires_grad=True) for _ in range(3))
 
     def layer(q, k, v):
         return 3 * ulysses_attention(2 * q, k, v, plan, fake_ranks)
@@ -67,6 +68,7 @@ def test_one_graph_with_two_collectives_each_way(fake_ranks):
         torch.autograd.grad(layer(q, k, v).sum(), (q, k, v))
     counts = {str(name): count for name, count in counted.get_comm_counts().items()}
     assert sum(counts.values()) == 4 and all("all_to_all" in name for name in counts), counts
+    torch._dynamo.reset()  # another number of heads is another program
     out = torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert [x.shape for x in (out, *grads)] == [q.shape] * 4
@@ -80,6 +82,11 @@ def test_compiled_on_two_processes():
 @pytest.mark.slow
 def test_compiled_by_inductor_on_two_processes():
     run_processes(PROGRAM, "2", "compiled_by_inductor", count=1)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_an_error_on_the_others():
+    run_processes(PROGRAM, "4", "a_dead_rank", count=1)
 
 
 @pytest.mark.slow

@@ -25,9 +25,9 @@ LAYOUT = VideoLayout(CHUNKS, TOKENS)
 SIZES = (2, 3, 4)  # 3 whole heads, 2, and 1.5 each; 10 tokens are (3, 3, 4) on 3
 
 
-def causal_wan(rope: str = "absolute", dtype: torch.dtype = torch.float64) -> CausalWan:
+def causal_wan(rope: str = "absolute", dtype: torch.dtype = torch.float64, heads: int = HEADS) -> CausalWan:
     torch.manual_seed(11)
-    sizes = dict(num_attention_heads=HEADS, attention_head_dim=6, in_channels=3, out_channels=3, text_dim=5, freq_dim=8, ffn_dim=24)
+    sizes = dict(num_attention_heads=heads, attention_head_dim=6, in_channels=3, out_channels=3, text_dim=5, freq_dim=8, ffn_dim=24)
     model = CausalWan(patch_size=(1, 2, 2), num_layers=2, rope=rope, **sizes)  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -154,13 +154,17 @@ def packed_by_triton() -> None:
 
 @case
 def model_on_eight() -> None:
-    """6 heads on 8 ranks, 10 tokens as 1 or 2 each."""
+    """6, 8 and 12 heads on 8 ranks, 10 tokens as 1 or 2 each."""
     x, t, text = clip(5, 3)
     net = causal_wan("relative")
     compare(net, net, (8,), lambda leaf: net(leaf, t, text, plan=CausalContext(LAYOUT, WINDOW)), x, "relative positions")
     both, times, _ = clip(10, 4, batch=1)
     teacher = plans.teacher_forcing(LAYOUT, WINDOW)
     compare(net, net, (5, 8), lambda leaf: net(leaf, times, plan=teacher), both, "teacher forcing")
+    for heads in (8, 12):
+        other = causal_wan(heads=heads)
+        run = lambda leaf, other=other: other(leaf, t[:1, 0], text[:1])  # noqa: E731
+        compare(other, other, (8,), run, x[:1], f"{heads} heads, bidirectional")
 
 
 @case

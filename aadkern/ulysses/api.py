@@ -50,7 +50,8 @@ def ulysses_attention(
             _check(q, k, v, plan, group)
     if group.size == 1:
         return attention(q, k, v, plan, **options)
-    way = route(plan.code, q.shape[2], group.rank, group.size, group.tokens_per_frame, k.shape[1] // group.tokens, False)
+    n = group.tokens_per_frame
+    way = route(plan.code, q.shape[2], group.rank, group.size, n, plan.k_len // n, False)
     parts = [by_frame(x, group.tokens) for x in (q, k, v)]
     ends = Ends(as_it_comes=way.any_order and q.shape[0] == 1)
     return attended(parts, ends, way, group, q.shape[3], lambda k, v: (k, v), options)
