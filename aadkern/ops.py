@@ -5,7 +5,7 @@ Each room's own page has its schemas, fake kernels and derivatives; ``aadkern.li
 
 from __future__ import annotations
 
-from aadkern.blocks.ops import gated_residual, modulated_norm, qk_norm_rope, qk_norm_rope_into
+from aadkern.blocks.ops import gated_residual, modulated_norm, qk_norm_rope, qk_norm_rope_into, qk_norm_rope_pack
 from aadkern.fp8.ops import quantise_rows
 from aadkern.noise.ops import noised_views
 from aadkern.pooling.ops import key_scores, key_scores_backward, pool_tokens, pool_tokens_backward
@@ -22,6 +22,7 @@ __all__ = [
     "pool_tokens_backward",
     "qk_norm_rope",
     "qk_norm_rope_into",
+    "qk_norm_rope_pack",
     "quantise_rows",
     "range_attention",
     "range_attention_backward",

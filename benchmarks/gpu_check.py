@@ -33,7 +33,8 @@ from benchmarks.journal import Journal, run_limited, supervise
 ROOT = results.ROOT
 STAGES = ("build", "tests", "cases", "streaming", "rooms", "more cases")
 LATER = ("sanitizer", "sweep")  # of a second call: compute-sanitizer over small runs, all candidate tiles of the Triton kernels
-ROOMS = ("pooling", "blocks", "noise")  # python -m benchmarks.<room> --out FILE
+ROOMS = ("pooling", "blocks", "noise", "multi_gpu")  # python -m benchmarks.<room> --out FILE
+WORDS = {"multi_gpu": ("--kind", "correct", "copies")}  # what one GPU can tell of several
 # The most of the time still left that a stage may take, so that no stage starves those after it.
 SHARE = {
     "build": 0.35,
@@ -169,7 +170,8 @@ class Check:
         here = [room for room in ROOMS if (ROOT / "benchmarks" / f"{room}.py").exists()]
         outcomes = {}
         for i, room in enumerate(here):
-            outcomes[room] = self.room(room, "rooms", max(5.0, (deadline - time.monotonic()) / (len(here) - i)))
+            limit = max(5.0, (deadline - time.monotonic()) / (len(here) - i))
+            outcomes[room] = self.room(room, "rooms", limit, *WORDS.get(room, ()))
         bad = [f"{room} {outcome}" for room, outcome in outcomes.items() if outcome != "passed"]
         return f"failed: {'; '.join(bad)}" if bad else "passed"
 

@@ -29,9 +29,20 @@ ALONE = SequenceGroup(None, 4)
 
 
 def test_on_two_to_four_processes():
-    alone = ("attention_up_to_four", "slices", "pooling", "refusals", "disagreements")
+    alone = ("attention_up_to_four", "copies", "slices", "dropped_factors", "pooling", "refusals", "disagreements")
     run_processes(
-        MODELS, "4", *alone, "model", "discriminator", "streaming", "generator", "replayed", "quantised", "other_clips", count=1
+        MODELS,
+        "4",
+        *alone,
+        "model",
+        "one_clip",
+        "discriminator",
+        "streaming",
+        "generator",
+        "replayed",
+        "quantised",
+        "other_clips",
+        count=1,
     )
 
 
@@ -45,9 +56,10 @@ def fake_ranks():
         dist.destroy_process_group()
 
 
-def test_one_graph_with_two_collectives_each_way(fake_ranks):
-    plan = plans.block_causal(VideoLayout((1, 2), 5))
-    q, k, v = (torch.randn(1, 3 * fake_ranks.tokens, 4, 4, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize("heads, chunks", [(4, (1, 2)), (6, (3,))])  # shared heads; whole ones, which nothing unpacks
+def test_one_graph_with_two_collectives_each_way(fake_ranks, heads, chunks):
+    plan = plans.block_causal(VideoLayout(chunks, 5))
+    q, k, v = (torch.randn(1, 3 * fake_ranks.tokens, heads, 4, requires_grad=True) for _ in range(3))
 
     def layer(q, k, v):
         return 3 * ulysses_attention(2 * q, k, v, plan, fake_ranks)
@@ -56,6 +68,7 @@ def test_one_graph_with_two_collectives_each_way(fake_ranks):
         torch.autograd.grad(layer(q, k, v).sum(), (q, k, v))
     counts = {str(name): count for name, count in counted.get_comm_counts().items()}
     assert sum(counts.values()) == 4 and all("all_to_all" in name for name in counts), counts
+    torch._dynamo.reset()  # another number of heads is another program
     out = torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert [x.shape for x in (out, *grads)] == [q.shape] * 4
@@ -69,6 +82,11 @@ def test_compiled_on_two_processes():
 @pytest.mark.slow
 def test_compiled_by_inductor_on_two_processes():
     run_processes(PROGRAM, "2", "compiled_by_inductor", count=1)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_an_error_on_the_others():
+    run_processes(PROGRAM, "4", "a_dead_rank", count=1)
 
 
 @pytest.mark.slow
@@ -143,13 +161,14 @@ def in_one_process(ranks: int, moves: list[Moves], parts: list[list[torch.Tensor
     packed = []
     for mine, own in zip(parts, moves, strict=True):
         given = (*mine, *(None,) * (5 - len(mine)))
-        sizes = [ulysses_pack(*given, flat([boxes])).numel() for boxes in own.sent]
-        packed.append(ulysses_pack(*given, flat(own.sent)).split(sizes))
+        sizes = [ulysses_pack(*given, flat([boxes]), own.together).numel() for boxes in own.sent]
+        packed.append(ulysses_pack(*given, flat(own.sent), own.together).split(sizes))
     arrived = []
     for rank, own in enumerate(moves):
         shapes = [number for shape in own.new_shapes for number in shape]
         buffer = torch.cat([packed[source][rank] for source in range(ranks)])
-        arrived.append(split(ulysses_unpack(buffer, flat(own.received), shapes, batch, head_dim), shapes, batch, head_dim))
+        whole = ulysses_unpack(buffer, flat(own.received), own.together, shapes, batch, head_dim)
+        arrived.append(split(whole, shapes, batch, head_dim))
     return arrived
 
 
@@ -197,17 +216,17 @@ def test_where_ranks_divide_heads_and_tokens_a_tensor_is_moved_by_one_copy():
 def test_operators_are_what_their_schemas_say():
     parts = [torch.randn(2, 3, 4, 5, 6).transpose(1, 2), torch.randn(2, 2, 4, 1, 6)]
     boxes = [0, 1, 3, 0, 2, 1, 4, 1, 0, 2, 2, 4, 0, 1, 0, 0, 1, 0, 3, 0, 5]
-    torch.library.opcheck(torch.ops.aadkern.ulysses_pack.default, (*parts, None, None, None, boxes))
-    buffer = ulysses_pack(*parts, None, None, None, boxes)
-    torch.library.opcheck(torch.ops.aadkern.ulysses_unpack.default, (buffer, boxes, [4, 3, 5, 2, 4, 1], 2, 6))
+    torch.library.opcheck(torch.ops.aadkern.ulysses_pack.default, (*parts, None, None, None, boxes, 1))
+    buffer = ulysses_pack(*parts, None, None, None, boxes, 1)
+    torch.library.opcheck(torch.ops.aadkern.ulysses_unpack.default, (buffer, boxes, 1, [4, 3, 5, 2, 4, 1], 2, 6))
 
 
 def test_operators_refuse_derivatives_by_name():
     x, boxes = torch.randn(1, 2, 3, 4, 5, requires_grad=True), [0, 0, 2, 0, 3, 0, 4]
     flat = torch.randn(120, requires_grad=True)
     for operator, argument in (
-        (lambda y: ulysses_pack(y, None, None, None, None, boxes), x),
-        (lambda y: ulysses_unpack(y, boxes, [2, 3, 4], 1, 5), flat),
+        (lambda y: ulysses_pack(y, None, None, None, None, boxes, 1), x),
+        (lambda y: ulysses_unpack(y, boxes, 1, [2, 3, 4], 1, 5), flat),
     ):
         with pytest.raises(RuntimeError, match="ulysses_pack and ulysses_unpack"):
             operator(argument).sum().backward()
@@ -221,6 +240,15 @@ def test_a_group_is_a_plain_value():
     )
     assert ALONE.spans == ((0, 4),) and ALONE.tokens == 4
     assert spans_of(12, 8) == ((0, 1), (1, 3), (3, 4), (4, 6), (6, 7), (7, 9), (9, 10), (10, 12))
+
+
+def test_a_model_with_a_group_of_one_is_itself():
+    from tests.ulysses_models import TOKENS, causal_wan, clip
+
+    net, (x, t, text) = causal_wan(), clip(2, 3)
+    expected = net(x, t, text)
+    net.sequence = SequenceGroup(None, TOKENS)
+    assert torch.equal(net(x, t, text), expected)
 
 
 def test_wrong_arguments_are_named():

@@ -13,16 +13,19 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aadkern import AttentionPlan, SequenceGroup, VideoLayout, Window, plans, ulysses_attention
+from aadkern import AttentionPlan, SequenceGroup, VideoLayout, Window, plans, spans, ulysses_attention
 from aadkern.ulysses import enter, leave, merge_pooled
+from aadkern.ulysses import group as ulysses_group
 from aadkern.ulysses.api import by_frame
 
 CASES: dict[str, Callable[[], None]] = {}
@@ -123,6 +126,47 @@ def attention_up_to_eight() -> None:
     compare_attention(group, plans.bidirectional(VideoLayout((7,) * 3, 12)), 1, 12, 4, 77, "12 heads on 8 ranks, 21 frames")
 
 
+@contextmanager
+def operators_counted() -> Iterator[Counter[str]]:
+    """How often each of our operators runs within."""
+    seen: Counter[str] = Counter()
+
+    @contextmanager
+    def opener(name: str) -> Iterator[None]:
+        seen[name] += 1
+        yield
+
+    with spans.opened_by(opener):
+        yield seen
+
+
+@case
+def copies() -> None:
+    """Where ranks divide the heads and every query sees every key, what arrives is what attention reads: one copy in, one out."""
+    full, causal = plans.bidirectional(VideoLayout((3,), 7)), plans.block_causal(VideoLayout((1, 2), 7))
+    for size, heads, plan, batch, packs in (
+        (2, 4, full, 1, 1),
+        (4, 4, full, 1, 1),
+        (3, 6, full, 1, 1),
+        (2, 4, full, 2, 2),
+        (4, 6, full, 1, 2),
+        (2, 4, causal, 1, 2),
+    ):
+        group = group_of(size, 7)
+        if group is None:
+            continue
+        what = f"{size} ranks, {heads} heads, {batch} samples"
+        compare_attention(group, plan, batch, heads, 4, 78, what)
+        q, k, v = (torch.randn(batch, 3 * group.tokens, heads, 4).requires_grad_() for _ in range(3))
+        with operators_counted() as forward:
+            out = ulysses_attention(q, k, v, plan, group)
+        with operators_counted() as backward:
+            out.sum().backward()
+        for direction, seen in (("forward", forward), ("backward", backward)):
+            # The gradients of q, k and v are stacked by torch, and come back into the tensors.
+            assert seen["ulysses_pack"] == packs and seen["ulysses_unpack"] == packs, f"{what}, {direction}: {dict(seen)}"
+
+
 @case
 def slices() -> None:
     """``enter`` and ``leave`` are what they say, and between them gradients are this rank's part times the ranks."""
@@ -144,6 +188,36 @@ def slices() -> None:
         dist.all_reduce(dweight, group=group.process_group)
         close(dweight / size, dweight_whole, f"the mean over {size} ranks of a weight's gradient")
         assert torch.equal(out, leave(out[:, :, slice(*group.span)].detach(), group)), "leave gives all ranks the same bytes"
+
+
+@case
+def dropped_factors() -> None:
+    """The checks of gradients are sharp: without the factor of one end, they fail."""
+    group = group_of(4, 5)
+    assert group is not None
+    draws = torch.Generator().manual_seed(6)
+    x, dout = (torch.randn(1, 2, 5, 3, dtype=torch.float64, generator=draws) for _ in range(2))
+    leaves = [x.requires_grad_(), torch.randn(3, dtype=torch.float64, generator=draws).requires_grad_()]
+
+    def right() -> bool:
+        y, weight = leaves
+        dx, dweight = torch.autograd.grad(leave((enter(y, group) * weight).tanh(), group), leaves, dout)
+        dist.all_reduce(dweight)
+        expected = torch.autograd.grad((y * weight).tanh(), leaves, dout)
+        return all(torch.allclose(a, b, rtol=1e-12) for a, b in zip((dx, dweight / 4), expected, strict=True))
+
+    assert right()
+    for end, factor in ((ulysses_group._Enter, 4.0), (ulysses_group._Leave, 0.25)):
+        kept = end.backward
+
+        def dropped(ctx: Any, grad: Tensor, kept: Any = kept, factor: float = factor) -> tuple[Tensor | None, ...]:
+            first, *rest = kept(ctx, grad)
+            return first * factor, *rest
+
+        end.backward = staticmethod(dropped)  # type: ignore[assignment]
+        assert not right(), end
+        end.backward = staticmethod(kept)  # type: ignore[assignment]
+    assert right()
 
 
 @case
@@ -221,10 +295,8 @@ def disagreements() -> None:
     call(heads=2)
     others = [{"heads": 2}, {"heads": 5}, {"batch": 2}, {"chunks": (1, 1)}, {"chunks": (3,)}, {"gradient": True}, {"cut": True}]
     for other in others:
-        began = time.monotonic()
-        with raises(ValueError, "rank"):
+        with raises(ValueError, "rank"):  # else they wait for one another for the minute that the group has
             call(**(other if rank == 2 else {}))  # type: ignore[arg-type]
-        assert time.monotonic() - began < 30  # gloo would wait for 60
         call()
     with raises(ValueError, "alike on all 4 ranks"):
         group.agree("x" * 900 + str(rank == 2), "what is said")
@@ -240,10 +312,8 @@ def a_dead_rank() -> None:
     dist.barrier()
     if rank == 3:
         os._exit(0)
-    began = time.monotonic()
-    with raises(RuntimeError, ""):
+    with raises(RuntimeError, ""):  # the group's own time is a minute, and its case two
         ulysses_attention(x, x, x, plan, group)
-    assert time.monotonic() - began < 30
     time.sleep(1)  # a rank that ends first would be the one that the others hear of
     os._exit(0)
 
@@ -256,15 +326,17 @@ def compiled() -> None:
 @case
 def compiled_by_inductor() -> None:
     compare_compiled("inductor")
+    torch._dynamo.reset()  # another number of heads is another program
+    compare_compiled("inductor", heads=2, chunks=(3,))
 
 
-def compare_compiled(backend: str) -> None:
-    """One graph, with uneven slices and heads, its backward too."""
+def compare_compiled(backend: str, heads: int = 3, chunks: tuple[int, ...] = (1, 2)) -> None:
+    """One graph, with uneven slices and heads, or whole ones of a clip that sees itself; its backward too."""
     group = group_of(2, 5)
     assert group is not None
-    plan = plans.block_causal(VideoLayout((1, 2), 5))
+    plan = plans.block_causal(VideoLayout(chunks, 5))
     draws = torch.Generator().manual_seed(3)
-    q, k, v, dout = (sliced(torch.randn(1, 15, 3, 4, generator=draws), group) for _ in range(4))
+    q, k, v, dout = (sliced(torch.randn(1, 15, heads, 4, generator=draws), group) for _ in range(4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

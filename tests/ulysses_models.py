@@ -17,7 +17,7 @@ from aadkern.wan.fp8 import quantise
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.discriminator import Discriminator
 from tests.op_recorder import OpRecorder
-from tests.ulysses_cases import case, close, group_of, main, raises
+from tests.ulysses_cases import case, close, group_of, main, operators_counted, raises
 
 HEIGHT, WIDTH, TOKENS, HEADS = 4, 10, 10, 6
 CHUNKS, WINDOW = (1, 2, 2), Window(3, sink=1)
@@ -25,9 +25,9 @@ LAYOUT = VideoLayout(CHUNKS, TOKENS)
 SIZES = (2, 3, 4)  # 3 whole heads, 2, and 1.5 each; 10 tokens are (3, 3, 4) on 3
 
 
-def causal_wan(rope: str = "absolute", dtype: torch.dtype = torch.float64) -> CausalWan:
+def causal_wan(rope: str = "absolute", dtype: torch.dtype = torch.float64, heads: int = HEADS) -> CausalWan:
     torch.manual_seed(11)
-    sizes = dict(num_attention_heads=HEADS, attention_head_dim=6, in_channels=3, out_channels=3, text_dim=5, freq_dim=8, ffn_dim=24)
+    sizes = dict(num_attention_heads=heads, attention_head_dim=6, in_channels=3, out_channels=3, text_dim=5, freq_dim=8, ffn_dim=24)
     model = CausalWan(patch_size=(1, 2, 2), num_layers=2, rope=rope, **sizes)  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -107,14 +107,64 @@ def model() -> None:
 
 
 @case
+def one_clip() -> None:
+    """Tokens in the order in which they arrive: a clip that sees itself whole, and a chunk with gradient behind a cache."""
+    x, t, text = clip(5, 3, batch=1)
+    for rope in ("absolute", "relative"):
+        net = causal_wan(rope)
+        compare(net, net, SIZES, lambda leaf, net=net: net(leaf, t[:, 0], text), x, "one clip, bidirectional")  # type: ignore[misc]
+
+        def replay(leaf: Tensor, net: CausalWan = net) -> Tensor:
+            cache = StreamingCache.for_model(net, 1, HEIGHT, WIDTH, Window(4, sink=1), max_chunk_frames=2)
+            for start, end in ((0, 1), (1, 3)):
+                with torch.no_grad(), operators_counted() as seen:
+                    net(leaf[:, :, start:end].detach(), torch.zeros_like(t[:, start:end]), text, cache=cache)
+                    cache.commit()
+                # Keys and values of frames behind the sink are unpacked into the cache; the output of two layers is a tensor.
+                unpacked = (seen["ulysses_unpack_into"], seen["ulysses_unpack"])
+                assert net.sequence is None or unpacked == ((2, 2) if start else (0, 4)), unpacked
+            return net(leaf[:, :, 3:], t[:, 3:], text, cache=cache)
+
+        compare(net, net, (2, 3), replay, x, f"one clip, replayed, {rope}")
+
+
+@case
+def packed_by_triton() -> None:
+    """Under Triton's interpreter: norms, positions and the send buffer in one launch, and its backward, in the model."""
+    x, t, text = clip(3, 3, batch=1)
+    exact, net = causal_wan(), causal_wan(dtype=torch.float32)
+    net.set_block_backend("triton")
+    layout = VideoLayout((1, 2), TOKENS)
+    for size, plan in ((2, None), (4, plans.block_causal(layout))):
+        group = group_of(size, TOKENS)
+        if group is None:
+            continue
+        results = []
+        for model, dtype in ((exact, torch.float64), (net, torch.float32)):
+            model.sequence = group
+            leaf = x.to(dtype, copy=True).requires_grad_()
+            with operators_counted() as seen:
+                out = model(leaf, t, text.to(dtype), plan=plan)
+                results.append([out, *gradients(model, (out * torch.arange(out.numel()).view_as(out).sin()).sum(), leaf)])
+            assert seen["qk_norm_rope_pack"] == seen["qk_norm_rope_pack_backward"] == (0 if model is exact else 2), dict(seen)
+        for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+            largest = ours.abs().max().clamp(min=1e-3)
+            close(theirs.double() / largest, ours / largest, f"in Triton on {size}, {i}", 1e-3)
+
+
+@case
 def model_on_eight() -> None:
-    """6 heads on 8 ranks, 10 tokens as 1 or 2 each."""
+    """6, 8 and 12 heads on 8 ranks, 10 tokens as 1 or 2 each."""
     x, t, text = clip(5, 3)
     net = causal_wan("relative")
     compare(net, net, (8,), lambda leaf: net(leaf, t, text, plan=CausalContext(LAYOUT, WINDOW)), x, "relative positions")
     both, times, _ = clip(10, 4, batch=1)
     teacher = plans.teacher_forcing(LAYOUT, WINDOW)
     compare(net, net, (5, 8), lambda leaf: net(leaf, times, plan=teacher), both, "teacher forcing")
+    for heads in (8, 12):
+        other = causal_wan(heads=heads)
+        run = lambda leaf, other=other: other(leaf, t[:1, 0], text[:1])  # noqa: E731
+        compare(other, other, (8,), run, x[:1], f"{heads} heads, bidirectional")
 
 
 @case

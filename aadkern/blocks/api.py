@@ -75,9 +75,7 @@ def qk_norm_rope(
         new_q = None if q is None or q_weight is None else norm_rope(q, q_weight, turns, eps)
         new_k = norm_rope(k, k_weight, turns, eps)
         return None if new_q is None else _placed(new_q, q_out), _placed(new_k, k_out)
-    time, space, _ = (dim // 2 for dim in axis_dims(k.shape[3]))
-    first, end = turns.places
-    axes, sizes = turns.axes, [time, space, *turns.sizes, *(() if turns.span is None else (first, end - first))]
+    axes, sizes = turns.axes, turns.numbers(k.shape[3])
     if not into:
         rotated_q, rotated_k = ops.qk_norm_rope(q, k, q_weight, k_weight, axes, sizes, eps)
         return (None if q is None else rotated_q), rotated_k
@@ -87,6 +85,12 @@ def qk_norm_rope(
     sources = (None if q_out is q else q, None if k_out is k else k)
     ops.qk_norm_rope_into(*sources, q_weight, k_weight, axes, sizes, eps, q_out, k_out)
     return q_out, k_out
+
+
+def can_pack(q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> bool:
+    """Whether ``ops.qk_norm_rope_pack``, which is Triton's alone, serves what ``qk_norm_rope`` would be given, and v."""
+    alike = q.shape == k.shape == v.shape and q.dtype == k.dtype == v.dtype
+    return alike and _choose("qk_norm_rope", backend, k, k.shape[2] * k.shape[3]) == "triton"
 
 
 def modulated_norm(

@@ -28,6 +28,14 @@ library.define(  # a source that is None is its destination, turned in place
     "qk_norm_rope_into(Tensor? q, Tensor? k, Tensor? q_weight, Tensor k_weight, Tensor turns, int[] grid, float eps, "
     "Tensor(a!)? q_out, Tensor(b!) k_out) -> ()"
 )
+library.define(  # into an exchange's buffer: aadkern/ulysses/exchange.py makes ``places``
+    "qk_norm_rope_pack(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor turns, Tensor places, int[] grid, "
+    "float eps, int rows) -> Tensor"
+)
+library.define(
+    "qk_norm_rope_pack_backward(Tensor dout, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor turns, Tensor places, "
+    "int[] grid, float eps) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_weight, Tensor dk_weight)"
+)
 library.define("modulated_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor")
 library.define("modulated_norm_backward(Tensor dout, Tensor x, Tensor scale, float eps) -> (Tensor dx, Tensor dshift, Tensor ds)")
 library.define("gated_residual(Tensor x, Tensor y, Tensor gate) -> Tensor")
@@ -51,6 +59,8 @@ def _register_block(name: str, direction: str, fake: Any, save: Any = None, grad
     torch.library.impl(library, operator, "CompositeExplicitAutograd")(implementation)
     torch.library.register_fake(f"aadkern::{operator}", fake, lib=library)
     refusal = f"{name} is differentiable once on backend 'triton'; for second derivatives there is backend='torch'"
+    if name == "qk_norm_rope_pack":
+        refusal = f"{name} is differentiable once, and in reverse mode only: a tangent does not travel between ranks"
     if direction == "into":
         refusal = f"{name}: q_out and k_out must be None where derivatives are wanted"
     differentiable(operator, save=save, gradients=gradients, forward_mode=of_duals, refusal=refusal)
@@ -78,6 +88,16 @@ def _qk_norm_rope_of_duals(
     span = (grid[5], grid[5] + grid[6]) if len(grid) > 5 else None
     norm_rope, at = _in_torch("norm_rope"), Turns(turns, (grid[2], grid[3], grid[4]), span=span)
     return k.new_empty(0) if q is None else norm_rope(q, q_weight, at, eps), norm_rope(k, k_weight, at, eps)
+
+
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, _, *others, ctx.grid, ctx.eps, _ = inputs
+    ctx.save_for_backward(q, k, *others)
+
+
+def _packed_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.aadkern.qk_norm_rope_pack_backward(dout, *ctx.saved_tensors, ctx.grid, ctx.eps)
+    return (*grads, None, None, None, None, None)
 
 
 def _save_modulation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -113,6 +133,8 @@ _of_gate = (_save_gate, _gated_residual_gradients, _gated_residual_of_duals)
 _register_block("qk_norm_rope", "forward", lambda q, k, *_: _empty(q, k), *_of_heads)
 _register_block("qk_norm_rope", "backward", lambda _, __, q, k, q_weight, k_weight, *___: _empty(q, k, q_weight, k_weight))
 _register_block("qk_norm_rope", "into", lambda *_: None)
+_register_block("qk_norm_rope_pack", "forward", lambda *a: a[1].new_empty(a[9] * a[1].shape[3]), _save_packed, _packed_gradients)
+_register_block("qk_norm_rope_pack", "backward", lambda _, q, k, q_weight, k_weight, *__: _empty(q, k, k, q_weight, k_weight))
 _register_block("modulated_norm", "forward", lambda x, *_: _empty(x)[0], *_of_modulation)
 _register_block("modulated_norm", "backward", lambda dout, x, scale, eps: _empty(x, scale, scale))
 _register_block("gated_residual", "forward", lambda x, *_: _empty(x)[0], *_of_gate)
@@ -120,5 +142,6 @@ _register_block("gated_residual", "backward", lambda dout, y, gate: _empty(y, ga
 
 qk_norm_rope = torch.ops.aadkern.qk_norm_rope.default
 qk_norm_rope_into = torch.ops.aadkern.qk_norm_rope_into.default
+qk_norm_rope_pack = torch.ops.aadkern.qk_norm_rope_pack.default
 modulated_norm = torch.ops.aadkern.modulated_norm.default
 gated_residual = torch.ops.aadkern.gated_residual.default

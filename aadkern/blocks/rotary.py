@@ -90,6 +90,12 @@ class Turns(NamedTuple):
         first, end = self.places
         return self.sizes[0] * (end - first)
 
+    def numbers(self, head_dim: int) -> list[int]:
+        """What operators take beside ``axes``: time pairs, space pairs, the sizes and, of a span, its first place and places."""
+        time, space, _ = (dim // 2 for dim in axis_dims(head_dim))
+        first, end = self.places
+        return [time, space, *self.sizes, *(() if self.span is None else (first, end - first))]
+
     def on(self, device: torch.device) -> Turns:
         """The same on ``device``, from the host, without waiting for the device."""
         of_tokens = None if self.of_tokens is None else upload(self.of_tokens, device)

@@ -54,18 +54,29 @@ def turned(x, cos, sin, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def forward_row(
-    x, weight, out, x_base, out_base, cos, sin, eps, x_head, out_group, out_head,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+def normed_row(
+    x, weight, x_base, cos, sin, eps, x_head,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """A token's channels [BLOCK_H, BLOCK_D], normed and turned."""
     mask = here(HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
     row = tl.load(x + x_base + head_offsets(0, x_head, HEADS, BLOCK_H, BLOCK_D), mask=mask, other=0.0).to(tl.float32)
     scale = tl.load(weight + head_offsets(0, HEAD_DIM, HEADS, BLOCK_H, BLOCK_D), mask=mask, other=0.0).to(tl.float32)
     normed = row * tl.rsqrt(tl.sum(row * row) / (HEADS * HEAD_DIM) + eps) * scale
     # Rounded as diffusers does between the two: its rotation starts from the norm's bf16 result.
     normed = normed.to(x.dtype.element_ty).to(tl.float32)
-    result = turned(normed, cos, sin, BLOCK_H, BLOCK_D).to(out.dtype.element_ty)
-    tl.store(out + out_base + head_offsets(out_group, out_head, GROUP, BLOCK_H, BLOCK_D), result, mask=mask)
+    return turned(normed, cos, sin, BLOCK_H, BLOCK_D)
+
+
+@triton.jit
+def forward_row(
+    x, weight, out, x_base, out_base, cos, sin, eps, x_head, out_group, out_head,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    result = normed_row(x, weight, x_base, cos, sin, eps, x_head, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
+    mask = here(HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
+    at = out + out_base + head_offsets(out_group, out_head, GROUP, BLOCK_H, BLOCK_D)
+    tl.store(at, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -93,6 +104,20 @@ def forward_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def row_gradients(
+    row, gradient, scale, cos, sin, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a token's channels, and its part of the weight's, from that of the channels normed and turned."""
+    gradient = turned(gradient, cos, -sin, BLOCK_H, BLOCK_D)
+    inverse = tl.rsqrt(tl.sum(row * row) / (HEADS * HEAD_DIM) + eps)
+    normed = row * inverse
+    of_weight = gradient * normed
+    gradient *= scale
+    return inverse * (gradient - normed * (tl.sum(gradient * normed) / (HEADS * HEAD_DIM))), of_weight
+
+
 # Without the copies ahead of triton_rows.STAGES, which with three tables and two sums more spill on sm_90 (Triton 3.6).
 @triton.jit
 def backward_rows(
@@ -113,12 +138,8 @@ def backward_rows(
         gradient_at = dout + batch * dout_stride_b + far * dout_stride_l
         gradient = tl.load(gradient_at + head_offsets(0, dout_stride_h, HEADS, BLOCK_H, BLOCK_D), mask=mask, other=0.0)
         cos, sin = turns_of(turns, token, time, space, frames, height, width, start, places, HEAD_DIM // 2, BLOCK_D // 2)
-        gradient = turned(gradient.to(tl.float32), cos, -sin, BLOCK_H, BLOCK_D)
-        inverse = tl.rsqrt(tl.sum(row * row) / (HEADS * HEAD_DIM) + eps)
-        normed = row * inverse
-        total += gradient * normed
-        gradient *= scale
-        result = inverse * (gradient - normed * (tl.sum(gradient * normed) / (HEADS * HEAD_DIM)))
+        result, of_weight = row_gradients(row, gradient.to(tl.float32), scale, cos, sin, eps, HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
+        total += of_weight
         tl.store(dx + tl.cast(at, tl.int64) * (HEADS * HEAD_DIM) + own, result.to(dx.dtype.element_ty), mask=mask)
     tl.store(dweight + tl.program_id(0) * (HEADS * HEAD_DIM) + own, total, mask=mask)
 

@@ -99,6 +99,11 @@ class ClipAttention:
         """q, k [B, L, H, D] turned at their frames, v [B, L, H, D] -> [B, L, H, D]."""
         return attention(q, *self.seen(k, v), self.plan)
 
+    @property
+    def any_order(self) -> bool:
+        """Whether the keys need not stand frame by frame, for queries that see them all."""
+        return self.turns is None
+
     def plan_of(self, queries: int, keys: int) -> AttentionPlan:
         """The plan of the clip's queries over what ``seen`` gives for its keys."""
         return self.plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,14 +73,24 @@ class RingAttention:
     ring: RingPass
     layer: int
     slot: Tensor | None = None
+    value_slot: Tensor | None = None
+    any_order: ClassVar[bool] = False  # later passes see some of the frames
 
     def key_slot(self, k: Tensor) -> Tensor | None:
         """Where turned keys like k [B, L, H, D] may be written, to be given to ``store``; None where that is not one place."""
+        slots = self.slots(k.shape[1], k.dtype)
+        self.slot, self.value_slot = (None, None) if slots is None else (slots[0], None)
+        return self.slot
+
+    def slots(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Where so many turned keys and their values may be written, to be given to ``store``; None where that is not one place."""
         cache, (_, first, count) = self.ring.cache, self.ring.own[0]
         n = cache.tokens_per_frame
-        if len(self.ring.own) == 1 and first >= cache.window.sink and k.dtype == cache.keys.dtype and k.shape[1] == count * n:
-            self.slot = cache.keys[self.layer, :, first * n : (first + count) * n]
-        return self.slot
+        if len(self.ring.own) > 1 or first < cache.window.sink or dtype != cache.keys.dtype or length != count * n:
+            return None
+        own = slice(first * n, (first + count) * n)
+        self.slot, self.value_slot = cache.keys[self.layer, :, own], cache.values[self.layer, :, own]
+        return self.slot, self.value_slot
 
     def store(self, k: Tensor, v: Tensor) -> None:
         ring, cache, layer = self.ring, self.ring.cache, self.layer
@@ -95,7 +105,8 @@ class RingAttention:
             source, slots = slice((frame - start) * n, (frame - start + count) * n), slice(slot * n, (slot + count) * n)
             if k is not self.slot:
                 keys[:, slots] = k[:, source]
-            values[:, slots] = v[:, source]
+            if v is not self.value_slot:
+                values[:, slots] = v[:, source]
             if cache._sink_keys is not None and frame < cache.window.sink:
                 cache._sink_keys[layer, :, slots] = k[:, source]
         if cache._sink_keys is not None and ring.places[1] is not None:
@@ -155,6 +166,7 @@ class ReplayAttention:
     cache: StreamingCache
     frames: int
     past: tuple[Tensor, Tensor] | None
+    any_order: ClassVar[bool] = True
 
     def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The past, and the chunk's own k and v behind it."""

@@ -1,8 +1,8 @@
-"""``aadkern.ulysses_attention``: attention under a plan, its sequence shared by the ranks of a group; and a layer's, for models."""
+"""``aadkern.ulysses_attention``: attention under a plan, its sequence shared by the ranks of a group."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from aadkern.checks import shown, tensor
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.api import attention
-from aadkern.ulysses.exchange import Route, exchange, route
+from aadkern.ulysses.exchange import Ends, Route, exchange, exchange_ends, exchange_into, route
 from aadkern.ulysses.group import SequenceGroup, check_group, refuse_tangents
 from aadkern.ulysses.shares import frame_areas, kept_heads
 
@@ -50,9 +50,11 @@ def ulysses_attention(
             _check(q, k, v, plan, group)
     if group.size == 1:
         return attention(q, k, v, plan, **options)
-    way = route(plan.code, q.shape[2], group.rank, group.size, group.tokens_per_frame, k.shape[1] // group.tokens, False)
-    *parts, heads_k, heads_v = _to_own_heads((q, k, v), way, group)
-    return _attended(parts, heads_k, heads_v, way, group, options)
+    n = group.tokens_per_frame
+    way = route(plan.code, q.shape[2], group.rank, group.size, n, plan.k_len // n, False)
+    parts = [by_frame(x, group.tokens) for x in (q, k, v)]
+    ends = Ends(as_it_comes=way.any_order and q.shape[0] == 1)
+    return attended(parts, ends, way, group, q.shape[3], lambda k, v: (k, v), options)
 
 
 def _said(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: SequenceGroup, options: dict[str, Any]) -> str:
@@ -91,51 +93,41 @@ def by_frame(x: Tensor, tokens: int) -> Tensor:
     return x.unflatten(1, (x.shape[1] // tokens, tokens))
 
 
-def _to_own_heads(tensors: Sequence[Tensor], way: Route, group: SequenceGroup) -> list[Tensor]:
-    """From this rank's tokens of all heads to all tokens of its heads: its shares of q, and its k and v, each [B, L, h, D]."""
-    arrived = exchange([by_frame(x, group.tokens) for x in tensors], way.to_heads, group)
-    return [x.flatten(1, 2) for x in arrived]
+def attended(
+    parts: Sequence[Tensor],
+    ends: Ends,
+    way: Route,
+    group: SequenceGroup,
+    head_dim: int,
+    seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    options: dict[str, Any],
+    slots: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """From this rank's tokens of all heads to all tokens of its heads, their attention, and back: [B, F n_r, H, D].
 
-
-def _attended(parts: Sequence[Tensor], k: Tensor, v: Tensor, way: Route, group: SequenceGroup, options: dict[str, Any]) -> Tensor:
-    """The attention of this rank's shares of q, and its outputs back to tokens: [B, F n_r, H, D]."""
+    ``parts`` are q, k and v [B, F, n_r, H, D], or the buffer that holds them; ``seen`` gives what queries see of such k and v,
+    which without gradient may be written to ``slots``.
+    """
+    if slots is None:
+        arrived = exchange_ends(parts, way.to_heads, group, ends, head_dim)
+    else:
+        arrived = exchange_into(parts, way.to_heads, group, ends, head_dim, [by_frame(x, group.tokens_per_frame) for x in slots])
+    if ends.as_it_comes:  # tokens in the order (rank, frame, place), and so the output goes back
+        heads = way.shares[0][1] - way.shares[0][0]
+        q, k, v = arrived[0].view(1, -1, 3, heads, head_dim).unbind(2)
+        out = attention(q, *seen(k, v), way.plans[0], **options)
+        (out,) = exchange_ends([out.flatten()], way.to_tokens, group, Ends(packed=True), head_dim)
+        return out.flatten(1, 2)
+    *shares, k, v = (x.flatten(1, 2) for x in arrived)
+    k, v = seen(k, v) if slots is None else seen(*slots)
     outs = []
-    for part, plan, (h0, h1, _, _) in zip(parts, way.plans, way.shares, strict=True):
+    for share, plan, (h0, h1, _, _) in zip(shares, way.plans, way.shares, strict=True):
         own = slice(h0 - way.first_head, h1 - way.first_head)
-        outs.append(attention(part, k[:, :, own], v[:, :, own], plan, **options))
+        outs.append(attention(share, k[:, :, own], v[:, :, own], plan, **options))
     if not outs:  # what a rank without work sends, nothing, must still hang in its graph: its backward takes part too
         outs = [k[:, :0, :0]]
     (out,) = exchange([by_frame(x, group.tokens_per_frame) for x in outs], way.to_tokens, group)
     return out.flatten(1, 2)
-
-
-class SequenceAttention:
-    """A layer's attention with its tokens sliced over a group: ``layer`` says what queries see, and sees this rank's heads.
-
-    ``layer`` has ``seen(k, v)``, the keys and values that queries see of a pass's own, ``plan_of(queries, keys)``, the plan of so
-    many queries over them where the pass has so many keys, and, if it keeps keys, ``store(k, v)``.
-    """
-
-    def __init__(self, layer: Any, group: SequenceGroup) -> None:
-        self.layer, self.group = layer, group
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B, F n_r, H, D] of this rank's tokens -> [B, F n_r, H, D]."""
-        refuse_tangents("ulysses_attention", q, k, v)
-        n, n_r = self.group.tokens_per_frame, self.group.tokens
-        plan: AttentionPlan = self.layer.plan_of(q.shape[1] // n_r * n, k.shape[1] // n_r * n)
-        way = self._route(plan.code, k)
-        *parts, k, v = _to_own_heads((q, k, v), way, self.group)
-        k, v = self.layer.seen(k, v)
-        return _attended(parts, k, v, way, self.group, {})
-
-    def store(self, k: Tensor, v: Tensor) -> None:
-        """k, v [B, F n_r, H, D] into the cache, which holds this rank's heads."""
-        self.layer.store(*_to_own_heads((k, v), self._route((), k), self.group))
-
-    def _route(self, code: tuple[int, ...], k: Tensor) -> Route:
-        group = self.group
-        return route(code, k.shape[2], group.rank, group.size, group.tokens_per_frame, k.shape[1] // group.tokens, True)
 
 
 def heads_held(heads: int, group: SequenceGroup | None) -> int:

@@ -24,15 +24,19 @@ Box = tuple[int, int, int, int, int, int, int]
 
 
 class Moves(NamedTuple):
-    """One rank's side of an exchange: the boxes for each other rank and from each, and (F, n, H) of the tensors at either end."""
+    """One rank's side of an exchange: the boxes for each other rank and from each, and (F, n, H) of the tensors at either end.
+
+    ``together`` boxes of a rank are of one size and travel token by token: what arrives is one run of tokens, those of a rank after
+    those of another, each with its q, k and v."""
 
     sent: tuple[tuple[Box, ...], ...]
     received: tuple[tuple[Box, ...], ...]
     shapes: tuple[tuple[int, int, int], ...]
     new_shapes: tuple[tuple[int, int, int], ...]
+    together: int = 1
 
     def back(self) -> Moves:
-        return Moves(self.received, self.sent, self.new_shapes, self.shapes)
+        return Moves(self.received, self.sent, self.new_shapes, self.shapes, self.together)
 
 
 def to_heads(work: Work, rank: int, spans: Spans, heads: int, q_frames: int, k_frames: int) -> Moves:
@@ -55,7 +59,9 @@ def to_heads(work: Work, rank: int, spans: Spans, heads: int, q_frames: int, k_f
     received = tuple(boxes(rank, *span, True) for span in spans)
     k0, k1 = work.keys[rank]
     new = [(f1 - f0, n, h1 - h0) for h0, h1, f0, f1 in work.shares[rank]] + [(k_frames, n, k1 - k0)] * 2
-    return Moves(sent, received, ((q_frames, n_r, heads),) * first + ((k_frames, n_r, heads),) * 2, tuple(new))
+    whole = all(own == ((*keys, 0, k_frames),) for own, keys in zip(work.shares, work.keys, strict=True))
+    together = 3 if whole and q_frames == k_frames else 1
+    return Moves(sent, received, ((q_frames, n_r, heads),) * first + ((k_frames, n_r, heads),) * 2, tuple(new), together)
 
 
 def to_tokens(work: Work, rank: int, spans: Spans, heads: int, q_frames: int) -> Moves:
@@ -69,13 +75,16 @@ def to_tokens(work: Work, rank: int, spans: Spans, heads: int, q_frames: int) ->
 
 
 class Route(NamedTuple):
-    """One rank's part in a pass: its shares of the queries and the plan of each, its keys' first head, and both exchanges."""
+    """One rank's part in a pass: its shares of the queries and the plan of each, its keys' first head, and both exchanges.
+
+    ``any_order``: every query sees every key and every rank has whole heads, so that tokens may stay in the order of the ranks."""
 
     shares: tuple[Share, ...]
     plans: tuple[AttentionPlan, ...]
     first_head: int
     to_heads: Moves
     to_tokens: Moves
+    any_order: bool
 
 
 def route(code: tuple[int, ...], heads: int, rank: int, size: int, tokens_per_frame: int, k_frames: int, keep: bool) -> Route:
@@ -95,27 +104,92 @@ def _route(code: tuple[int, ...], heads: int, rank: int, size: int, n: int, k_fr
     q_frames, own = 0 if plan is None else plan.q_len // n, work.shares[rank]
     rows = () if plan is None else tuple(plan.rows(f0 * n, f1 * n) for _, _, f0, f1 in own)
     inward = to_heads(work, rank, spans, heads, q_frames, k_frames)
-    return Route(own, rows, work.keys[rank][0], inward, to_tokens(work, rank, spans, heads, q_frames))
+    any_order = plan is not None and plan.area == plan.q_len * plan.k_len and inward.together == 3
+    return Route(own, rows, work.keys[rank][0], inward, to_tokens(work, rank, spans, heads, q_frames), any_order)
+
+
+class Ends(NamedTuple):
+    """Whether what is given to an exchange, and what it gives, is the buffer that travels, flat: else it is tensors."""
+
+    packed: bool = False
+    as_it_comes: bool = False
 
 
 def exchange(parts: Sequence[Tensor], moves: Moves, group: SequenceGroup) -> tuple[Tensor, ...]:
     """Sends ``parts`` [B, F, n, H, D] by one all-to-all; returns what comes, of ``moves.new_shapes``. Every rank must call it."""
-    return _Exchange.apply(moves, group.name, *parts)  # type: ignore[no-any-return]
+    return exchange_ends(parts, moves, group, Ends(), parts[0].shape[4])
+
+
+def exchange_ends(parts: Sequence[Tensor], moves: Moves, group: SequenceGroup, ends: Ends, head_dim: int) -> tuple[Tensor, ...]:
+    """``exchange`` of a buffer that is packed already, or one that gives the buffer as it comes: no copies are made then."""
+    return _Exchange.apply(moves, group.name, ends, head_dim, *parts)  # type: ignore[no-any-return]
+
+
+def exchange_into(
+    parts: Sequence[Tensor], moves: Moves, group: SequenceGroup, ends: Ends, head_dim: int, last: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """``exchange_ends`` without gradient, to heads, that writes the last of its tensors where they are to be."""
+    arrived, batch = _arrived(parts, moves, group.name, ends, head_dim)
+    first = moves.new_shapes[: len(moves.new_shapes) - len(last)]
+    made = (*(arrived.new_empty(batch, *shape, head_dim) for shape in first), *last)
+    ops.unpack_into(made, arrived, _flat(moves.received), moves.together)
+    return made
+
+
+def rows_sent(moves: Moves, batch: int) -> tuple[list[Any], int]:
+    """Where each head of each frame of q, k and v lies in the buffer that leaves, for ``qk_norm_rope_pack``.
+
+    [3, copies, F, H, 3]: (first row, rows a sample, rows a place), in rows of head_dim numbers; and how many rows there are.
+    """
+    (frames, _, heads), at = moves.shapes[0], 0
+    found: list[list[list[list[tuple[int, int, int]]]]] = [[[[] for _ in range(heads)] for _ in range(frames)] for _ in range(3)]
+    for boxes in moves.sent:
+        for i, (part, f0, f1, p0, p1, h0, h1) in enumerate(boxes):
+            of, a_place = i % moves.together, moves.together * (h1 - h0)
+            a_sample = (f1 - f0) * (p1 - p0) * a_place
+            for frame in range(f0, f1):
+                for head in range(h0, h1):
+                    first = at + (frame - f0) * (p1 - p0) * a_place + of * (h1 - h0) + head - h0
+                    found[part][frame][head].append((first, a_sample, a_place))
+            at += batch * a_sample if of == moves.together - 1 else 0
+    copies = max(len(rows) for part in found for frame in part for rows in frame)
+    nowhere = (-1, 0, 0)
+    table = [[[[(*rows, *[nowhere] * copies)[c] for rows in fr] for fr in part] for c in range(copies)] for part in found]
+    return table, at
+
+
+@lru_cache(maxsize=256)
+def rows_on(moves: Moves, batch: int, device: torch.device) -> tuple[Tensor, int]:
+    """``rows_sent`` on a device, from a cache."""
+    table, rows = rows_sent(moves, batch)
+    with torch.inference_mode(False):
+        return torch.tensor(table, dtype=torch.int32).to(device), rows
 
 
 def _flat(groups: Sequence[Sequence[Sequence[int]]]) -> list[int]:
     return [number for group in groups for box in group for number in box]
 
 
-def _moved(parts: Sequence[Tensor], moves: Moves, name: str) -> list[Tensor]:
+def _arrived(parts: Sequence[Tensor], moves: Moves, name: str, ends: Ends, head_dim: int) -> tuple[Tensor, int]:
+    """The buffer that comes, and the batch."""
     collectives = torch.ops._c10d_functional
-    a_place = parts[0].shape[0] * parts[0].shape[4]
-    sizes, new_sizes = ([a_place * sum(map(ops.volume, boxes)) for boxes in side] for side in (moves.sent, moves.received))
-    none = (None,) * (ops.MOST - len(parts))
-    packed = ops.ulysses_pack(*parts, *none, _flat(moves.sent))
-    arrived = collectives.wait_tensor(collectives.all_to_all_single(packed, new_sizes, sizes, name))
-    shapes, of_each = [number for shape in moves.new_shapes for number in shape], (parts[0].shape[0], parts[0].shape[4])
-    return ops.split(ops.ulysses_unpack(arrived, _flat(moves.received), shapes, *of_each), shapes, *of_each)
+    places, new_places = ([sum(map(ops.volume, boxes)) for boxes in side] for side in (moves.sent, moves.received))
+    if ends.packed:
+        packed, batch = parts[0].contiguous(), parts[0].numel() // (head_dim * sum(places))
+    else:
+        packed = ops.ulysses_pack(*parts, *(None,) * (ops.MOST - len(parts)), _flat(moves.sent), moves.together)
+        batch = parts[0].shape[0]
+    sizes, new_sizes = ([batch * head_dim * number for number in side] for side in (places, new_places))
+    return collectives.wait_tensor(collectives.all_to_all_single(packed, new_sizes, sizes, name)), batch
+
+
+def _moved(parts: Sequence[Tensor], moves: Moves, name: str, ends: Ends, head_dim: int) -> list[Tensor]:
+    arrived, batch = _arrived(parts, moves, name, ends, head_dim)
+    if ends.as_it_comes:
+        return [arrived]
+    shapes = [number for shape in moves.new_shapes for number in shape]
+    flat = ops.ulysses_unpack(arrived, _flat(moves.received), moves.together, shapes, batch, head_dim)
+    return ops.split(flat, shapes, batch, head_dim)
 
 
 class _Exchange(torch.autograd.Function):
@@ -123,11 +197,12 @@ class _Exchange(torch.autograd.Function):
     between its releases."""
 
     @staticmethod
-    def forward(ctx: Any, moves: Moves, name: str, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.moves, ctx.name = moves, name
-        return tuple(_moved(parts, moves, name))
+    def forward(ctx: Any, moves: Moves, name: str, ends: Ends, head_dim: int, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.moves, ctx.name, ctx.ends, ctx.head_dim = moves, name, ends, head_dim
+        return tuple(_moved(parts, moves, name, ends, head_dim))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *_moved(grads, ctx.moves.back(), ctx.name))
+        back = Ends(packed=ctx.ends.as_it_comes, as_it_comes=ctx.ends.packed)
+        return (None, None, None, None, *_moved(grads, ctx.moves.back(), ctx.name, back, ctx.head_dim))

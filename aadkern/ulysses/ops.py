@@ -1,7 +1,8 @@
 """The exchange's two local halves as operators: boxes of tensors into one buffer, and out of it. Each is the other's transpose.
 
 ``boxes`` are (tensor, frame0, frame1, place0, place1, head0, head1) one after another, of tensors [B, F, n, H, D]; in the buffer a
-box is [B, frames, places, heads, D] without gaps. Derivatives are the exchange's own (exchange.py).
+box is [B, frames, places, heads, D] without gaps; so many of one size ``together`` are [B, frames, places, together, heads, D].
+Derivatives are the exchange's own (exchange.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 from aadkern.library import differentiable, library
 from aadkern.spans import span
 
-library.define("ulysses_pack(Tensor a, Tensor? b, Tensor? c, Tensor? d, Tensor? e, int[] boxes) -> Tensor")
-library.define("ulysses_unpack(Tensor buffer, int[] boxes, int[] shapes, int batch, int head_dim) -> Tensor")
+library.define("ulysses_pack(Tensor a, Tensor? b, Tensor? c, Tensor? d, Tensor? e, int[] boxes, int together) -> Tensor")
+library.define("ulysses_unpack(Tensor buffer, int[] boxes, int together, int[] shapes, int batch, int head_dim) -> Tensor")
 
 MOST = 5  # tensors of one exchange: three shares of q, k and v
 
@@ -58,16 +59,17 @@ def side_by_side(boxes: Sequence[Box]) -> tuple[int, int]:
     return len(boxes), 0
 
 
-def _pairs(buffer: Tensor, parts: Sequence[Tensor], flat: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(buffer: Tensor, parts: Sequence[Tensor], flat: Sequence[int], together: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Views of the buffer, and of the tensors, that are to be equal. Boxes that lie side by side are one view: where ranks divide
     heads and tokens that is one copy a tensor, and not one for each rank."""
-    (boxes, each, axis), at, of_place = _regular(tuple(flat)), 0, parts[0].shape[0] * parts[0].shape[4]
+    (boxes, each, axis), at, batch, head_dim = _regular(tuple(flat)), 0, parts[0].shape[0], parts[0].shape[4]
     ranks = len(boxes) // each if each else 1
     rows = buffer.view(ranks, buffer.numel() // ranks)
-    for box in boxes[:each]:
+    for i, box in enumerate(boxes[:each]):
         _, f0, f1, p0, p1, h0, h1 = box
-        size = of_place * volume(box)
-        there = rows[:, at : at + size].view(ranks, parts[0].shape[0], f1 - f0, p1 - p0, h1 - h0, parts[0].shape[4])
+        size, of = batch * head_dim * volume(box), i % together
+        run = rows[:, at - of * size : at + (together - of) * size]
+        there = run.view(ranks, batch, f1 - f0, p1 - p0, together, h1 - h0, head_dim).select(4, of)
         ends = [f1, p1, h1]
         if axis:
             ends[axis // 2] += (ranks - 1) * (box[axis + 1] - box[axis])
@@ -82,17 +84,17 @@ def _pairs(buffer: Tensor, parts: Sequence[Tensor], flat: Sequence[int]) -> Iter
 
 @torch.library.impl(library, "ulysses_pack", "CompositeExplicitAutograd")
 def _pack(*arguments: Any) -> Tensor:
-    *parts, boxes = arguments
+    *parts, boxes, together = arguments
     with span("ulysses_pack"):
         buffer = parts[0].new_empty(parts[0].shape[0] * parts[0].shape[4] * _places(boxes))
-        for there, here in _pairs(buffer, parts, boxes):
+        for there, here in _pairs(buffer, parts, boxes, together):
             there.copy_(here)
     return buffer
 
 
 @torch.library.register_fake("aadkern::ulysses_pack", lib=library)
 def _pack_fake(*arguments: Any) -> Tensor:
-    first, boxes = arguments[0], arguments[-1]
+    first, boxes = arguments[0], arguments[-2]
     return first.new_empty(first.shape[0] * first.shape[4] * _places(boxes))
 
 
@@ -102,7 +104,7 @@ def _whole(shapes: Sequence[int]) -> list[int]:
 
 
 @torch.library.impl(library, "ulysses_unpack", "CompositeExplicitAutograd")
-def _unpack(buffer: Tensor, boxes: Sequence[int], shapes: Sequence[int], batch: int, head_dim: int) -> Tensor:
+def _unpack(buffer: Tensor, boxes: Sequence[int], together: int, shapes: Sequence[int], batch: int, head_dim: int) -> Tensor:
     """The tensors [B, F, n, H, D] of ``shapes``, (F, n, H) of each, one after another in one. A place that several boxes have is
     their sum, in their order; one that none has is 0."""
     wholes = _whole(shapes)
@@ -111,13 +113,20 @@ def _unpack(buffer: Tensor, boxes: Sequence[int], shapes: Sequence[int], batch: 
     with span("ulysses_unpack"):
         size = batch * head_dim * sum(wholes)
         out = buffer.new_empty(size) if once else buffer.new_zeros(size)
-        for there, here in _pairs(buffer, split(out, shapes, batch, head_dim), boxes):
+        for there, here in _pairs(buffer, split(out, shapes, batch, head_dim), boxes, together):
             here.copy_(there) if once else here.add_(there)
     return out
 
 
+def unpack_into(parts: Sequence[Tensor], buffer: Tensor, boxes: Sequence[int], together: int) -> None:
+    """``ulysses_unpack`` of boxes that do not overlap, into tensors [B, F, n, H, D] that are there."""
+    with span("ulysses_unpack_into"):
+        for there, here in _pairs(buffer, parts, boxes, together):
+            here.copy_(there)
+
+
 @torch.library.register_fake("aadkern::ulysses_unpack", lib=library)
-def _unpack_fake(buffer: Tensor, boxes: Sequence[int], shapes: Sequence[int], batch: int, head_dim: int) -> Tensor:
+def _unpack_fake(buffer: Tensor, boxes: Sequence[int], together: int, shapes: Sequence[int], batch: int, head_dim: int) -> Tensor:
     return buffer.new_empty(batch * head_dim * sum(_whole(shapes)))
 
 

@@ -17,6 +17,7 @@ from aadkern.fp8 import shared_input
 from aadkern.range_attention.api import attention
 from aadkern.streaming.context import everything
 from aadkern.streaming.passes import LayerAttention
+from aadkern.ulysses.layer import SequenceAttention
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -95,18 +96,22 @@ class CausalWanBlock(WanTransformerBlock):
         attn = self.attn1
         project, complete = self.parts or (CausalWanBlock.project, CausalWanBlock.complete)
         q, k, v, rows = project(self, x, modulation, not store_only)
-        slot = attend.key_slot(k) if hasattr(attend, "key_slot") else None
         q_weight, k_weight, eps = None if q is None else attn.norm_q.weight, attn.norm_k.weight, self.norm1.eps
-        q, k = qk_norm_rope(q, k, q_weight, k_weight, turns, eps=eps, k_out=slot, backend=self.block_backend)
-        if q is None:
-            attend.store(k, v)  # type: ignore[attr-defined]
-            return None
-        if skip_frames:
-            q, x = q[:, skip_frames * x.shape[2] :], x[:, skip_frames:]
-            rows = rows[:, skip_frames * (rows.shape[1] // modulation.shape[1]) :]
+        if isinstance(attend, SequenceAttention) and q is not None and not skip_frames:
+            attended = attend.projected(q, k, v, q_weight, k_weight, turns, eps, self.block_backend)  # type: ignore[arg-type]
+        else:
+            slot = attend.key_slot(k) if hasattr(attend, "key_slot") else None
+            q, k = qk_norm_rope(q, k, q_weight, k_weight, turns, eps=eps, k_out=slot, backend=self.block_backend)
+            if q is None:
+                attend.store(k, v)  # type: ignore[attr-defined]
+                return None
+            if skip_frames:
+                q, x = q[:, skip_frames * x.shape[2] :], x[:, skip_frames:]
+                rows = rows[:, skip_frames * (rows.shape[1] // modulation.shape[1]) :]
+            attended = attend(q, k, v)
         if isinstance(text, TextEntry):
             text = text.fill(self)
-        return complete(self, x, attend(q, k, v), rows, text, sample_of)  # type: ignore[no-any-return]
+        return complete(self, x, attended, rows, text, sample_of)  # type: ignore[no-any-return]
 
     def project(self, x: Tensor, modulation: Tensor, queries: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """What comes before the attention: q (or None) and k, not normed yet, and v [B, F n, H, D]; the modulation's rows."""

@@ -30,8 +30,9 @@ from aadkern.streaming.context import CausalContext, ClipAttention, everything
 from aadkern.streaming.graphs import PassGraphs, PassInputs
 from aadkern.streaming.passes import LayerAttention, RingPass
 from aadkern.streaming.rope import checked_periods
-from aadkern.ulysses.api import SequenceAttention, heads_held, plan_word
+from aadkern.ulysses.api import heads_held, plan_word
 from aadkern.ulysses.group import SequenceGroup, check_group, enter, leave
+from aadkern.ulysses.layer import SequenceAttention
 from aadkern.wan.arguments import blocks_to_run, check_clip, check_configuration, check_exact, check_text, check_ways, frame_indices
 from aadkern.wan.block import CausalWanBlock, TextCache, TextEntry, TimeCache, wide_dtype
 
@@ -301,7 +302,7 @@ class CausalWan(WanTransformer3DModel):
             temb, modulation = (y[:, :, slice(*group.span)] for y in (temb, modulation))
         tapped: list[Tensor] = []
         for i, block in zip(range(last), self.blocks, strict=False):
-            attend: Any = attention_of(i) if group is None else SequenceAttention(attention_of(i), group)
+            attend: Any = attention_of(i) if group is None or group.size == 1 else SequenceAttention(attention_of(i), group)
             arguments = (x, modulation, turns, attend, texts[i], sample_of)
             if cache_only and i == last - 1:
                 return block(*arguments, True)
