@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import torch
@@ -10,30 +9,10 @@ from torch import Tensor
 
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.sm90_tables import BackwardCut, cut_backward, query_rows
-from tests.hopper_forward import DATA_TYPES, Shape, TensorView
-from tests.hopper_host import Options, Report, run
+from tests.hopper_forward import shape_of, view
+from tests.hopper_host import Library, Options, Report, model
 
 QUERY_TILE_SUMS = 8192  # fp32 sums of dq in a query tile
-
-
-class Tables(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("query_tiles", "key_tiles", "spans")),
-        *((name, ctypes.c_int32) for name in ("query_tile_count", "key_tile_count")),
-    ]
-
-
-class BackwardArguments(ctypes.Structure):
-    _fields_ = [
-        ("shape", Shape),
-        *((name, TensorView) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("lse", "dlse")),
-        ("tables", Tables),
-        ("scale", ctypes.c_float),
-        ("head_group", ctypes.c_int32),
-        ("deterministic", ctypes.c_bool),
-        ("workspace", ctypes.c_void_p),
-    ]
 
 
 class Run(NamedTuple):
@@ -45,7 +24,7 @@ class Run(NamedTuple):
 
 
 def run_backward(
-    library: ctypes.CDLL,
+    library: Library,
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -64,27 +43,27 @@ def run_backward(
 ) -> Run:
     """The three launches. The workspace and the ``gradients``, which may be any strided tensors, are NaN before; ``tables`` stand
     for those of the plan."""
-    batch, q_len, heads, head_dim = q.shape
+    batch, _, heads, head_dim = q.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)) if gradients is None else gradients
     for gradient in (dq, dk, dv):
         gradient.fill_(float("nan"))
     rows = cut_backward(plan, query_rows(head_dim)) if tables is None else tables
     on_device = [torch.tensor(table, dtype=torch.int32) for table in rows]
-    arguments = BackwardArguments(
-        Shape(batch, heads, q_len, k.shape[1], head_dim, DATA_TYPES[q.dtype]),
-        *map(TensorView.of, (q, k, v, out, dout, dq, dk, dv)),
-        lse.data_ptr(),
-        None if dlse is None else dlse.data_ptr(),
-        Tables(*(table.data_ptr() for table in on_device), len(rows.query_tiles), len(rows.key_tiles)),
-        scale,
-        head_group,
-        deterministic,
+    tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv}
+    arguments = model().BackwardArguments(
+        shape=shape_of(q, k),
+        **{name: view(x) for name, x in tensors.items()},
+        lse=lse.data_ptr(),
+        dlse=0 if dlse is None else dlse.data_ptr(),
+        tables=model().BackwardTables(*(x.data_ptr() for x in on_device), len(rows.query_tiles), len(rows.key_tiles)),
+        scale=scale,
+        head_group=head_group,
+        deterministic=deterministic,
     )
-    library.workspace_bytes.restype = ctypes.c_int64
-    size = library.workspace_bytes(ctypes.byref(arguments)) // 4
+    size = model().workspace_bytes(library.file, arguments) // 4
     workspace = torch.full((size + 64,), float("nan"))
     arguments.workspace = -(-workspace.data_ptr() // 256) * 256
-    report = run(library.backward, ctypes.byref(arguments), options=options)
+    report = library.reported(model().backward, arguments, options=options)
     offset = (arguments.workspace - workspace.data_ptr()) // 4
     sums = workspace[offset : offset + batch * heads * len(rows.query_tiles) * QUERY_TILE_SUMS]
     return Run(dq, dk, dv, report, sums)

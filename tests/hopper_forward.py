@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.tiles import cut
 from aadkern.testing import assert_close_to_reference, eager, exact
-from tests.hopper_host import Options, Report, run
+from tests.hopper_host import Library, Options, Report, model
 
 SIMPLE, SPECIALISED, PING_PONG, WIDE = range(4)  # ForwardKernel of csrc/attention/launch.h
 TILE_ROWS = {SIMPLE: 64, SPECIALISED: 128, PING_PONG: 128, WIDE: 128}
@@ -20,31 +19,15 @@ TILE_KEYS = {SIMPLE: 128, SPECIALISED: 128, PING_PONG: 128, WIDE: 176}
 DATA_TYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
-class TensorView(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("length", ctypes.c_int64), ("head", ctypes.c_int64)]
-
-    @classmethod
-    def of(cls, x: Tensor) -> TensorView:
-        return cls(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+def view(x: Tensor) -> object:
+    """TensorView of csrc/attention/launch.h."""
+    return model().TensorView(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
 
-class Tables(ctypes.Structure):
-    _fields_ = [("tiles", ctypes.c_void_p), ("ranges", ctypes.c_void_p), ("tile_count", ctypes.c_int32)]
-
-
-class Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("batch", "heads", "q_len", "k_len", "head_dim", "type")]
-
-
-class ForwardArguments(ctypes.Structure):
-    _fields_ = [
-        ("shape", Shape),
-        *((name, TensorView) for name in ("q", "k", "v", "out")),
-        ("lse", ctypes.c_void_p),
-        ("tables", Tables),
-        ("scale", ctypes.c_float),
-        ("head_group", ctypes.c_int32),
-    ]
+def shape_of(q: Tensor, k: Tensor) -> object:
+    """Shape of csrc/attention/launch.h."""
+    batch, q_len, heads, head_dim = q.shape
+    return model().Shape(batch, heads, q_len, k.shape[1], head_dim, DATA_TYPES[q.dtype])
 
 
 class Run(NamedTuple):
@@ -54,7 +37,7 @@ class Run(NamedTuple):
 
 
 def run_forward(
-    library: ctypes.CDLL,
+    library: Library,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -75,15 +58,15 @@ def run_forward(
     rows, seen = cut(plan, TILE_ROWS[kernel], TILE_KEYS[kernel]) if tables is None else tables
     tiles = torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
     ranges = torch.tensor(seen, dtype=torch.int32).reshape(-1, 2)
-    arguments = ForwardArguments(
-        Shape(batch, heads, q_len, k.shape[1], head_dim, DATA_TYPES[q.dtype]),
-        *map(TensorView.of, (q, k, v, out)),
-        lse.data_ptr(),
-        Tables(tiles.data_ptr(), ranges.data_ptr(), len(tiles)),
-        scale,
-        head_group,
+    arguments = model().ForwardArguments(
+        shape=shape_of(q, k),
+        **{name: view(x) for name, x in (("q", q), ("k", k), ("v", v), ("out", out))},
+        lse=lse.data_ptr(),
+        tables=model().Tables(tiles.data_ptr(), ranges.data_ptr(), len(tiles)),
+        scale=scale,
+        head_group=head_group,
     )
-    report = run(library.forward, ctypes.byref(arguments), kernel, len(ranges), options=options)
+    report = library.reported(model().forward, arguments, kernel, len(ranges), options=options)
     return Run(out, lse, report)
 
 

@@ -1,7 +1,7 @@
 """Builds what runs the Hopper kernels: on the host model (g++, no GPU) for every test, and by nvcc for the ladder on a GPU.
 
-    library = build("forward")                      # csrc/host_model/forward.cpp with the model, as ctypes.CDLL; cached by content
-    report = run(library.forward, ..., options=Options(completion=LAZY))
+    library = build("forward")                      # csrc/host_model/forward.cpp with the model, loaded; cached by content
+    report = library.reported(model().forward, ..., options=Options(completion=LAZY))
     assert report.clean, report
     library = build("forward", faults=[Fault("attention/sm90_forward.cuh", "old text", "new text")])   # a planted fault
 
@@ -13,13 +13,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -156,7 +160,40 @@ def planted(faults: Iterable[Fault]) -> Path:
     return target
 
 
-def build(name: str, faults: Iterable[Fault] = (), optimise: str = "-O2") -> ctypes.CDLL:
+class Library(ctypes.CDLL):
+    """A library of the host model. The ladder's entries are plain C and called as they are, on a GPU machine too, where no pybind11
+    is; attention's take structs, which ``model()`` makes."""
+
+    @property
+    def file(self) -> str:
+        return self._name
+
+    def reported(self, call: Callable[..., str], *arguments: object, options: Options | None = None) -> Report:
+        """What a function of ``model()`` reports of this library."""
+        return Report.parse(call(self.file, *arguments, ctypes.addressof(options or Options())))
+
+
+@functools.cache
+def model() -> ModuleType:
+    """csrc/host_model/module.cpp: arguments of the attention kernels, and calls, bound by pybind11."""
+    pybind11 = pytest.importorskip("pybind11")
+    sources = [
+        SOURCES / "host_model" / "module.cpp",
+        SOURCES / "attention" / "launch.h",
+        SOURCES / "primitives" / "host" / "launch.h",
+    ]
+    key = digest([path.read_text() for path in sources], pybind11.__version__, sys.version)
+    includes = [f"-I{SOURCES}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-shared"]
+    made = compile_to(BUILD / f"hopper_model-{key}.so", [compiler(), *flags, *includes, str(sources[0])])
+    spec = importlib.util.spec_from_file_location("hopper_model", made)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(name: str, faults: Iterable[Fault] = (), optimise: str = "-O2") -> Library:
     """csrc/host_model/<name>.cpp and the model, as a loaded library."""
     faults = list(faults)
     sources = planted(faults) if faults else SOURCES
@@ -177,7 +214,7 @@ def build(name: str, faults: Iterable[Fault] = (), optimise: str = "-O2") -> cty
         str(sources / "host_model" / f"{name}.cpp"),
         *map(str, objects),
     ]
-    return ctypes.CDLL(str(compile_to(BUILD / f"{name}-{key}.so", command)))
+    return Library(str(compile_to(BUILD / f"{name}-{key}.so", command)))
 
 
 def nvcc() -> str:
@@ -188,7 +225,7 @@ def nvcc() -> str:
     return found
 
 
-def build_ladder() -> ctypes.CDLL:
+def build_ladder() -> Library:
     """The ladder's rungs as the GPU runs them: the same entries as build("primitives"). Loading it needs no GPU."""
     flags = [
         "-std=c++17",
@@ -204,4 +241,4 @@ def build_ladder() -> ctypes.CDLL:
     parts = [SOURCES / "ladder" / "primitives.cu", SOURCES / "primitives" / "device" / "tensor_map.cu"]
     version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
     key = digest(version, flags, folders=[SOURCES / "primitives", SOURCES / "ladder"])
-    return ctypes.CDLL(str(compile_to(BUILD / f"ladder-{key}.so", [nvcc(), *flags, "-shared", *map(str, parts)])))
+    return Library(str(compile_to(BUILD / f"ladder-{key}.so", [nvcc(), *flags, "-shared", *map(str, parts)])))
