@@ -11,11 +11,13 @@ from pathlib import Path
 
 from aadkern_train.engine.command import OneLineParser, status_of
 from aadkern_train.generate.options import (
+    RUN_STEPS,
     WAN_SETTINGS,
     add_convert,
     add_vbench_export,
     add_wan_settings,
     given_options,
+    step_count,
     wan_settings,
 )
 from aadkern_train.planning.command import add_plan
@@ -242,7 +244,7 @@ def switch(name: str, text: str) -> bool:
     return words[text.lower()]
 
 
-WAN_ONLY = ("parts", *WAN_SETTINGS)
+WAN_ONLY = tuple(name for name in ("parts", *WAN_SETTINGS) if name not in RUN_STEPS)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -261,7 +263,8 @@ def run_generate(args: argparse.Namespace) -> None:
         raise ValueError(f"--{foreign.replace('_', '-')} must be left out: {args.checkpoint} is {kind}")
     if not wan:
         run_options = ("prompt", "then", "turn", "image", "index", "chunks", "seed", "fps")
-        generate(args.checkpoint, args.out, **{name: given[name] for name in run_options if name in given})
+        passes = {name: step_count(name, given[name]) for name in RUN_STEPS if name in given}
+        generate(args.checkpoint, args.out, **passes, **{name: given[name] for name in run_options if name in given})
         return
     from aadkern_train.generate.from_wan import generate_wan
 
