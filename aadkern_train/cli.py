@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from aadkern_train.ablate.command import add_ablate
 from aadkern_train.engine.command import OneLineParser, status_of
 from aadkern_train.generate.options import (
     RUN_STEPS,
@@ -33,7 +34,7 @@ TRAIN_MODULES = {
 }
 GOES_ON = {
     **dict.fromkeys(("demo", "train"), "resume=RUN goes on from it"),
-    **dict.fromkeys(("prepare", "pairs"), "the same command goes on from it"),
+    **dict.fromkeys(("prepare", "pairs", "ablate"), "the same command goes on from it"),
 }
 
 
@@ -65,7 +66,7 @@ def with_words(args: argparse.Namespace, more: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
-    names = "info,demo,train,generate,prepare,pairs,plan,vbench-export,convert,report,bench"
+    names = "info,demo,train,ablate,generate,prepare,pairs,plan,vbench-export,convert,report,bench"
     commands = top.add_subparsers(dest="command", required=True, metavar=f"{{{names}}}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
@@ -86,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--show", action="store_true", help="print the settings and stop")
     train.set_defaults(run=run_train)
+
+    add_ablate(commands)
 
     generate = commands.add_parser(
         "generate",

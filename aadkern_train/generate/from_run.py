@@ -74,8 +74,8 @@ def generate(
     ``image`` is the first frame's file; without one, image to video starts from the ``index``-th held-out first frame (of those
     that show what ``prompt`` asks for). ``prompt`` None is that frame's own caption. ``then`` and ``turn``: prompts that take over
     on the way (``prompts.changes``, ``TURNS``). ``steps`` and ``first_steps`` are passes a chunk, and those of the first chunk
-    (``Recipe.steps_of``); None: as it was trained. On Ctrl-C, or an error, what is made so far stays as a whole file. Under torchrun
-    all processes share each frame's tokens (docs/scale.md), and the main one writes.
+    (``Recipe.steps_of``); None: as it was trained. On Ctrl-C, or an error, what is made so far stays as a whole file. Under
+    torchrun all processes share each frame's tokens (docs/scale.md), and the main one writes.
 
     Raises ValueError, before anything is made, for a checkpoint without a generator, an unknown suffix, a count below 1, and for
     prompts that the run's world cannot read.

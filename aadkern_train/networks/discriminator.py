@@ -74,7 +74,8 @@ class QueryTokenHeads(nn.Module):
     def forward(self, taps: Sequence[Tensor], segments: int = 1, sequence: SequenceGroup | None = None, logit: int = 0) -> Tensor:
         pooled = [head(x, segments, sequence).flatten(-2) for head, x in zip(self.heads, taps, strict=True)]
         joined = self.norm(torch.cat(pooled, dim=-1)).float()
-        return F.linear(joined, self.logit.weight.float(), self.logit.bias.float())[..., logit]
+        # A copy, as FSDP2 must not be handed a view.
+        return F.linear(joined, self.logit.weight.float(), self.logit.bias.float())[..., logit].clone()
 
 
 class Discriminator(nn.Module):

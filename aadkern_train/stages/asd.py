@@ -1,6 +1,6 @@
 """Adversarial self-distillation (arXiv 2511.01419): stage II, and the student's n-step clips held against its own (n+1)-step ones.
 
-L = L_DMD + alpha L_ASD. With x^n a rollout of n passes a chunk, x^{n+1} another, a constant, a = D^n(x^{n+1}_tau'), b = D^n(x^n_tau):
+L = L_DMD + alpha L_ASD. Of rollouts x^n of n passes a chunk and, as a constant, x^{n+1}: a = D^n(x^{n+1}_tau'), b = D^n(x^n_tau),
 
     L_ASD = softplus(a - b);    L_D = softplus(b - a) + lambda [(a - a')^2 + (b - b')^2],  the primes at x_tau + delta.
 
@@ -11,6 +11,7 @@ first chunk runs all of these in every rollout (first-frame enhancement).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -56,7 +57,7 @@ class AdversarialSelfDistillation(DmdWarmUp):
         discriminator. Rates, batch, head and the penalties' weights are open in it. alpha 0 is stage II with drawn exits."""
 
         kind: str = "asd"
-        alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+        alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
         # The clips that those of all N steps are held against, there being none of N + 1: a sort of real ones ("curated"), or None:
         # when N is drawn, the student learns from the teacher alone.
         real: str | None = None
@@ -146,7 +147,8 @@ class AdversarialSelfDistillation(DmdWarmUp):
             return told, gradient
         loss, push = self.self_gradient(draws, clips, clips.better)
         push = self.settings.alpha * push
-        told |= {"self_loss": loss, "self_share": (push.norm() / gradient.norm().clamp_min(1e-12)).item()}
+        size, other = push.norm().item(), gradient.norm().item()
+        told |= {"self_loss": loss, "self_share": size / max(size + other, 1e-30)}
         return told, gradient + push
 
     @spanned("self-distillation gradient")
@@ -173,15 +175,17 @@ class AdversarialSelfDistillation(DmdWarmUp):
 
     def taps(self, x: Tensor, sigma: Tensor, text: Tensor | None, condition_of: list[int] | None = None) -> list[Tensor]:
         """What the heads read of the fake score."""
-        plan, layers = bidirectional(self.run.layout), self.settings.layers
-        taps: list[Tensor] = self.learners["fake"].module(x, sigma, text, plan=plan, taps=layers, condition_of=condition_of)
+        fake, plan = self.learners["fake"].module, bidirectional(self.run.layout)
+        with warnings.catch_warnings():  # FSDP2 speaks of what is done to views in place: here nothing is
+            warnings.filterwarnings("ignore", message=".*returned a view tensor")
+            taps: list[Tensor] = fake(x, sigma, text, plan=plan, taps=self.settings.layers, condition_of=condition_of)
         return taps
 
     def logits(self, taps: list[Tensor], count: int) -> Tensor:
         """D^count [B] of clips that the fake score has read."""
         heads, sequence = self.learners["heads"].module, self.learners["fake"].module.sequence
         logits: Tensor = heads(taps, 1, sequence, count - 1)
-        return logits[:, 0].clone()  # a copy, as FSDP2 must not be handed a view
+        return logits[:, 0]
 
     def follow(self, draws: Draws, step: int, k: int, made: Sequence[Clips]) -> dict[str, float]:
         """The fake score's update, and after it the heads', on the same clips."""
