@@ -205,10 +205,6 @@ class Recipe(Config):
         if not self.chunks:
             raise ValueError("chunks must have at least one chunk, got none")
         _ = self.view, self.steps  # each says what it does not accept; no assert, which python -O leaves out
-        for count in self.evaluate.steps:
-            if count >= len(self.levels) or self.evaluate.steps.count(count) > 1:
-                most = f"different counts below {len(self.levels)}, the levels that a stage is measured at anyway"
-                raise ValueError(f"evaluate.steps must be {most}, got {list(self.evaluate.steps)}")
         if self.window < self.sink + max(self.chunks):
             raise ValueError(f"window must hold the sink and a chunk, {self.sink + max(self.chunks)} frames, got {self.window}")
         self.data.check(self)
@@ -226,6 +222,10 @@ class Recipe(Config):
                 raise ValueError(f"{name}.versus must be a stage ({_listed(list(self.stages))}), got {stage.versus!r}")
             stage.check(name, self)
             earlier.append(name)
+        for count in self.evaluate.steps:
+            if count >= len(self.levels) or self.evaluate.steps.count(count) > 1:
+                most = f"different counts below {len(self.levels)}, the levels that a stage is measured at anyway"
+                raise ValueError(f"evaluate.steps must be {most}, got {list(self.evaluate.steps)}")
         self._check_lora()
         return self
 
