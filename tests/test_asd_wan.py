@@ -47,7 +47,7 @@ def test_the_plan_tells_of_it(capsys):
     assert main(["plan", "wan_t2v_1.3b_asd", "one_gpu=true", "gpu=h100", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert list(told["stages"]) == ["ode", "asd"] and told["stages"]["asd"]["fits"]
-    assert {"better rollouts", "self-distillation", "heads' views"} <= told["stages"]["asd"]["petaflops"].keys()
+    assert {"better rollouts", "self-distillation", "heads' views"} <= told["stages"]["asd"]["passes"].keys()
 
 
 SPARING = pytest.param("replay: true, checkpointing: blocks, fake_rollouts: fresh", marks=pytest.mark.slow)

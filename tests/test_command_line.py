@@ -61,8 +61,14 @@ def test_of_words_on_both_sides_of_an_option_the_later_counts(capsys, started):
 @pytest.mark.parametrize(
     "words, says",
     [
-        ("train", "recipe must be one of digits, clips, wan_i2v_14b, wan_t2v_1.3b, wan_smoke, got none"),
-        ("train seed=3", "recipe must be one of digits, clips, wan_i2v_14b, wan_t2v_1.3b, wan_smoke, got none"),
+        (
+            "train",
+            "recipe must be one of digits, clips, wan_i2v_14b, wan_t2v_1.3b, wan_smoke, digits_asd, wan_t2v_1.3b_asd, got none",
+        ),
+        (
+            "train seed=3",
+            "recipe must be one of digits, clips, wan_i2v_14b, wan_t2v_1.3b, wan_smoke, digits_asd, wan_t2v_1.3b_asd, got none",
+        ),
         ("train digits clips", "recipe must be one word, settings key=value, got digits clips"),
         ("train digits --sow", "unrecognized arguments: --sow"),
         ("train digits overwrite=maybe", "overwrite must be true or false, got 'maybe'"),

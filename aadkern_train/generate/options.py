@@ -51,8 +51,10 @@ def wan_settings(given: Mapping[str, Any], told: Mapping[str, Any]) -> WanSettin
     trained = told.get("recipe") if "shift" not in given else None
     for name in RUN_STEPS:
         if name in given:
-            count = given[name] if trained and "," not in given[name] else None
-            options[name] = noise_levels(given[name], shift) if count is None else trained_levels(trained, name, count)
+            counted = trained is not None and "," not in given[name]
+            options[name] = (
+                trained_levels(trained, name, step_count(name, given[name])) if counted else noise_levels(given[name], shift)
+            )
     if "size" in given:
         options["size"] = rows_and_columns(given["size"])
     return WanSettings(**options)

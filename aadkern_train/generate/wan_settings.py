@@ -12,7 +12,6 @@ import torch
 
 from aadkern_train.diffusion.steps import fewer
 from aadkern_train.engine.processes import device_of
-from aadkern_train.generate.options import step_count
 from aadkern_train.generate.prompts import changes
 from aadkern_train.networks.rollout import TURNS
 from aadkern_train.networks.wan_parts import PIXELS
@@ -92,11 +91,11 @@ def trained_settings(told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def trained_levels(recipe: Mapping[str, Any], name: str, text: str) -> tuple[float, ...]:
+def trained_levels(recipe: Mapping[str, Any], name: str, count: int) -> tuple[float, ...]:
     """A count of the levels that a run was trained at, by its settings; ``name`` "first_steps": of the first chunk's own, where it
     has some. Raises ValueError, naming it, for more than there are."""
     own = recipe.get("first_levels") if name == "first_steps" else None
-    return fewer(own or recipe["levels"], step_count(name, text), recipe.get("spacing", "prefix"), name)
+    return fewer(own or recipe["levels"], count, recipe.get("spacing", "prefix"), name)
 
 
 def noise_levels(steps: str, shift: float = 5.0) -> tuple[float, ...]:
