@@ -45,8 +45,8 @@ def cells_of(grid: Grid, seed: int, words: Sequence[str] = ()) -> tuple[Cell, li
     Raises ValueError for words that do not fit, and for a cell that differs in what the shared stages depend on.
     """
     base = make_recipe(grid.recipe, [*grid.base, *words, f"seed={seed}"])
-    later = [name for name in base.stages if name not in grid.shared]
-    trunk = apply_overrides(base, [*(f"{name}.steps=0" for name in later), "evaluate.steps=[]"])
+    trunk = apply_overrides(base, ["evaluate.steps=[]"])
+    trunk = trunk.model_copy(update={"stages": {name: trunk.stages[name] for name in grid.shared}})
     made = []
     for name, own in grid.cells.items():
         recipe = apply_overrides(base, own)
