@@ -107,6 +107,7 @@ def test_fewer_steps_are_the_first_ones_or_evenly_spaced_ones():
         (["asd.layers=[2, 1]"], "asd.layers must be ascending blocks, at least one, got [2, 1]"),
         (["asd.layers=[]"], "asd.layers must be ascending blocks, at least one, got []"),
         (["asd.first_exit=first"], "stages.asd.first_exit='first'"),
+        (["asd.real=test"], "stages.asd.real='test'"),
         (["spacing=even"], "spacing='even'"),
         (["evaluate.steps=[4]"], "evaluate.steps must be different counts below 4"),
         (["evaluate.steps=[0]"], "evaluate.steps"),

@@ -135,15 +135,15 @@ def made(
     turn: str,
     chunks: int,
     seed: int,
-    steps: StepPlan,
+    steps: StepPlan | None = None,
 ) -> Iterator[Tensor]:
-    """The given frame, if any, and then each chunk as it is made, [1, f, C, H, W]."""
+    """The given frame, if any, and then each chunk as it is made, [1, f, C, H, W]. ``steps`` None: the recipe's."""
     size, draws = max(recipe.chunks), Draws(seed, "generate")
 
     def noise(number: int, step: int) -> Tensor:
         return draws.normal(f"noise {number} {step}", [0], (size, *world.frame_shape)).transpose(1, 2)
 
-    stream = streaming(network, 1, world.frame_shape, recipe.view, steps, condition.text)
+    stream = streaming(network, 1, world.frame_shape, recipe.view, steps or recipe.steps, condition.text)
     first = None if condition.first is None else condition.first[:, :, None]
     if condition.first is not None:
         yield condition.first[:, None]

@@ -28,7 +28,7 @@ from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.discriminator import Discriminator
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, register
-from aadkern_train.stages.common import gathered_once, noisy_views, self_rollout, send_back, sent_back, with_twins
+from aadkern_train.stages.common import check_layers, gathered_once, noisy_views, self_rollout, send_back, sent_back, with_twins
 
 
 @register("adversarial")
@@ -69,7 +69,7 @@ class AdversarialRefinement(Stage):
             if self.relativistic and self.views == 2:
                 raise ValueError(f"{name}.views must be 4 with {name}.relativistic, which compares real with fake logits, got 2")
             if recipe.origin(self.source(recipe)) is None:
-                self.check_layers(name, recipe.network.layers)
+                check_layers(name, self.layers, recipe.network.layers)
 
         def work(self, recipe: Recipe) -> Work:
             generator = Member("generator", self.start, ema=True, muon=self.generator.kind == "muon")
@@ -95,16 +95,11 @@ class AdversarialRefinement(Stage):
             bidirectional one the teacher."""
             return self.start if self.backbone == "causal" else recipe.models.backbone
 
-        def check_layers(self, name: str, depth: int) -> None:
-            """That the tapped blocks are there."""
-            if any(not 0 <= layer < depth for layer in self.layers):
-                raise ValueError(f"{name}.layers must be blocks below {depth}, got {list(self.layers)}")
-
     @classmethod
     def check(cls, run: Run, name: str, settings: Settings) -> None:
         depth = run.networks.layers(settings.source(run.recipe))
         if depth is not None:
-            settings.check_layers(name, depth)
+            check_layers(name, settings.layers, depth)
 
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)

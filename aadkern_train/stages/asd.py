@@ -34,7 +34,7 @@ from aadkern_train.networks.discriminator import QueryTokenHeads
 from aadkern_train.networks.rollout import Rollout
 from aadkern_train.run import Run
 from aadkern_train.stages.base import draw_levels, draw_noise, register
-from aadkern_train.stages.common import drawn_exit, drawn_first_exit, noisy_views, rolled_by, with_twins
+from aadkern_train.stages.common import check_layers, drawn_exit, drawn_first_exit, noisy_views, rolled_by, with_twins
 from aadkern_train.stages.dmd import Clips, DmdWarmUp
 
 
@@ -60,7 +60,7 @@ class AdversarialSelfDistillation(DmdWarmUp):
         alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
         # The clips that those of all N steps are held against, there being none of N + 1: a sort of real ones ("curated"), or None:
         # when N is drawn, the student learns from the teacher alone.
-        real: str | None = None
+        real: Literal["train", "curated"] | None = None
         shared_level: bool = True  # both sides of a pair at one noise level; false: each at its own, as the paper's algorithm reads
         first_exit: Literal["last", "drawn"] = "last"  # of a first chunk with levels of its own: all of them, or as stage II
         layers: tuple[int, ...] = (1, 2, 3)  # the fake score's blocks that the heads read
@@ -78,12 +78,7 @@ class AdversarialSelfDistillation(DmdWarmUp):
             if list(self.layers) != sorted(set(self.layers)) or not self.layers:
                 raise ValueError(f"{name}.layers must be ascending blocks, at least one, got {list(self.layers)}")
             if recipe.origin(recipe.models.score(self.start)) is None:
-                self.check_layers(name, recipe.network.layers)
-
-        def check_layers(self, name: str, depth: int) -> None:
-            """That the blocks which the heads read are there."""
-            if any(not 0 <= layer < depth for layer in self.layers):
-                raise ValueError(f"{name}.layers must be blocks below {depth}, got {list(self.layers)}")
+                check_layers(name, self.layers, recipe.network.layers)
 
         def logits(self, recipe: Recipe) -> int:
             """Of the heads: one for each number of steps that is held against a larger one."""
@@ -111,7 +106,7 @@ class AdversarialSelfDistillation(DmdWarmUp):
     def check(cls, run: Run, name: str, settings: Settings) -> None:
         depth = run.networks.layers(run.networks.fake(settings.start))
         if depth is not None:
-            settings.check_layers(name, depth)
+            check_layers(name, settings.layers, depth)
 
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)

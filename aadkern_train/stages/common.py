@@ -3,6 +3,7 @@ views of real and fake clips that a discriminator learns from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -89,3 +90,9 @@ def with_twins(samples: range, every: int) -> tuple[list[int], float]:
     equal parts of a batch add up to its mean."""
     chosen = [i for i, sample in enumerate(samples) if every and sample % every == 0]
     return chosen, len(chosen) * every / len(samples)
+
+
+def check_layers(name: str, layers: Sequence[int], depth: int) -> None:
+    """That the blocks which a discriminator reads are there. Raises ValueError, naming the setting of stage ``name``."""
+    if any(not 0 <= layer < depth for layer in layers):
+        raise ValueError(f"{name}.layers must be blocks below {depth}, got {list(layers)}")
