@@ -223,26 +223,24 @@ def test_the_players_pull_apart():
 
 
 @pytest.mark.parametrize("words", [[], ["first_levels=null"], ["spacing=respaced", "asd.first_exit=drawn"]])
-def test_rollouts_run_the_drawn_number_of_steps(finished, tmp_path, words):
+def test_rollouts_run_the_drawn_number_of_steps(finished, tmp_path, monkeypatch, words):
     with start("cpu") as processes:
         stage = stage_of(finished, tmp_path / "run", processes, *words)
-        recipe, counts, firsts = stage.run.recipe, set(), set()
-        for step in range(8):
-            draws = Draws(step, "rollout")
+        recipe, firsts = stage.run.recipe, set()
+        assert {module.drawn_exit(stage.run, Draws(step)) for step in range(20)} == {0, 1, 2, 3}
+        for exit in range(4):
+            monkeypatch.setattr(module, "drawn_exit", lambda run, draws, exit=exit: exit)
+            draws = Draws(exit, "rollout")
             made, clips = stage.rolled(draws, range(2))
             first, *rest = [chunk.exit_level for chunk in made.made]
-            assert set(rest) == {recipe.steps_of(clips.count).rest[-1]}
-            counts.add(clips.count)
             firsts.add(first)
-            if recipe.first_levels is None:
-                assert first == rest[0]
-            if clips.count == 4:
-                assert clips.better is None
-            else:
-                plan = recipe.steps_of(clips.count + 1)
+            assert clips.count == exit + 1 and set(rest) == {recipe.steps_of(exit + 1).rest[-1]}
+            assert recipe.first_levels is not None or first == rest[0]
+            assert (clips.better is None) == (exit == 3)
+            if exit in (0, 2):
+                plan = recipe.steps_of(exit + 2)
                 better = rolled_by(stage.run, stage.learners["generator"].module, draws.at("better"), range(2), plan)
                 assert torch.equal(clips.better, better.x) and not torch.allclose(clips.better, clips.x, atol=1e-3)
-        assert counts == {1, 2, 3, 4}
         assert len(firsts) > 1 if words else firsts == {0.625}, "first-frame enhancement: all four levels"
 
 
