@@ -9,13 +9,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from aadkern_train.ablate.command import add_ablate
 from aadkern_train.engine.command import OneLineParser, status_of
 from aadkern_train.generate.options import (
+    RUN_STEPS,
     WAN_SETTINGS,
     add_convert,
     add_vbench_export,
     add_wan_settings,
     given_options,
+    step_count,
     wan_settings,
 )
 from aadkern_train.planning.command import add_plan
@@ -32,7 +35,7 @@ TRAIN_MODULES = {
 }
 GOES_ON = {
     **dict.fromkeys(("demo", "train"), "resume=RUN goes on from it"),
-    **dict.fromkeys(("prepare", "pairs"), "the same command goes on from it"),
+    **dict.fromkeys(("prepare", "pairs", "ablate"), "the same command goes on from it"),
 }
 
 
@@ -64,7 +67,7 @@ def with_words(args: argparse.Namespace, more: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
-    names = "info,demo,train,generate,prepare,pairs,plan,vbench-export,convert,report,bench"
+    names = "info,demo,train,ablate,generate,prepare,pairs,plan,vbench-export,convert,report,bench"
     commands = top.add_subparsers(dest="command", required=True, metavar=f"{{{names}}}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
@@ -85,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--show", action="store_true", help="print the settings and stop")
     train.set_defaults(run=run_train)
+
+    add_ablate(commands)
 
     generate = commands.add_parser(
         "generate",
@@ -243,7 +248,7 @@ def switch(name: str, text: str) -> bool:
     return words[text.lower()]
 
 
-WAN_ONLY = ("parts", *WAN_SETTINGS)
+WAN_ONLY = tuple(name for name in ("parts", *WAN_SETTINGS) if name not in RUN_STEPS)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -262,7 +267,8 @@ def run_generate(args: argparse.Namespace) -> None:
         raise ValueError(f"--{foreign.replace('_', '-')} must be left out: {args.checkpoint} is {kind}")
     if not wan:
         run_options = ("prompt", "then", "turn", "image", "index", "chunks", "seed", "fps")
-        generate(args.checkpoint, args.out, **{name: given[name] for name in run_options if name in given})
+        passes = {name: step_count(name, given[name]) for name in RUN_STEPS if name in given}
+        generate(args.checkpoint, args.out, **passes, **{name: given[name] for name in run_options if name in given})
         return
     from aadkern_train.generate.from_wan import generate_wan
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.flow import integrate_ode, sigma_schedule
+from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.networks.rollout import TURNS, stream, streaming, turn_to
 from aadkern_train.run import Run
 
@@ -25,7 +26,7 @@ def lengthened(run: Run) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def streamed(run: Run, network: Any, samples: range, chunks: Sequence[int]) -> Tensor:
+def streamed(run: Run, network: Any, samples: range, chunks: Sequence[int], steps: StepPlan) -> Tensor:
     """Clips [B, F, C, H, W] streamed through the ring cache under held-out conditions; sample i's noise is its own, for every
     stage."""
     draws, device = run.draws("evaluate", 0), run.processes.device
@@ -36,7 +37,7 @@ def streamed(run: Run, network: Any, samples: range, chunks: Sequence[int]) -> T
 
     condition = run.condition(samples, "test")
     given = [] if condition.first is None else [condition.first[:, None]]
-    return torch.cat([*given, *stream(network, condition, shape, run.window, sizes, noise, run.recipe.steps)], dim=1)
+    return torch.cat([*given, *stream(network, condition, shape, run.window, sizes, noise, steps)], dim=1)
 
 
 def in_batches(run: Run, count: int, make: Callable[[range], Tensor]) -> Tensor:
@@ -62,15 +63,17 @@ def measured(run: Run, x: Tensor, split: str = "test") -> dict[str, Any]:
     return run.world.measure(x, condition, real_clips(run, x.shape[0], x.shape[1]))
 
 
-def evaluate(run: Run, network: Any, count: int, *, long: bool) -> Measured:
-    """The metrics of ``count`` streamed clips, with ``long`` those of longer ones too, and the clips themselves."""
+def evaluate(run: Run, network: Any, count: int, *, long: bool, steps: StepPlan | None = None) -> Measured:
+    """The metrics of ``count`` streamed clips, with ``long`` those of longer ones too, and the clips themselves; by other ``steps``
+    than the recipe's, where some are given."""
+    plan = steps or run.recipe.steps
     network.eval()
-    clips = {"": in_batches(run, count, lambda s: streamed(run, network, s, run.recipe.chunks))}
+    clips = {"": in_batches(run, count, lambda s: streamed(run, network, s, run.recipe.chunks, plan))}
     _check_finite(clips[""])
     metrics = measured(run, clips[""])
     if long:
         chunks = lengthened(run)
-        clips["long"] = in_batches(run, count, lambda s: streamed(run, network, s, chunks))
+        clips["long"] = in_batches(run, count, lambda s: streamed(run, network, s, chunks, plan))
         _check_finite(clips["long"])
         metrics["long"] = measured(run, clips["long"])
     network.train()

@@ -208,10 +208,24 @@ def measure_stage(run: Run, stage: Stage, network: Any, count: int, *, long: boo
     return evaluate(run, network, count, long=long) if stage.streams and count else ({}, {})
 
 
+def measure_fewer(run: Run, stage: Stage, network: Any, title: str) -> dict[str, tuple[str, Measured]]:
+    """The same in the fewer passes a chunk that ``evaluate.steps`` asks for: rows of reports, STAGE.COUNT, with their titles."""
+    settings = run.recipe.evaluate
+    return {
+        f"{stage.name}.{count}": (
+            f"{title}, {count} step{'s' * (count > 1)} a chunk",
+            evaluate(run, network, settings.final_clips, long=True, steps=run.recipe.steps_of(count)),
+        )
+        for count in (settings.steps if stage.streams and settings.final_clips else ())
+    }
+
+
 def finish(run: Run, stage: Stage, progressed: Progressed) -> None:
     """The last measurement, samples, exported weights; the stage's own weights come last and mark it as finished."""
     with stage.deployed() as network:
         metrics, clips = measure_stage(run, stage, network, run.recipe.evaluate.final_clips, long=True)
+        title = stage.settings.title or stage.title or stage.name.replace("_", " ")
+        fewer = measure_fewer(run, stage, network, title)
         steps = progressed.stopped_at if progressed.stopped_at >= 0 else stage.steps
         if stage.streams and run.recipe.validation.path is not None:
             validate(run, stage.name, network, steps)
@@ -221,11 +235,12 @@ def finish(run: Run, stage: Stage, progressed: Progressed) -> None:
         report["seconds_per_stage"][stage.name] = round(progressed.seconds, 1)
         report["seconds"] = round(sum(report["seconds_per_stage"].values()), 1)
         report["steps"][stage.name] = steps
-        report["titles"][stage.name] = stage.settings.title or stage.title or stage.name.replace("_", " ")
-        if metrics:
-            report["stages"][stage.name] = metrics
-        for suffix, x in clips.items():
-            save_sample(run, f"{stage.name}_{suffix}" if suffix else stage.name, x)
+        rows = {**({stage.name: (title, (metrics, clips))} if metrics else {}), **fewer}
+        report["titles"][stage.name] = title
+        for name, (called, (values, made)) in rows.items():
+            report["stages"][name], report["titles"][name] = values, called
+            for suffix, x in made.items():
+                save_sample(run, f"{name}_{suffix}" if suffix else name, x)
         run.folder.write_json(run.folder.metrics_file, report)
         told = {"stage": stage.name, "step": steps, "streams": stage.streams}
         for name in stage.exports:

@@ -374,8 +374,8 @@ def test_wan_options_are_refused_for_a_run(tmp_path, capsys):
     (run.folder.weights("random") / "run.json").write_text(json.dumps(facts))
     run.folder.weights("random").rename(run.folder.weights("ode"))
     for checkpoint in (tmp_path, tmp_path / "weights" / "ode"):
-        assert main(["generate", "--checkpoint", str(checkpoint), "--steps", "4"]) == 2
-        assert f"--steps must be left out: {checkpoint} is a run" in capsys.readouterr().err
+        assert main(["generate", "--checkpoint", str(checkpoint), "--window", "4"]) == 2
+        assert f"--window must be left out: {checkpoint} is a run" in capsys.readouterr().err
         assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", "a cat"]) == 2
         assert "has the word 'cat'" in capsys.readouterr().err
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+Spacing = Literal["prefix", "respaced"]
+"""Which of N levels a sampler of n < N passes runs: the first n, or those at i N // n."""
 
 
 @dataclass(frozen=True)
@@ -44,3 +49,12 @@ class StepPlan:
         """The noise levels that the exit pass is answerable for: from the next pass's level (0 after the last) up to its own."""
         below = self.rest[exit + 1] if exit + 1 < len(self.rest) else 0.0
         return below, self.rest[exit]
+
+
+def fewer(levels: Sequence[float], count: int, spacing: Spacing, name: str = "steps") -> tuple[float, ...]:
+    """``count`` of the falling ``levels``, 1 first. Raises ValueError, naming ``name``, where there are not so many."""
+    if not 1 <= count <= len(levels):
+        raise ValueError(f"{name} must be 1 to {len(levels)}, passes at the trained levels {list(levels)}, got {count}")
+    if spacing == "prefix":
+        return tuple(levels[:count])
+    return tuple(levels[i * len(levels) // count] for i in range(count))

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from aadkern.plans import Window
-from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.diffusion.steps import Spacing, StepPlan, fewer
 from aadkern_train.engine.config import Choice, Config, one_of
 from aadkern_train.engine.work import Member, Sizes, Work
 
@@ -149,6 +149,7 @@ class EvaluationSettings(Config):
     long: Count = 3  # the long measurement is this many times the trained length
     show: Count = 8  # clips kept for the report
     teacher_steps: Count = 16  # network passes of the teacher's own samples, beside which the stages are shown
+    steps: tuple[Count, ...] = ()  # passes a chunk, fewer than the levels, in which a stage is measured at its end as well
 
     @property
     def wanted(self) -> int:
@@ -187,6 +188,7 @@ class Recipe(Config):
     sink: Whole = 1
     levels: tuple[Share, ...] = (1.0,)  # noise levels of the student's passes per chunk: (1,) is one step, (1, 0.8333) two
     first_levels: tuple[Share, ...] | None = None  # those of the first generated chunk, if others
+    spacing: Spacing = "prefix"  # which of them fewer steps run: the first ones, or evenly spaced ones
     network: NetworkSettings = NetworkSettings()
     models: ModelsSettings = ModelsSettings()
     stages: dict[str, one_of(StageSettings)] = {}  # type: ignore[valid-type]  # noqa: RUF012
@@ -220,6 +222,10 @@ class Recipe(Config):
                 raise ValueError(f"{name}.versus must be a stage ({_listed(list(self.stages))}), got {stage.versus!r}")
             stage.check(name, self)
             earlier.append(name)
+        for count in self.evaluate.steps:
+            if count >= len(self.levels) or self.evaluate.steps.count(count) > 1:
+                most = f"different counts below {len(self.levels)}, the levels that a stage is measured at anyway"
+                raise ValueError(f"evaluate.steps must be {most}, got {list(self.evaluate.steps)}")
         self._check_lora()
         return self
 
@@ -268,6 +274,17 @@ class Recipe(Config):
     def steps(self) -> StepPlan:
         """The student's noise levels."""
         return StepPlan(self.first_levels or self.levels, self.levels)
+
+    def steps_of(self, count: int, first: int | None = None) -> StepPlan:
+        """The same in ``count`` passes a chunk: some of the levels, by ``spacing``. The first generated chunk has ``first`` passes;
+        None: all of its own levels, where it has some (first-frame enhancement), else ``count``.
+
+        Raises ValueError for more passes than levels.
+        """
+        rest, own = fewer(self.levels, count, self.spacing), self.first_levels or self.levels
+        if first is None:
+            first = count if self.first_levels is None else len(own)
+        return StepPlan(fewer(own, first, self.spacing, "first_steps"), rest)
 
     def trained(self, source: str) -> str | None:
         """The stage that really gives a start's weights: a stage of 0 steps is left out, so what starts from it starts where it

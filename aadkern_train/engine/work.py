@@ -22,7 +22,8 @@ class Sizes:
 class Member:
     """A network of a stage. ``source`` is what ``Networks.make`` takes; one that does not learn is kept in bf16 unless ``fp32``.
 
-    ``taps``: the blocks that a discriminator reads, beyond the deepest of which none runs, by ``queries`` tokens each.
+    ``taps``: the blocks that a discriminator reads, beyond the deepest of which none runs, by ``queries`` tokens each. ``reads``
+    above 0: it is the heads alone, which read another role's taps into so many logits.
     """
 
     role: str
@@ -32,6 +33,7 @@ class Member:
     muon: bool = False
     taps: tuple[int, ...] = ()
     queries: int = 1
+    reads: int = 0
     fp32: bool = False
     offloaded: bool = False
 

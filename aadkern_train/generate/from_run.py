@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.engine.processes import start
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.video import SUFFIXES, GrowingVideo, check_place, frame_rate, write_video
@@ -65,13 +66,16 @@ def generate(
     chunks: int = 12,
     seed: int = 0,
     fps: float = 8.0,
+    steps: int | None = None,
+    first_steps: int | None = None,
 ) -> Path:
     """Stream ``chunks`` chunks into ``out``, an mp4 that plays while it grows, or a gif; tells the rate. Returns ``out``.
 
     ``image`` is the first frame's file; without one, image to video starts from the ``index``-th held-out first frame (of those
     that show what ``prompt`` asks for). ``prompt`` None is that frame's own caption. ``then`` and ``turn``: prompts that take over
-    on the way (``prompts.changes``, ``TURNS``). On Ctrl-C, or an error, what is made so far stays as a whole file. Under torchrun
-    all processes share each frame's tokens (docs/scale.md), and the main one writes.
+    on the way (``prompts.changes``, ``TURNS``). ``steps`` and ``first_steps`` are passes a chunk, and those of the first chunk
+    (``Recipe.steps_of``); None: as it was trained. On Ctrl-C, or an error, what is made so far stays as a whole file. Under
+    torchrun all processes share each frame's tokens (docs/scale.md), and the main one writes.
 
     Raises ValueError, before anything is made, for a checkpoint without a generator, an unknown suffix, a count below 1, and for
     prompts that the run's world cannot read.
@@ -90,7 +94,7 @@ def generate(
     frame_rate(fps)
     weights = find_weights(checkpoint)
     recipe = recipe_of(json.dumps(facts(weights)["recipe"]), weights / "run.json")
-    size = max(recipe.chunks)
+    size, plan = max(recipe.chunks), recipe.steps_of(len(recipe.levels) if steps is None else steps, first_steps)
     if out.suffix.lower() == ".gif" and chunks * size > LONGEST_GIF:
         raise ValueError(f"out must be an mp4 for more than {LONGEST_GIF} frames, got {out.name} for {chunks * size}")
     folder = weights.parent.parent / "world"
@@ -100,7 +104,7 @@ def generate(
     network: Any = load(weights).eval().requires_grad_(False)
     with start("cpu") as processes, sequence_of(processes, network.tokens_per_frame(*world.frame_shape[-2:])) as group:
         network.net.sequence = group
-        frames = made(recipe, world, network, condition, later, turn, chunks, seed)
+        frames = made(recipe, world, network, condition, later, turn, chunks, seed, plan)
         if processes.is_main:
             write(out, fps, world, frames)
         else:
@@ -123,15 +127,23 @@ def condition_for(world: World, recipe: Recipe, prompt: str | None, image: Path 
 
 
 def made(
-    recipe: Recipe, world: World, network: Any, condition: Condition, later: dict[int, Tensor], turn: str, chunks: int, seed: int
+    recipe: Recipe,
+    world: World,
+    network: Any,
+    condition: Condition,
+    later: dict[int, Tensor],
+    turn: str,
+    chunks: int,
+    seed: int,
+    steps: StepPlan | None = None,
 ) -> Iterator[Tensor]:
-    """The given frame, if any, and then each chunk as it is made, [1, f, C, H, W]."""
+    """The given frame, if any, and then each chunk as it is made, [1, f, C, H, W]. ``steps`` None: the recipe's."""
     size, draws = max(recipe.chunks), Draws(seed, "generate")
 
     def noise(number: int, step: int) -> Tensor:
         return draws.normal(f"noise {number} {step}", [0], (size, *world.frame_shape)).transpose(1, 2)
 
-    stream = streaming(network, 1, world.frame_shape, recipe.view, recipe.steps, condition.text)
+    stream = streaming(network, 1, world.frame_shape, recipe.view, steps or recipe.steps, condition.text)
     first = None if condition.first is None else condition.first[:, :, None]
     if condition.first is not None:
         yield condition.first[:, None]

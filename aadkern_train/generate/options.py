@@ -13,14 +13,19 @@ if TYPE_CHECKING:
     from aadkern_train.generate.wan_settings import WanSettings
 
 WAN_PLAIN = ("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs")  # as in WanSettings
+RUN_STEPS = ("steps", "first_steps")
 WAN_SETTINGS = ("size", "steps", "first_steps", "shift", *WAN_PLAIN)
 
 
 def add_wan_settings(add: Callable[..., Any]) -> None:
     """Options left out stay None: the defaults are the settings' own."""
     add("--size", help="rows x columns of pixels (480x832)")
-    add("--steps", help='denoising steps: a count, or timesteps like "1000,750,500,250" (1; Self-Forcing 4)')
-    add("--first-steps", help="the same for the first chunk (as --steps)")
+    add(
+        "--steps",
+        help='denoising steps: a count, or timesteps like "1000,750,500,250" (1; Self-Forcing 4; a RUN\'s weights: a count of the\
+ levels they were trained at, all of them)',
+    )
+    add("--first-steps", help="the same for the first chunk (as --steps, or the levels of its own that it was trained at)")
     add("--shift", type=float, help="shift of the timesteps towards noise (5)")
     add("--chunk-frames", type=int, help="frames generated together (3)")
     add("--window", type=int, help="frames in view, the sink and the chunk counted (21)")
@@ -36,19 +41,32 @@ def add_wan_settings(add: Callable[..., Any]) -> None:
 def wan_settings(given: Mapping[str, Any], told: Mapping[str, Any]) -> WanSettings:
     """The settings from the options that were given, by their names; ``told`` is the checkpoint's run.json, whose run's settings
     are the defaults. Raises ValueError as they do."""
-    from aadkern_train.generate.wan_settings import WanSettings, noise_levels, trained_settings
+    from aadkern_train.generate.wan_settings import WanSettings, noise_levels, trained_levels, trained_settings
 
     options = trained_settings(told) | {
         name: given[name] for name in ("chunks", "fps", "seed", "then", "turn", *WAN_PLAIN) if name in given
     }
     shift = given.get("shift", 5.0)
     noise_levels("1", shift)  # is told of even where nothing is shifted
-    for name in ("steps", "first_steps"):
+    trained = told.get("recipe") if "shift" not in given else None
+    for name in RUN_STEPS:
         if name in given:
-            options[name] = noise_levels(given[name], shift)
+            counted = trained is not None and "," not in given[name]
+            options[name] = (
+                trained_levels(trained, name, step_count(name, given[name])) if counted else noise_levels(given[name], shift)
+            )
     if "size" in given:
         options["size"] = rows_and_columns(given["size"])
     return WanSettings(**options)
+
+
+def step_count(name: str, text: str) -> int:
+    """A number of passes a chunk. Raises ValueError, naming the option, for other words."""
+    if not text.isdecimal() or not int(text):
+        raise ValueError(
+            f"{name} must be a count of at least 1 for a run, of the noise levels that it was trained at, got {text!r}"
+        )
+    return int(text)
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from aadkern_train.diffusion.steps import fewer
 from aadkern_train.engine.processes import device_of
 from aadkern_train.generate.prompts import changes
 from aadkern_train.networks.rollout import TURNS
@@ -88,6 +89,13 @@ def trained_settings(told: Mapping[str, Any]) -> dict[str, Any]:
         "first_steps": None if recipe["first_levels"] is None else tuple(recipe["first_levels"]),
         "size": (PIXELS * height, PIXELS * width),
     }
+
+
+def trained_levels(recipe: Mapping[str, Any], name: str, count: int) -> tuple[float, ...]:
+    """A count of the levels that a run was trained at, by its settings; ``name`` "first_steps": of the first chunk's own, where it
+    has some. Raises ValueError, naming it, for more than there are."""
+    own = recipe.get("first_levels") if name == "first_steps" else None
+    return fewer(own or recipe["levels"], count, recipe.get("spacing", "prefix"), name)
 
 
 def noise_levels(steps: str, shift: float = 5.0) -> tuple[float, ...]:

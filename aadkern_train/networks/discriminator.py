@@ -59,21 +59,23 @@ class QueryTokenHead(nn.Module):
 
 
 class QueryTokenHeads(nn.Module):
-    """Heads on several taps, concatenated to one logit per segment: list of [B, L, C] -> [B, segments] in float32."""
+    """Heads on several taps, concatenated to logits per segment, of which a pass gives the one that it names: list of [B, L, C] ->
+    [B, segments] in float32."""
 
-    def __init__(self, dim: int, heads: int, taps: int, queries: int = 1) -> None:
+    def __init__(self, dim: int, heads: int, taps: int, queries: int = 1, logits: int = 1) -> None:
         super().__init__()
         self.heads = nn.ModuleList(QueryTokenHead(dim, heads, queries) for _ in range(taps))
         self.norm = nn.LayerNorm(dim * taps * queries)
-        self.logit = nn.Linear(dim * taps * queries, 1)
+        self.logit = nn.Linear(dim * taps * queries, logits)
         # Logits start near 0, so the first loss is 2 ln 2 and the backbone is not kicked.
         nn.init.normal_(self.logit.weight, std=0.02)
         nn.init.zeros_(self.logit.bias)
 
-    def forward(self, taps: Sequence[Tensor], segments: int = 1, sequence: SequenceGroup | None = None) -> Tensor:
+    def forward(self, taps: Sequence[Tensor], segments: int = 1, sequence: SequenceGroup | None = None, logit: int = 0) -> Tensor:
         pooled = [head(x, segments, sequence).flatten(-2) for head, x in zip(self.heads, taps, strict=True)]
         joined = self.norm(torch.cat(pooled, dim=-1)).float()
-        return F.linear(joined, self.logit.weight.float(), self.logit.bias.float())[..., 0]
+        # A copy, as FSDP2 must not be handed a view.
+        return F.linear(joined, self.logit.weight.float(), self.logit.bias.float())[..., logit].clone()
 
 
 class Discriminator(nn.Module):

@@ -36,18 +36,22 @@ class Net:
     @property
     def root(self) -> int:
         """Parameters outside of the blocks, which are gathered together."""
+        if self.member.reads and self.judge is not None:
+            return self.judge.heads
         return self.shape.root + (0 if self.judge is None else self.judge.heads)
 
     @property
     def parameters(self) -> int:
         """All of them."""
-        return self.shape.layers * self.shape.block + self.root
+        return self.root + (0 if self.member.reads else self.shape.layers * self.shape.block)
 
     @property
     def trained(self) -> int:
         """Those that learn: not what is behind the deepest tap, nor what only texts need where there are none."""
         if not self.member.learns:
             return 0
+        if self.member.reads:
+            return self.parameters
         shape, idle = self.shape, 0 if self.judge is None else self.judge.idle
         return self.parameters - idle - (shape.text_embedder + self.blocks * shape.cross if shape.text is None else 0)
 
@@ -76,6 +80,8 @@ class Net:
 
     def gathered(self, kept: bool) -> float:
         """Bytes of the bf16 copies that a pass computes from: this block, the next, and what is outside of them; or the whole."""
+        if self.member.reads:
+            return 2.0 * self.root
         running = self.root + self.blocks * self.shape.block
         return 2.0 * running if kept or self.whole else 2.0 * (2 * self.shape.block + self.root)
 
@@ -89,7 +95,7 @@ def nets(members: tuple[Member, ...], recipe: Recipe, sizes: Sizes, given: Mappi
     for member in members:
         told = given.get(member.role.replace(" ", "_"), given.get(member.role.split()[0]))
         shape = shape_of(told, member.role, recipe, sizes) if told else _own(member, recipe, sizes)
-        judge = Judge(shape, member.taps, member.queries) if member.taps else None
+        judge = Judge(shape, member.taps, member.queries, max(1, member.reads)) if member.taps else None
         if judge is not None and judge.depth > shape.layers:
             raise ValueError(f"layers must be blocks below {shape.layers}, the {member.role}'s, got {list(member.taps)}")
         made[member.role] = Net(member, shape, judge)

@@ -95,11 +95,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Judge:
-    """A discriminator: a network read behind the blocks ``taps`` by ``queries`` tokens each."""
+    """A discriminator: a network read behind the blocks ``taps`` by ``queries`` tokens each, into ``logits``."""
 
     backbone: Shape
     taps: tuple[int, ...]
     queries: int = 1
+    logits: int = 1
 
     @property
     def depth(self) -> int:
@@ -112,7 +113,7 @@ class Judge:
         c, d = self.backbone.dim, self.backbone.head_dim
         each = self.queries * c + c + 5 * c * (c + 1) + 2 * d + 2 * c
         wide = c * len(self.taps) * self.queries
-        return len(self.taps) * each + 3 * wide + 1
+        return len(self.taps) * each + 2 * wide + self.logits * (wide + 1)
 
     @property
     def idle(self) -> int:

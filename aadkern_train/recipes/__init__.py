@@ -1,8 +1,8 @@
 """The recipes: a run's settings with their reasons. ``aad train RECIPE key.sub=value`` changes any of them.
 
 ``digits``: moving digits on a torus, told what to do by captions, with an exact teacher to measure against (the demo). ``clips``: a
-folder of videos. Wan's stand in ``wan.py``. What a stage can be set to, and the paper's figures (14B, 64 GPUs), stand in its own
-file under ``stages/``.
+folder of videos. Wan's stand in ``wan.py``, those of self-distillation in ``asd.py``. What a stage can be set to, and the paper's
+figures (14B, 64 GPUs), stand in its own file under ``stages/``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aadkern_train.engine.config import ConfigError, apply_overrides, difference
 from aadkern_train.engine.plugins import load_plugins
 from aadkern_train.engine.recipe import NetworkSettings, Recipe
 from aadkern_train.learning.optim import OptimConfig
-from aadkern_train.recipes.wan import ORIGINS, SHORTHANDS, wan_i2v_14b, wan_smoke, wan_t2v_1_3b
+from aadkern_train.recipes import asd, wan
 from aadkern_train.stages.adversarial import AdversarialRefinement
 from aadkern_train.stages.dmd import DmdWarmUp
 from aadkern_train.stages.ode import OdeInitialisation
@@ -83,10 +83,14 @@ def clips() -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": digits,
     "clips": clips,
-    "wan_i2v_14b": wan_i2v_14b,
-    "wan_t2v_1.3b": wan_t2v_1_3b,
-    "wan_smoke": wan_smoke,
+    "wan_i2v_14b": wan.wan_i2v_14b,
+    "wan_t2v_1.3b": wan.wan_t2v_1_3b,
+    "wan_smoke": wan.wan_smoke,
+    "digits_asd": asd.digits_asd,
+    "wan_t2v_1.3b_asd": asd.wan_t2v_1_3b_asd,
 }
+ORIGINS = {**wan.ORIGINS, "wan_t2v_1.3b_asd": asd.ORIGINS}
+SHORTHANDS = {**wan.SHORTHANDS, "wan_t2v_1.3b_asd": asd.SHORTHANDS}
 
 # The two sizes of the demo, as settings of the digits recipe. "full" is the recipe itself. After 900 steps the teacher's obey is 58
 # and 69 (two seeds; after 1400: 61 and 78 in two others), and stage III wins by more: over three times the length obey 89 and 98,

@@ -24,7 +24,7 @@ MEASURED = EvaluationSettings(every=10, clips=8, final_clips=16, batch=1, long=3
 TO_BE_NAMED = ""  # a folder that only the user knows: a run without it is refused, by the setting's name
 
 
-def _networks(size: str) -> dict:
+def networks_of(size: str) -> dict:
     """What all Wan networks share. A folder gives the weights; the shape is stated so that it can be checked first."""
     shape = NetworkSettings(
         **SHAPES[size], patch=2, predicts="flow", rope="relative", torus_rope=False, rope_frames=None, qk_gain=1.0
@@ -100,7 +100,7 @@ def wan_i2v_14b() -> Recipe:
         validation=ValidationSettings(every=50),
         checkpoint_every=25,
         keep_checkpoints=1,
-        **_networks("14B"),
+        **networks_of("14B"),
     )
 
 
@@ -119,7 +119,7 @@ def wan_t2v_1_3b() -> Recipe:
         validation=ValidationSettings(every=50),
         checkpoint_every=50,
         keep_checkpoints=1,
-        **_networks("1.3B"),
+        **networks_of("1.3B"),
     )
 
 
@@ -147,7 +147,7 @@ def wan_smoke() -> Recipe:
         validation=ValidationSettings(every=0),
         checkpoint_every=2,
         keep_checkpoints=1,
-        **_networks("smoke"),
+        **networks_of("smoke"),
     )
 
 

@@ -15,7 +15,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from aadkern import noised_views
 from aadkern.spans import spanned
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.flow import add_noise, clip_sigma, unshift
@@ -29,7 +28,7 @@ from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.discriminator import Discriminator
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, register
-from aadkern_train.stages.common import gathered_once, self_rollout, send_back, sent_back
+from aadkern_train.stages.common import check_layers, gathered_once, noisy_views, self_rollout, send_back, sent_back, with_twins
 
 
 @register("adversarial")
@@ -70,7 +69,7 @@ class AdversarialRefinement(Stage):
             if self.relativistic and self.views == 2:
                 raise ValueError(f"{name}.views must be 4 with {name}.relativistic, which compares real with fake logits, got 2")
             if recipe.origin(self.source(recipe)) is None:
-                self.check_layers(name, recipe.network.layers)
+                check_layers(name, self.layers, recipe.network.layers)
 
         def work(self, recipe: Recipe) -> Work:
             generator = Member("generator", self.start, ema=True, muon=self.generator.kind == "muon")
@@ -96,16 +95,11 @@ class AdversarialRefinement(Stage):
             bidirectional one the teacher."""
             return self.start if self.backbone == "causal" else recipe.models.backbone
 
-        def check_layers(self, name: str, depth: int) -> None:
-            """That the tapped blocks are there."""
-            if any(not 0 <= layer < depth for layer in self.layers):
-                raise ValueError(f"{name}.layers must be blocks below {depth}, got {list(self.layers)}")
-
     @classmethod
     def check(cls, run: Run, name: str, settings: Settings) -> None:
         depth = run.networks.layers(settings.source(run.recipe))
         if depth is not None:
-            settings.check_layers(name, depth)
+            check_layers(name, settings.layers, depth)
 
     def __init__(self, run: Run, name: str, settings: Settings) -> None:
         super().__init__(run, name, settings)
@@ -203,15 +197,12 @@ class AdversarialRefinement(Stage):
     ) -> dict[str, float]:
         """One batch of views (real, fake, and the perturbed twins of a share of each) through the discriminator and back, or one of
         real views and one of fake: the gradient of L_D, and what the log keeps."""
-        settings, count, frames = self.settings, len(samples), fake.shape[1]
+        settings, count = self.settings, len(samples)
         real = self.run.clips(samples, settings.real)
         sigma = self.levels(draws, "level", samples, real, exit)
-        seeds = [draws.integers(f"views of {name}", samples, 2**63 - 1, device=real.device) for name in ("real", "fake")]
-        moves = clip_sigma(torch.full((2 * count,), settings.delta, device=real.device), frames, self.clean_frames)
-        views, moved = noised_views(torch.cat([real, fake]), sigma.repeat(2, 1), delta_std=moves, seed=torch.cat(seeds))
-        chosen = [i for i, sample in enumerate(samples) if settings.penalty and sample % settings.penalty_every == 0]
+        views, moved = noisy_views(draws, samples, real, fake, sigma.repeat(2, 1), settings.delta, self.clean_frames)
+        chosen, share = with_twins(samples, settings.penalty_every if settings.penalty else 0)
         index = torch.tensor(chosen, dtype=torch.int64, device=real.device)
-        share = len(chosen) * settings.penalty_every / count  # so that equal parts of a batch add up to its mean
 
         def judged(rows: list[int], twins: list[int], objective: Callable[[Tensor], DiscriminatorObjective], last: bool):
             rows_of = [row % count for row in (*rows, *twins)]

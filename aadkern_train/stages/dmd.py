@@ -7,6 +7,8 @@ stage.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,13 +25,20 @@ from aadkern_train.engine.work import Member, Pass, Work
 from aadkern_train.learning.learner import Learner, gradient_of
 from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.conditions import Condition
+from aadkern_train.networks.rollout import Rollout
 from aadkern_train.run import Run
-from aadkern_train.stages.base import Stage, draw_levels, draw_noise, micro_batches, noised, register
+from aadkern_train.stages.base import KINDS, Stage, draw_levels, draw_noise, micro_batches, noised, register
 from aadkern_train.stages.common import gathered_once, self_rollout, send_back, sent_back
 from aadkern_train.stages.pretrain import denoising_loss
 
-Clips = tuple[range, Tensor, Condition]
-"""A part of a batch: its samples, the clips made from them, and their conditions."""
+
+@dataclass(frozen=True)
+class Clips:
+    """A part of a batch: its samples, the clips made from them, and their conditions."""
+
+    samples: range
+    x: Tensor
+    condition: Condition
 
 
 def _rising(levels: tuple[float, float]) -> tuple[float, float]:
@@ -40,8 +49,8 @@ def _rising(levels: tuple[float, float]) -> tuple[float, float]:
 
 @register("dmd")
 class DmdWarmUp(Stage):
-    """The generator follows the teacher's score less its own. Started from another stage of this kind, it goes on with that
-    stage's fake score: the control for stage III."""
+    """The generator follows the teacher's score less its own. Started from a stage that has a fake score, it goes on with that one:
+    the control for stage III."""
 
     title, exports, shown = "II: DMD", ("fake",), ("generator_loss", "fake_loss")
 
@@ -80,7 +89,7 @@ class DmdWarmUp(Stage):
         super().__init__(run, name, settings)
         clip, networks = settings.clip, run.networks
         before = run.recipe.trained(settings.start) if settings.start else None
-        goes_on = before in run.recipe.stages and run.recipe.stages[before].kind == settings.kind
+        goes_on = before in run.recipe.stages and "fake" in KINDS[run.recipe.stages[before].kind].exports
         follower = f"{before}.fake" if goes_on else networks.fake(settings.start)
         made = networks.roles({"generator": settings.start, "fake": follower})
         self.learners["generator"] = Learner(made["generator"], settings.generator, self.steps, clip=clip, ema=settings.ema)
@@ -91,24 +100,24 @@ class DmdWarmUp(Stage):
         generator, draws = self.learners["generator"], self.run.draws(self.name, step)
         fresh, updates = self.settings.fake_rollouts == "fresh", self.settings.fake_per_generator
         samples = self.run.batch(step * (1 + updates) if fresh else step, self.settings.batch)
-        logged = {"generator_loss": 0.0, "direction": 0.0}
+        told: list[dict[str, float]] = []
         made: list[Clips] = []
         with gathered_once(self.run, generator.module):
             for some, last in micro_batches(samples, self.settings.accumulate):
-                rolled, _ = self_rollout(self.run, generator.module, draws, some, with_grad=not self.settings.replay)
-                condition = self.run.condition(some)
-                made.append((some, rolled.x.detach(), condition))
-                loss, gradient, size = self.generator_gradient(draws, some, rolled.x.detach(), condition)
+                rolled, clips = self.rolled(draws, some, with_grad=not self.settings.replay)
+                made.append(clips)
+                values, gradient = self.generator_gradient(draws, clips)
                 send_back(rolled, gradient / self.settings.accumulate, generator.module, last, self.settings.replay)
-                logged["generator_loss"] += loss / self.settings.accumulate
-                logged["direction"] += size / self.settings.accumulate
+                told.append(values)
                 del rolled  # its cache, before the next one and the fake score's updates
-        logged["grad_norm"] = generator.update(step)
-        logged["fake_loss"] = 0.0
-        for k in range(updates):
-            logged["fake_loss"] += self.fake_step(draws, step, k, self.fresh_clips(step, k) if fresh else made)
-        logged["fake_loss"] /= updates
-        return logged
+        logged = {**averages(told), "grad_norm": generator.update(step)}
+        followed = [self.follow(draws, step, k, self.fresh_clips(step, k) if fresh else made) for k in range(updates)]
+        return {**logged, **averages(followed)}
+
+    def rolled(self, draws: Draws, samples: range, with_grad: bool = False) -> tuple[Rollout, Clips]:
+        """Clips of the generator as it is now."""
+        made, _ = self_rollout(self.run, self.learners["generator"].module, draws, samples, with_grad)
+        return made, Clips(samples, made.x.detach(), self.run.condition(samples))
 
     def fresh_clips(self, step: int, k: int) -> list[Clips]:
         """A rollout of the fake score's own, without gradient: of the generator as it is now, from samples and draws of its own."""
@@ -117,30 +126,31 @@ class DmdWarmUp(Stage):
         made: list[Clips] = []
         with gathered_once(self.run, generator):
             for some, _ in micro_batches(samples, self.settings.accumulate):
-                rolled, _ = self_rollout(self.run, generator, draws, some, with_grad=False)
-                made.append((some, rolled.x, self.run.condition(some)))
-                del rolled
+                made.append(self.rolled(draws, some)[1])
         return made
 
     @spanned("DMD gradient")
-    def generator_gradient(self, draws: Draws, samples: range, x_hat: Tensor, condition: Condition) -> tuple[float, Tensor, float]:
-        """The loss, its gradient in x_hat, and the size of the direction."""
+    def generator_gradient(self, draws: Draws, clips: Clips) -> tuple[dict[str, float], Tensor]:
+        """What the log keeps of the loss and of the direction's size, and the loss's gradient in the clips."""
+        samples, x_hat, condition = clips.samples, clips.x, clips.condition
         frames, plan = self.run.frames_that_count.expand(len(samples), -1), bidirectional(self.run.layout)
         with torch.no_grad():
             level = draw_levels(draws, "level", samples, self.settings.shift, x_hat, clamp=self.settings.level_range)
             x_tau, sigma = noised(x_hat, level, draw_noise(draws, "eps", samples, x_hat), self.run.clean_frames)
             x0_fake = self.learners["fake"].module(x_tau, sigma, condition.text, plan=plan)
             direction = dmd_direction(x_hat, x0_fake, self.teacher(x_tau, sigma, condition), frames)
-        leaf = x_hat.requires_grad_()
+        leaf = x_hat.detach().requires_grad_()
         loss = surrogate(leaf, direction, frames)
-        return loss.item(), gradient_of(loss, leaf), direction.square().mean((1, 2, 3, 4)).sqrt().mean().item()
+        size = direction.square().mean((1, 2, 3, 4)).sqrt().mean()
+        return {"generator_loss": loss.item(), "direction": size.item()}, gradient_of(loss, leaf)
 
     @spanned("fake score")
-    def fake_step(self, draws: Draws, step: int, k: int, made: list[Clips]) -> float:
-        """One update of the fake score on these clips, with noise and levels of its own."""
+    def follow(self, draws: Draws, step: int, k: int, made: Sequence[Clips]) -> dict[str, float]:
+        """One update of the fake score on these clips, with noise and levels of its own; what the log keeps."""
         fake, total, plan = self.learners["fake"], 0.0, bidirectional(self.run.layout)
         clean = self.run.clean_frames
-        for i, (samples, x_hat, condition) in enumerate(made):
+        for i, clips in enumerate(made):
+            samples, x_hat, condition = clips.samples, clips.x, clips.condition
             level = draw_levels(draws, f"fake level {k}", samples, self.settings.shift, x_hat, clamp=self.settings.level_range)
             x_tau, sigma = noised(x_hat.detach(), level, draw_noise(draws, f"fake eps {k}", samples, x_hat), clean)
             frames = self.run.frames_that_count.expand(len(samples), -1)
@@ -149,7 +159,7 @@ class DmdWarmUp(Stage):
                 loss.backward()
             total += loss.item()
         fake.update(step * self.settings.fake_per_generator + k)
-        return total
+        return {"fake_loss": total}
 
     def stop(self, measured: dict[str, Any]) -> str | None:
         """Prolonged training loses motion: a fall of the dynamic degree is the sign."""
@@ -160,3 +170,12 @@ class DmdWarmUp(Stage):
         if dynamic < self.settings.stop_below_dynamic * best:
             return f"dynamic {dynamic:.1f} of {best:.1f}"
         return None
+
+
+def averages(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each value's mean over the parts that have it."""
+    found: dict[str, list[float]] = {}
+    for part in parts:
+        for name, value in part.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}

@@ -1,0 +1,1 @@
+"""Ablations: the cells of a named grid over settings, trained one after another, with what they share trained once."""
