@@ -19,6 +19,7 @@ from aadkern_train.engine.recipe import NetworkSettings, Recipe
 from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.recipes.wan import ORIGINS, SHORTHANDS, wan_i2v_14b, wan_smoke, wan_t2v_1_3b
 from aadkern_train.stages.adversarial import AdversarialRefinement
+from aadkern_train.stages.afd import FeedbackDistillation
 from aadkern_train.stages.dmd import DmdWarmUp
 from aadkern_train.stages.ode import OdeInitialisation
 from aadkern_train.stages.pretrain import Pretrain
