@@ -143,7 +143,7 @@ def nft_loss(
     -2 beta (2 r - 1) (v - v_old) at v_theta = v_old, and the minimum v_old + E[(2 r - 1) (v - v_old)] / beta given x_sigma.
     ``normalised`` weighs the squared error in x0 of either mixture by its mean absolute one, a constant, as their code does.
     """
-    step = beta * (x0.float() - x0_old.float())
+    step = beta * (x0 - x0_old)
     total = torch.zeros_like(reward)
     for weight, mixed in ((reward, x0_old + step), (1 - reward, x0_old - step)):
         error = mixed - clean

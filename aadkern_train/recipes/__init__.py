@@ -1,7 +1,7 @@
 """The recipes: a run's settings with their reasons. ``aad train RECIPE key.sub=value`` changes any of them.
 
 ``digits``: moving digits on a torus, told what to do by captions, with an exact teacher to measure against (the demo). ``clips``: a
-folder of videos. Wan's stand in ``wan.py``. What a stage can be set to, and the paper's figures (14B, 64 GPUs), stand in its own
+folder of videos. Wan's stand in ``wan.py``, and those that learn from a black-box teacher in ``afd.py``. What a stage can be set to, and the paper's figures (14B, 64 GPUs), stand in its own
 file under ``stages/``.
 """
 
@@ -17,9 +17,9 @@ from aadkern_train.engine.config import ConfigError, apply_overrides, difference
 from aadkern_train.engine.plugins import load_plugins
 from aadkern_train.engine.recipe import NetworkSettings, Recipe
 from aadkern_train.learning.optim import OptimConfig
+from aadkern_train.recipes.afd import WAN_AFD_ORIGINS, digits_afd, wan_afd
 from aadkern_train.recipes.wan import ORIGINS, SHORTHANDS, wan_i2v_14b, wan_smoke, wan_t2v_1_3b
 from aadkern_train.stages.adversarial import AdversarialRefinement
-from aadkern_train.stages.afd import FeedbackDistillation
 from aadkern_train.stages.dmd import DmdWarmUp
 from aadkern_train.stages.ode import OdeInitialisation
 from aadkern_train.stages.pretrain import Pretrain
@@ -83,9 +83,11 @@ def clips() -> Recipe:
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": digits,
+    "digits_afd": lambda: digits_afd(digits()),
     "clips": clips,
     "wan_i2v_14b": wan_i2v_14b,
     "wan_t2v_1.3b": wan_t2v_1_3b,
+    "wan_afd": wan_afd,
     "wan_smoke": wan_smoke,
 }
 
@@ -133,7 +135,8 @@ def _long(name: str, word: str) -> list[str]:
 
 def show(recipe: Recipe) -> str:
     """The settings as YAML, with the origin of each figure of which it is known."""
-    origins = {_full(key, recipe): origin for key, origin in ORIGINS.get(recipe.recipe, {}).items()}
+    known = {**ORIGINS, "wan_afd": WAN_AFD_ORIGINS}.get(recipe.recipe, {})
+    origins = {_full(key, recipe): origin for key, origin in known.items()}
     made = differences(RECIPES[recipe.recipe]().model_dump(mode="json"), recipe.model_dump(mode="json"))
     origins |= {key: "set here" for key in made}
     lines: list[str] = []

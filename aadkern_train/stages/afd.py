@@ -234,12 +234,12 @@ class FeedbackDistillation(Stage):
                 part = Part(samples, prompts, condition, clean, noised, sigma, [], [], real, reward)
                 if settings.learns == "feedback" and not judged_only:
                     with torch.no_grad():
-                        part.old = [x0 for _, x0 in self.stretches(part)]
+                        part.old = [x0.float() for _, x0 in self.stretches(part)]
                 made.append(part)
         if settings.prior and not judged_only:
             with self.start.applied_to(network), self._gathered(), torch.no_grad():
                 for part in made:
-                    part.start = [x0 for _, x0 in self.stretches(part)]
+                    part.start = [x0.float() for _, x0 in self.stretches(part)]
         return made
 
     def _gathered(self) -> AbstractContextManager[None]:
@@ -356,7 +356,8 @@ class FeedbackDistillation(Stage):
         generated = self.run.recipe.frames - self.run.recipe.given_frames
         with self._gathered():
             for i, part in enumerate(parts):
-                for k, (frames, x0) in enumerate(self.stretches(part)):
+                for k, (frames, estimate) in enumerate(self.stretches(part)):
+                    x0 = estimate.float()
                     clean, sigma = part.clean[:, frames], part.sigma[:, frames]
                     share = x0.shape[1] / generated / len(parts)
                     if settings.learns == "clips":
@@ -366,7 +367,7 @@ class FeedbackDistillation(Stage):
                         factor = settings.advantage_clip / beta
                     loss = factor * nft_loss(x0, *aims, beta, settings.normalised).mean()
                     if settings.prior:
-                        away = ((x0.float() - part.start[k]) / per_frame(sigma)).square().mean()
+                        away = ((x0 - part.start[k]) / per_frame(sigma)).square().mean()
                         loss = loss + settings.prior * away
                         logged["distance_start"] += away.item() * share
                     last = i == len(parts) - 1 and (frames.stop in (None, self.run.recipe.frames))
@@ -374,7 +375,7 @@ class FeedbackDistillation(Stage):
                         (share * loss).backward()
                     logged["loss"] += loss.item() * share
                     if part.old:
-                        moved = (x0.detach().float() - part.old[k]) / per_frame(sigma)
+                        moved = (x0.detach() - part.old[k]) / per_frame(sigma)
                         logged["distance_old"] += moved.square().mean().item() * share
         logged["grad_norm"] = learner.update(step)
         self.old.decay = old_decay(settings.old, step)
