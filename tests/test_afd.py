@@ -5,7 +5,7 @@ This file is also the program that two processes run: `python test_afd.py FOLDER
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import os
 import signal
@@ -106,10 +106,10 @@ def test_old_policies_follow_as_in_diffusion_nft():
     assert [old_decay("type2", step) for step in (0, 75, 76, 900)] == pytest.approx([0, 0, 0.0075, 0.999])
 
 
-def solved(world: LinearGaussianWorld, score, biased: float = 0.0, beta: float = 0.5, level: float = 0.6) -> dict[str, torch.Tensor]:
+def solved(world: LinearGaussianWorld, score, biased: float = 0.0) -> dict[str, torch.Tensor]:
     """The linear model of x_t with a constant, v_old + M (x_t, 1), at which the loss has no gradient, for clips of the world and
     ``v_old = E[v | x_t] + biased``; and what it should be for r = (1 + w.x / (5 std)) / 2."""
-    frames, count = 3, 60000
+    frames, count, beta, level = 3, 60000, 0.5, 0.6
     width = 2 * frames
     drawn = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     root = torch.linalg.cholesky(world.covariance(frames))
@@ -133,7 +133,8 @@ def solved(world: LinearGaussianWorld, score, biased: float = 0.0, beta: float =
     moved.data -= torch.linalg.solve(curvature, gradient())
     assert gradient().abs().max() < 1e-9, "a minimum"
     weight = direction / (5 * (value.std(correction=0) + 1e-4))
-    posterior = torch.linalg.inv(torch.linalg.inv(world.covariance(frames)) + (1 - level) ** 2 / level**2 * torch.eye(width).double())
+    seen_once = (1 - level) ** 2 / level**2 * torch.eye(width, dtype=torch.float64)
+    posterior = torch.linalg.inv(torch.linalg.inv(world.covariance(frames)) + seen_once)
     # v - v_old = -(x - m) / sigma - biased and E[w.x (x - m) | x_t] = C w, so of a centred reward nothing of the bias stays.
     return {"constant": moved.detach()[-1], "expected": -(posterior @ weight) / level / beta}
 
@@ -167,7 +168,7 @@ def test_the_exact_log_ratio_by_hand():
     expected = []
     for row, asked in zip(position.tolist(), direction.tolist(), strict=True):
         total = 0.0
-        for here, there in zip(row, row[1:], strict=False):
+        for here, there in itertools.pairwise(row):
             as_asked = there == world.moved[here, asked]
             ours = 0.99 * (1.0 if as_asked else 0.0) + uniform
             theirs = 0.99 * (obey if as_asked else stray) + uniform

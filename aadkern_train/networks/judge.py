@@ -1,4 +1,4 @@
-"""Another judge of finished videos in the discriminator's place: a video-text model of one's own, by a name that a plugin registers.
+"""Another judge of finished videos in the discriminator's place: a video-text model of one's own, by a name from a plugin.
 
     @judge("brightness")
     def make(run): return MyModel()          # nn.Module: (video uint8 [B, T, H, W, 3], captions) -> scores [B]
@@ -40,7 +40,7 @@ def judge(name: str) -> Callable[[Callable[[Any], VideoJudge]], Callable[[Any], 
 
 
 class PixelJudge(nn.Module):
-    """A video-text model as stages call a discriminator: latent clips and their condition -> logits [B], through pixels and words."""
+    """A video-text model as stages call a discriminator: latent clips and their condition -> logits [B]."""
 
     def __init__(self, model: VideoJudge, world: Any) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """The recipes: a run's settings with their reasons. ``aad train RECIPE key.sub=value`` changes any of them.
 
 ``digits``: moving digits on a torus, told what to do by captions, with an exact teacher to measure against (the demo). ``clips``: a
-folder of videos. Wan's stand in ``wan.py``, and those that learn from a black-box teacher in ``afd.py``. What a stage can be set to, and the paper's figures (14B, 64 GPUs), stand in its own
-file under ``stages/``.
+folder of videos. Wan's stand in ``wan.py``, and those that learn from a black-box teacher in ``afd.py``. What a stage can be set
+to, and the paper's figures (14B, 64 GPUs), stand in its own file under ``stages/``.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ NFT = "open in the port's table; DiffusionNFT's"
 
 
 def digits_afd(digits: Recipe) -> Recipe:
-    """The stages of ``digits`` up to II, whose student has the web clips' faults, and then feedback from curated clips. Baselines are
-    stages of 0 steps: ``supervised.steps=120`` on the same clips, ``adversarial.steps=60`` with real gradients."""
+    """The stages of ``digits`` up to II, whose student has the web clips' faults, and then feedback from curated clips. Baselines
+    are stages of 0 steps: ``supervised.steps=120`` on the same clips, ``adversarial.steps=60`` with real gradients."""
     learned = {name: digits.stages[name] for name in ("pretrain", "ode", "dmd")}
     feedback = FeedbackDistillation.Settings(
         versus="dmd",
@@ -48,7 +48,7 @@ def digits_afd(digits: Recipe) -> Recipe:
 
 
 def wan_afd() -> Recipe:
-    """A causal Wan 1.3B that streams in four steps (Self-Forcing's, Causal-Forcing's) and a prepared folder of a teacher's videos."""
+    """A causal Wan 1.3B that streams in four steps (Self-Forcing's, Causal-Forcing's) and a folder of a teacher's videos."""
     feedback = FeedbackDistillation.Settings(
         start=None,
         steps=300,

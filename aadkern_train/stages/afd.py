@@ -1,10 +1,10 @@
 """Adversarial feedback distillation: the student learns from a black-box teacher's finished clips alone (arXiv 2605.26105).
 
-1. The student of a moment ago (the old policy) makes a group of clips for each prompt; the teacher's clip is the prompt's real one.
-2. Discriminator, Bradley-Terry: L_D = mean softplus(-(d_T - d_S)), by pairs of one prompt. Its optimum is log p_T / p_S + c(prompt).
+1. The student of a moment ago (the old policy) makes a group of clips for each prompt, to which the teacher has one.
+2. Discriminator, Bradley-Terry: L_D = mean softplus(-(d_T - d_S)), by pairs of a prompt. Its optimum is log p_T / p_S + c(prompt).
 3. Advantage A = d_S - mean of its group, which frees it of c; r = clip(A / std / 5, -1, 1) / 2 + 1/2.
-4. The student's own clips, noised to its own levels, teach it: r |v+ - v|^2 + (1 - r) |v- - v|^2, v+- = v_old +- beta (v_theta - v_old),
-   v = eps - clip (DiffusionNFT), plus prior |v_theta - v_start|^2. Then the old policy follows the student.
+4. The student's own clips, noised to its own levels, teach it: r |v+ - v|^2 + (1 - r) |v- - v|^2, v = eps - clip,
+   v+- = v_old +- beta (v_theta - v_old) (DiffusionNFT), plus prior |v_theta - v_start|^2. Then the old policy follows.
 
 No gradient goes through the discriminator, and the teacher gives no score.
 """
@@ -21,10 +21,8 @@ from pydantic import Field
 from torch import Tensor
 
 from aadkern.spans import spanned
-from aadkern.streaming.context import CausalContext
-from aadkern.wan import TextCache
 from aadkern_train.diffusion.draws import Draws
-from aadkern_train.diffusion.flow import add_noise, per_frame
+from aadkern_train.diffusion.flow import per_frame
 from aadkern_train.diffusion.losses import discriminator_loss, nft_loss, perturbation_penalty, reward_of
 from aadkern_train.engine.processes import accumulating, shard
 from aadkern_train.engine.recipe import Count, Rate, Recipe, StageSettings, Whole
@@ -33,13 +31,13 @@ from aadkern_train.learning.ema import Ema
 from aadkern_train.learning.learner import Learner
 from aadkern_train.learning.optim import OptimConfig
 from aadkern_train.networks.conditions import Condition
-from aadkern_train.networks.denoiser import Denoiser, new_cache
+from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.discriminator import Discriminator
 from aadkern_train.networks.judge import JUDGES, PixelJudge
-from aadkern_train.networks.rollout import rollout, write_clean
 from aadkern_train.run import Run
 from aadkern_train.stages.base import Stage, draw_noise, micro_batches, register
 from aadkern_train.stages.common import gathered_once
+from aadkern_train.stages.own_clips import noised_again, rolled, stretches
 
 
 def old_decay(schedule: str, step: int) -> float:
@@ -84,18 +82,19 @@ class FeedbackDistillation(Stage):
         learns: Literal["feedback", "clips"] = "feedback"  # "clips": supervised by the teacher's clips, a baseline
         advantage: Literal["group", "batch", "none"] = "group"  # over what it is centred; "none": r is 1/2, nothing is learned
         objective: Literal["bradley_terry", "gan"] = "bradley_terry"
-        context: Literal["onpolicy_kv", "joint"] = "onpolicy_kv"  # a noised chunk behind clean ones, as it is streamed; or all noised
+        # What a noised chunk sees: the clean ones before it, as in streaming; or "joint": all of them are noised.
+        context: Literal["onpolicy_kv", "joint"] = "onpolicy_kv"
         normalised: bool = True  # DiffusionNFT's weights of the squared error; false: the plain error of the flow
         beta: Rate = 0.1
         advantage_clip: Rate = 5.0
         prior: Annotated[float, Field(ge=0)] = 1e-4
-        old: Literal["type0", "type1", "type2"] = "type1"  # how slowly the old policy follows; type0: it is the student of the last step
+        old: Literal["type0", "type1", "type2"] = "type1"  # how slowly the old policy follows; type0: at once
         judge: str | None = None  # another judge of videos, by the name that a plugin registered
         layers: Annotated[tuple[Whole, ...], Field(min_length=1)] = (1, 2, 3)  # tapped blocks of our own discriminator
         queries: Count = 1
         discriminator_first: Whole = 30  # steps in which only the discriminator learns
         discriminator_learns: bool = True  # afterwards; false is the paper's rate 0
-        penalty: Annotated[float, Field(ge=0)] = 0.0  # lambda of the squared change of logits by delta, as in stage III (the paper: none)
+        penalty: Annotated[float, Field(ge=0)] = 0.0  # lambda of the squared change of logits by delta, as in III (paper: none)
         delta: Rate = 0.25
         generator: OptimConfig = OptimConfig(lr=1e-4, betas=(0.9, 0.999))
         discriminator: OptimConfig = OptimConfig(lr=3e-4, betas=(0.0, 0.99))
@@ -124,9 +123,16 @@ class FeedbackDistillation(Stage):
                 return None
             feedback = self.learns == "feedback"
             generator = Member("generator", self.start, ema=True, muon=self.generator.kind == "muon")
-            kept = [Member(role, self.start, learns=False, fp32=True) for role in (["old"] * feedback + ["prior"] * bool(self.prior))]
-            passes = [Pass("rollout", "generator", "rollout", "generator", cache=True)] if feedback else []
-            for name in ["old"] * feedback + ["start"] * bool(self.prior):
+            others = ["old"] * feedback + ["start"] * bool(self.prior)
+            kept = [Member(role, self.start, learns=False, fp32=True) for role in others]
+            # Every pass of the sampler runs, where a rollout with an exit that is drawn has fewer.
+            levels = [len(recipe.steps.levels(i == 0)) for i in range(len(recipe.generated_chunks))]
+            rolled = (
+                Pass("rollout, clean", "generator", "clean", "generator", cache=True),
+                Pass("rollout", "generator", "exits", "generator", times=sum(levels) / len(levels), cache=True),
+            )
+            passes = [*rolled] if feedback else []
+            for name in others:
                 passes.append(Pass(f"{name}, clean", "generator", "clean", "generator", cache=True))
                 passes.append(Pass(name, "generator", "exits", "generator", cache=True))
             learned = [
@@ -136,15 +142,13 @@ class FeedbackDistillation(Stage):
             clips = {"clips": 3 + feedback + bool(self.prior), "texts": 1}
             if not feedback:
                 return Work((generator, *kept), (*passes, *learned), **clips)
-            judge = Member(
-                "discriminator", recipe.models.backbone, taps=self.layers, queries=self.queries, muon=self.discriminator.kind == "muon"
-            )
+            seen = {"taps": self.layers, "queries": self.queries, "muon": self.discriminator.kind == "muon"}
+            judge = Member("discriminator", recipe.models.backbone, **seen)
             rows = (1 + 1 / self.group) * (2 if self.penalty else 1)
             judging = Pass("discriminator", "discriminator", "bidirectional", "discriminator", "weights", rows=rows)
             scored = Pass("scores", "discriminator", "bidirectional", "generator")
-            once = passes[:1]
             step = (*passes, *([judging] * self.discriminator_learns), scored, *learned)
-            return Work((generator, judge, *kept), step, first=(*once, judging), first_steps=self.discriminator_first, **clips)
+            return Work((generator, judge, *kept), step, first=(*rolled, judging), first_steps=self.discriminator_first, **clips)
 
     @classmethod
     def check(cls, run: Run, name: str, settings: Settings) -> None:
@@ -170,7 +174,6 @@ class FeedbackDistillation(Stage):
         learner = Learner(network, settings.generator, self.steps, clip=settings.clip, ema=settings.ema)
         self.learners["generator"] = learner
         self.old, self.start = Ema(network, 0.0), Ema(network, 0.0)  # weights of another time, whose turn `applied_to` is
-        self.context = CausalContext(run.layout, run.window)
         if settings.learns == "feedback":
             self._make_judge()
 
@@ -228,8 +231,8 @@ class FeedbackDistillation(Stage):
                 real = self.run.clips(prompts, settings.real)
                 asked = self.run.condition(prompts, settings.real)
                 condition = asked.rows([i for i in range(len(prompts)) for _ in range(of_group)])
-                clean = self.rolled(draws, samples, condition) if settings.learns == "feedback" else real
-                noised, sigma = self.noised(draws, samples, clean)
+                clean = rolled(self.run, network, draws, samples, condition) if settings.learns == "feedback" else real
+                noised, sigma = noised_again(self.run, draws, samples, clean, joint=settings.context == "joint")
                 reward = torch.full((len(samples),), 0.5, device=clean.device)
                 part = Part(samples, prompts, condition, clean, noised, sigma, [], [], real, reward)
                 if settings.learns == "feedback" and not judged_only:
@@ -245,48 +248,10 @@ class FeedbackDistillation(Stage):
     def _gathered(self) -> AbstractContextManager[None]:
         return gathered_once(self.run, self.learners["generator"].module)
 
-    @spanned("rollout")
-    def rolled(self, draws: Draws, samples: range, condition: Condition) -> Tensor:
-        """Clips [B, F, C, H, W] by all the passes of the student's sampler, each from noise of its own."""
-        run, sizes = self.run, self.run.recipe.generated_chunks
-
-        def noise(number: int, k: int) -> Tensor:
-            shape = (sizes[number - 1], *run.world.frame_shape)
-            return draws.normal(f"noise {number} {k}", samples, shape, device=run.processes.device)
-
-        network = self.learners["generator"].module
-        return rollout(network, condition, run.layout, run.window, noise, run.recipe.steps).x.detach()
-
-    def noised(self, draws: Draws, samples: range, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Clips at levels out of the student's own, one for each chunk, or for the clip where all of it is noised jointly."""
-        recipe, given = self.run.recipe, self.run.recipe.given_frames
-        first, rest = (torch.tensor(recipe.steps.levels(is_first)) for is_first in (True, False))
-        joint = self.settings.context == "joint"
-        levels = rest[draws.integers("level", samples, len(rest), (1 if joint else len(recipe.chunks),))]
-        levels = levels.expand(-1, len(recipe.chunks)).clone()
-        if recipe.first_levels is not None and not joint:
-            levels[:, given] = first[draws.integers("first level", samples, len(first))]
-        levels[:, :given] = 0
-        sigma = torch.repeat_interleave(levels, torch.tensor(recipe.chunks), dim=1).to(clean.device)
-        return add_noise(clean, draw_noise(draws, "eps", samples, clean), sigma), sigma
-
     def stretches(self, part: Part) -> Iterator[tuple[slice, Tensor]]:
-        """The network's x0 [B, f, C, H, W] of a stretch of frames after another: each generated chunk behind the clean ones, as in
-        streaming, or all of them at once. A stretch's graph must be used before the next is asked for."""
-        run, network = self.run, self.learners["generator"].module
-        given, text = run.recipe.given_frames, part.condition.text
-        if self.settings.context == "joint":
-            yield slice(given, None), network(part.noised, part.sigma, text, plan=self.context)[:, given:]
-            return
-        cached = None if text is None else TextCache.lazy(text)
-        sizes = (len(part.clean), run.world.frame_shape, run.window, max(run.layout.chunks))
-        cache = new_cache(network, *sizes, capacity_frames=run.layout.frames)
-        for chunk in range(len(run.layout.chunks)):
-            frames = slice(*run.layout.chunk_frames(chunk))
-            if chunk >= given:
-                yield frames, network(part.noised[:, frames], part.sigma[:, frames], text, cache=cache)
-            if chunk + 1 < len(run.layout.chunks):
-                write_clean(network, part.clean[:, frames], cached, cache)
+        """The student's x0 of each stretch of a part's noised clips, by ``own_clips.stretches``."""
+        network, joint = self.learners["generator"].module, self.settings.context == "joint"
+        return stretches(self.run, network, part.noised, part.sigma, part.clean, part.condition.text, joint=joint)
 
     def scores(self, x: Tensor, condition: Condition) -> Tensor:
         """The discriminator's logits [B] of finished clips."""
@@ -324,8 +289,8 @@ class FeedbackDistillation(Stage):
 
     @torch.no_grad()
     def rewarded(self, parts: list[Part]) -> dict[str, float]:
-        """Gives each clip its reward r, by the discriminator as it is now. Logged: the spread of advantages, and how they go with the
-        exact log-ratio where the world knows it, both within groups."""
+        """Gives each clip its reward r, by the discriminator as it is now. Logged: the advantages' spread, and within groups their
+        correlation with the exact log-ratio where the world knows it."""
         settings, run = self.settings, self.run
         scores = torch.cat([self.scores(part.clean, part.condition) for part in parts]).float()
         over = scores.view(-1, settings.group).mean(1).repeat_interleave(settings.group)
@@ -370,7 +335,7 @@ class FeedbackDistillation(Stage):
                         away = ((x0 - part.start[k]) / per_frame(sigma)).square().mean()
                         loss = loss + settings.prior * away
                         logged["distance_start"] += away.item() * share
-                    last = i == len(parts) - 1 and (frames.stop in (None, self.run.recipe.frames))
+                    last = i == len(parts) - 1 and frames.stop == self.run.recipe.frames
                     with accumulating(learner.module, last=last):
                         (share * loss).backward()
                     logged["loss"] += loss.item() * share

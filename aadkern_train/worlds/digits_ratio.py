@@ -17,8 +17,8 @@ def log_ratio(law: DigitsLaw, x: Tensor, text: Tensor, of: str, against: str = "
     """log p(moves | caption) under the law of split ``of`` less that under ``against``, in nats, fp64 [B].
 
     ``x`` [B, F, 1, H, W] is decoded; ``text`` [B, 3, 16] states a direction for each clip (else ValueError). Displacements that a
-    law does not allow have ILLEGAL_SHARE of the uniform one, as in the measures. How frames look is not counted: the blur of a sort of clips is
-    certain, and so its log-ratio without bounds.
+    law does not allow have ILLEGAL_SHARE of the uniform one, as in the measures. How frames look is not counted: the blur of a sort
+    of clips is certain, and so its log-ratio without bounds.
     """
     _, direction = law.language.read(text)
     if bool((direction < 0).any()):
