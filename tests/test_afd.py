@@ -209,6 +209,30 @@ def test_the_student_and_the_discriminator_learn(tmp_path):
             assert any(not torch.equal(a, b) for a, b in zip(before[name], copies(learner.module), strict=True)), name
 
 
+def test_pairs_are_of_one_prompt_and_rewards_centred_within_it(tmp_path):
+    with start("cpu") as processes:
+        stage = stage_of(tmp_path / "run", processes)
+        (part,) = stage.parts(stage.run.draws("fed", 0), 0)
+        assert torch.equal(part.clean[:4, 0], part.real[:1, 0].expand(4, -1, -1, -1)), "the prompt's first frame"
+        with torch.no_grad():
+            real = stage.scores(part.real, part.condition.rows([0, 4]))
+            fake = stage.scores(part.clean, part.condition)
+        expected = sum(math.log1p(math.exp(fake[i] - real[i // 4])) for i in range(8)) / 8
+        assert stage.discriminator_step(stage.run.draws("fed", 0), [part], 0)["discriminator_loss"] == pytest.approx(
+            expected, rel=1e-4
+        )
+        scores = torch.tensor([3.0, 1.0, 2.0, 2.0, 10.0, 10.0, 12.0, 8.0])
+        stage.scores = lambda x, condition: scores
+        logged = stage.rewarded([part])
+        spread = (sum(a * a for a in (1, -1, 0, 0, 0, 0, 2, -2)) / 8) ** 0.5
+        away = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 2.0, -2.0]) / (spread + 1e-4) / 5
+        torch.testing.assert_close(part.reward, 0.5 + away / 2)
+        assert logged["advantage"] == pytest.approx(spread)
+        stage.settings = stage.settings.model_copy(update={"advantage": "batch"})
+        stage.rewarded([part])
+        assert part.reward[:4].mean() < 0.5 < part.reward[4:].mean()
+
+
 def test_a_constant_reward_does_nothing(tmp_path):
     """With r 1/2 for every clip no weight moves, to the bit, while the discriminator learns on."""
     with start("cpu") as processes:
