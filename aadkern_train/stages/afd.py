@@ -94,7 +94,7 @@ class FeedbackDistillation(Stage):
         queries: Count = 1
         discriminator_first: Whole = 30  # steps in which only the discriminator learns
         discriminator_learns: bool = True  # afterwards; false is the paper's rate 0
-        penalty: Annotated[float, Field(ge=0)] = 0.0  # lambda of the squared change of logits by delta, as in III (paper: none)
+        penalty: Annotated[float, Field(ge=0)] = 0.0  # of the mean squared change of all logits by delta (the paper: none)
         delta: Rate = 0.25
         generator: OptimConfig = OptimConfig(lr=1e-4, betas=(0.9, 0.999))
         discriminator: OptimConfig = OptimConfig(lr=3e-4, betas=(0.0, 0.99))
@@ -304,7 +304,7 @@ class FeedbackDistillation(Stage):
                 part.reward = own
         logged = {"advantage": spread}
         exact = getattr(run.world, "log_ratio", lambda *_: None)
-        ratios = [exact(part.clean.cpu(), part.condition.to("cpu"), settings.real) for part in parts]
+        ratios = [exact(part.clean.nan_to_num().cpu(), part.condition.to("cpu"), settings.real) for part in parts]
         if all(ratio is not None for ratio in ratios):
             ratio = torch.cat(ratios).view(-1, settings.group)
             a, b = scores.cpu().double().view_as(ratio), ratio
