@@ -123,3 +123,33 @@ def _penalise(
     own_gradient.index_add_(0, chosen, push)
     twin_gradient.copy_(-push)
     return share * perturbation_penalty(own[chosen], twin)
+
+
+def reward_of(advantage: Tensor, spread: float, limit: float) -> Tensor:
+    """r [B] in [0, 1] of centred advantages: clip(A / (spread + 1e-4) / limit, -1, 1) / 2 + 1/2, so that A = 0 asks for nothing
+    (DiffusionNFT, arXiv 2509.16117). An advantage that is not centred moves the student even where r says nothing of the clip."""
+    return (advantage / (spread + 1e-4) / limit).clamp(-1, 1) / 2 + 0.5
+
+
+def nft_loss(
+    x0: Tensor, x0_old: Tensor, clean: Tensor, sigma: Tensor, reward: Tensor, beta: float, normalised: bool = False
+) -> Tensor:
+    """DiffusionNFT's forward-process loss on clips ``clean`` [B, f, C, H, W] that the old policy made, for each clip: [B].
+
+        r |v+ - v|^2 + (1 - r) |v- - v|^2,   v+- = v_old +- beta (v_theta - v_old),   v = eps - clean
+
+    in means over elements. v is affine in x0, so the mixtures are those of the estimates ``x0`` (of theta) and ``x0_old``, and an
+    error in x0 is sigma times that in v. ``sigma`` [B, f] is above 0, ``reward`` r [B] in [0, 1]. The gradient in v_theta is
+    -2 beta (2 r - 1) (v - v_old) at v_theta = v_old, and the minimum v_old + E[(2 r - 1) (v - v_old)] / beta given x_sigma.
+    ``normalised`` weighs the squared error in x0 of either mixture by its mean absolute one, a constant, as their code does.
+    """
+    step = beta * (x0 - x0_old)
+    total = torch.zeros_like(reward)
+    for weight, mixed in ((reward, x0_old + step), (1 - reward, x0_old - step)):
+        error = mixed - clean
+        if normalised:
+            scale = error.detach().abs().mean((1, 2, 3, 4)).clamp_min(1e-5)
+            total = total + weight * error.square().mean((1, 2, 3, 4)) / scale
+        else:
+            total = total + weight * (error / per_frame(sigma)).square().mean((1, 2, 3, 4))
+    return total

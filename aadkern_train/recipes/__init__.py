@@ -1,8 +1,8 @@
 """The recipes: a run's settings with their reasons. ``aad train RECIPE key.sub=value`` changes any of them.
 
 ``digits``: moving digits on a torus, told what to do by captions, with an exact teacher to measure against (the demo). ``clips``: a
-folder of videos. Wan's stand in ``wan.py``, those of self-distillation in ``asd.py``. What a stage can be set to, and the paper's
-figures (14B, 64 GPUs), stand in its own file under ``stages/``.
+folder of videos. Wan's stand in ``wan.py``, those of self-distillation in ``asd.py``, those that learn from a black-box teacher in
+``afd.py``. What a stage can be set to, and the paper's figures (14B, 64 GPUs), stand in its own file under ``stages/``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aadkern_train.engine.config import ConfigError, apply_overrides, difference
 from aadkern_train.engine.plugins import load_plugins
 from aadkern_train.engine.recipe import NetworkSettings, Recipe
 from aadkern_train.learning.optim import OptimConfig
-from aadkern_train.recipes import asd, wan
+from aadkern_train.recipes import afd, asd, wan
 from aadkern_train.stages.adversarial import AdversarialRefinement
 from aadkern_train.stages.dmd import DmdWarmUp
 from aadkern_train.stages.ode import OdeInitialisation
@@ -82,14 +82,16 @@ def clips() -> Recipe:
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": digits,
+    "digits_asd": asd.digits_asd,
+    "digits_afd": lambda: afd.digits_afd(digits()),
     "clips": clips,
     "wan_i2v_14b": wan.wan_i2v_14b,
     "wan_t2v_1.3b": wan.wan_t2v_1_3b,
-    "wan_smoke": wan.wan_smoke,
-    "digits_asd": asd.digits_asd,
     "wan_t2v_1.3b_asd": asd.wan_t2v_1_3b_asd,
+    "wan_afd": afd.wan_afd,
+    "wan_smoke": wan.wan_smoke,
 }
-ORIGINS = {**wan.ORIGINS, "wan_t2v_1.3b_asd": asd.ORIGINS}
+ORIGINS = {**wan.ORIGINS, "wan_t2v_1.3b_asd": asd.ORIGINS, "wan_afd": afd.WAN_AFD_ORIGINS}
 SHORTHANDS = {**wan.SHORTHANDS, "wan_t2v_1.3b_asd": asd.SHORTHANDS}
 
 # The two sizes of the demo, as settings of the digits recipe. "full" is the recipe itself. After 900 steps the teacher's obey is 58
@@ -136,7 +138,8 @@ def _long(name: str, word: str) -> list[str]:
 
 def show(recipe: Recipe) -> str:
     """The settings as YAML, with the origin of each figure of which it is known."""
-    origins = {_full(key, recipe): origin for key, origin in ORIGINS.get(recipe.recipe, {}).items()}
+    known = ORIGINS.get(recipe.recipe, {})
+    origins = {_full(key, recipe): origin for key, origin in known.items()}
     made = differences(RECIPES[recipe.recipe]().model_dump(mode="json"), recipe.model_dump(mode="json"))
     origins |= {key: "set here" for key in made}
     lines: list[str] = []

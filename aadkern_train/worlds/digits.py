@@ -20,6 +20,7 @@ from aadkern_train.worlds.base import Metric
 from aadkern_train.worlds.digits_captions import TEXT_DIM, VELOCITIES, Captions
 from aadkern_train.worlds.digits_law import DigitsLaw
 from aadkern_train.worlds.digits_metrics import METRICS, measure, obey_of
+from aadkern_train.worlds.digits_ratio import log_ratio
 from aadkern_train.worlds.digits_teacher import ExactTeacher
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -140,6 +141,10 @@ class DigitsWorld(DigitsLaw):
     def follows(self, x: Tensor, condition: Condition, frames: tuple[int, int]) -> float:
         """Percentage of moves into frames [a, b) that go as captioned."""
         return obey_of(self, x, condition.text, frames)
+
+    def log_ratio(self, x: Tensor, condition: Condition, of: str) -> Tensor | None:
+        """The exact log-ratio [B] of clips' moves, split ``of`` against "train"; None without captions, where the sorts are one."""
+        return None if condition.text is None else log_ratio(self, x, condition.text, of)
 
     def picture(self, path: Path) -> Tensor:
         """An image, or a video's first frame, as a frame [1, 1, H, W]: grey, scaled to the torus, of mean 0 and variance 1."""

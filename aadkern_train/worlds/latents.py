@@ -164,6 +164,13 @@ class LatentsWorld:
         """The items' names."""
         return [item.id for item in self._chosen(samples, split)]
 
+    def unanswered(self, split: str) -> list[str]:
+        """Captions of prompts alone that no clip of a split's folder was made under, and "" for a clip whose caption is empty."""
+        held = self._items["test"] if self._data["test"] is self._data[split] else []
+        answered = {item.caption for item in (*self._items[split], *held)}
+        asked = {item.caption for item in self._items["train"]} if self.prepared.kind == "prompts" else set()
+        return sorted(asked - answered) + sorted(answered & {""})
+
     def condition(self, samples: Sequence[int], split: str = "train") -> Condition:
         """Captions [B, 512, text_dim], and the clips' first latent frames, which is all that is read of them; prompts have none."""
         chosen, data = self._chosen(samples, split), self._data[split]
