@@ -20,6 +20,7 @@ from aadkern_train.generate.options import (
 )
 from aadkern_train.planning.command import add_plan
 from aadkern_train.prepared.command import add_pairs, add_prepare
+from aadkern_train.serve.options import add_serve
 
 TRAIN_MODULES = {
     "diffusers": "diffusers",
@@ -63,7 +64,7 @@ def with_words(args: argparse.Namespace, more: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
-    names = "info,demo,train,generate,prepare,pairs,plan,vbench-export,convert,report,bench"
+    names = "info,demo,train,generate,serve,prepare,pairs,plan,vbench-export,convert,report,bench"
     commands = top.add_subparsers(dest="command", required=True, metavar=f"{{{names}}}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add_generate_options(generate)
     generate.set_defaults(run=run_generate)
 
+    add_serve(commands).set_defaults(run=run_serve)
     add_prepare(commands)
     add_pairs(commands)
     add_plan(commands)
@@ -269,6 +271,12 @@ def run_generate(args: argparse.Namespace) -> None:
     parts = args.parts or trained_parts(told)
     settings = wan_settings(given, told)
     generate_wan(weights, args.out, prompt=args.prompt, image=args.image, parts=parts, settings=settings)
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    from aadkern_train.serve.command import serve
+
+    serve(args.checkpoint, given_options(args), show=args.show)
 
 
 def run_vbench_export(args: argparse.Namespace) -> None:
