@@ -35,7 +35,7 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
 
 def fitted_image(file: Path | BinaryIO, size: tuple[int, int], name: str, formats: Sequence[str] | None = None) -> Tensor:
     """An image as [1, 3, H, W] in [-1, 1], scaled to cover ``size`` (rows, columns) and cropped to its centre; says so on
-    stderr where that cuts something off. A rotation in the file is applied. ``formats``: Pillow's names of those accepted; None: all.
+    stderr where that cuts something off. A rotation in the file is applied. ``formats``: Pillow's names of those accepted.
 
     Raises ValueError, which calls it ``name``, for what is no image.
     """

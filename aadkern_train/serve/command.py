@@ -99,7 +99,7 @@ def serve_model(model: Any, settings: ServeSettings, listening: socket.socket) -
     config = uvicorn.Config(
         server.app,
         log_level="warning",
-        ws="websockets",
+        ws="websockets-sansio",
         ws_max_size=LONGEST_COMMAND,
         ws_max_queue=8,
         ws_ping_interval=20,

@@ -1,8 +1,8 @@
 """What a page and the server say to each other: messages in JSON, checked one by one, and chunks of frames as bytes.
 
-A page sends ``Join`` first and then commands, each with a number of its own. The server answers each with ``ack``, the number of the
-chunk that will show it, or with ``error``. A chunk is four bytes (little endian) that tell the length of a JSON header, the header,
-and the frames: RGB, row by row, or JPEG files one after another, of the header's ``sizes``.
+A page sends ``Join`` first and then commands, each with a number of its own. The server answers each with ``ack``, the number of
+the chunk that will show it, or with ``error``. A chunk is four bytes (little endian) that tell the length of a JSON header, the
+header, and the frames: RGB, row by row, or JPEG files one after another, of the header's ``sizes``.
 """
 
 from __future__ import annotations

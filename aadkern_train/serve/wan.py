@@ -1,4 +1,4 @@
-"""A Wan model as it is served: transformer, VAE and text encoder stay loaded, and each player has a cache and a decoder of its own."""
+"""A Wan model as it is served: its parts stay loaded, and each player has a cache and a decoder of its own."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ class WanModel:
         from PIL import Image
 
         pixels = 0
-        with contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # told of below
-            with Image.open(io.BytesIO(file), formats=PICTURES) as opened:
-                pixels = opened.width * opened.height
+        unreadable = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # which is told of below
+        with contextlib.suppress(*unreadable), Image.open(io.BytesIO(file), formats=PICTURES) as opened:
+            pixels = opened.width * opened.height
         if pixels > MOST_PIXELS:  # a small file can unpack to gigabytes
             raise ValueError(f"picture must have at most {MOST_PIXELS} pixels, got {pixels}")
         return fitted_image(io.BytesIO(file), self.settings.size, "what was sent", PICTURES)

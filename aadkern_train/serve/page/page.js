@@ -79,8 +79,8 @@ function draw(head, image, index, now) {
   if (screen_.width !== head.width || screen_.height !== head.height) {
     screen_.width = head.width;
     screen_.height = head.height;
-    screen_.classList.toggle("small", head.width < 320);
   }
+  screen_.classList.toggle("small", head.width < 320);
   if (image instanceof ImageData) paint.putImageData(image, 0, 0);
   else { paint.drawImage(image, 0, 0); image.close(); }
   if (recording) recording.add();
