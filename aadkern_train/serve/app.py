@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from aadkern_train.serve.models import Model, Player
 from aadkern_train.serve.options import ServeSettings
@@ -129,19 +129,18 @@ class Server:
         hears = asyncio.create_task(self._hear(socket, person))
         try:
             await asyncio.wait({sends, hears}, return_when=asyncio.FIRST_COMPLETED)
-            if hears.done() and not sends.done():
+        finally:
+            self.people.leave(person)
+            if not sends.done():  # what it was told last, and why it is sent away
                 person.outbox.close(1000, "")
                 await asyncio.wait({sends}, timeout=1)
-        finally:
             for task in (sends, hears):
                 task.cancel()
             await asyncio.gather(sends, hears, return_exceptions=True)
-            if person in self.people.there:
-                self.people.leave(person)
 
     async def _send(self, socket: WebSocket, person: Person) -> None:
         outbox = person.outbox
-        with contextlib.suppress(WebSocketDisconnect, RuntimeError, OSError, asyncio.TimeoutError):
+        with contextlib.suppress(Exception):  # servers have several for a connection that is gone
             while (what := await outbox.next()) is not None:
                 send = socket.send_text(what) if isinstance(what, str) else socket.send_bytes(what)
                 await asyncio.wait_for(send, SENDING)

@@ -88,15 +88,13 @@ def listen(settings: ServeSettings) -> socket.socket:
     return taken
 
 
-def serve_model(model: Any, settings: ServeSettings, listening: socket.socket) -> None:
-    """Serve until Ctrl-C."""
+def config_of(server: Any) -> Any:
+    """uvicorn's settings for a ``Server``."""
     import uvicorn
 
-    from aadkern_train.serve.app import Server
     from aadkern_train.serve.protocol import LONGEST_COMMAND
 
-    server = Server(model, [model.player() for _ in range(settings.sessions)], settings)
-    config = uvicorn.Config(
+    return uvicorn.Config(
         server.app,
         log_level="warning",
         ws="websockets-sansio",
@@ -107,9 +105,18 @@ def serve_model(model: Any, settings: ServeSettings, listening: socket.socket) -
         ws_per_message_deflate=False,  # pictures are small or compressed
         timeout_graceful_shutdown=2,
     )
+
+
+def serve_model(model: Any, settings: ServeSettings, listening: socket.socket) -> None:
+    """Serve until Ctrl-C."""
+    import uvicorn
+
+    from aadkern_train.serve.app import Server
+
+    server = Server(model, [model.player() for _ in range(settings.sessions)], settings)
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     print(f"{model.about.name}, {model.about.backend}: http://{name}:{port}  (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(config_of(server)).run(sockets=[listening])
     print("stopped", file=sys.stderr)

@@ -66,15 +66,22 @@ class Memory:
 
 @contextmanager
 def shapes_alone() -> Iterator[Live]:
-    """Tensors made within have no memory, and are counted. What this package remembers of them is forgotten at the end."""
+    """Tensors made within have no memory, and are counted. Tables that `aadkern` keeps are of one kind only, so they are forgotten
+    before and after."""
+    _forget()
     try:
         with FakeTensorMode(), Live() as live, torch.no_grad():
             yield live
     finally:
-        for name, module in list(sys.modules.items()):
-            if name.partition(".")[0] == "aadkern":
-                for held in list(vars(module).values()):
-                    getattr(held, "cache_clear", lambda: None)()
+        _forget()
+
+
+def _forget() -> None:
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "aadkern":
+            for held in list(vars(module).values()):
+                if hasattr(held, "cache_clear"):
+                    held.cache_clear()
 
 
 def _measured(

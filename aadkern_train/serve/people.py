@@ -111,12 +111,15 @@ class People:
                 old.outbox.close(4001, "this stream goes on in another connection")
             self._sit(person, seat)
         else:
-            self._watch(person)
             self.tend()
+            if person.seat is None:
+                self._watch(person)
         self._tell_places()
 
     def leave(self, person: Person) -> None:
-        """A connection ended; its seat is kept for a while."""
+        """A connection ended, joined or not; its seat is kept for a while."""
+        if person not in self.there:
+            return
         self.there.remove(person)
         if person.seat is not None:
             person.seat.person, person.seat.left = None, time.monotonic()
