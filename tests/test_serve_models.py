@@ -157,7 +157,11 @@ def test_a_served_wan_is_the_one_that_is_generated(tmp_path, capsys):
     assert np.array_equal(np.concatenate(served), np.concatenate(video.parts))
     player.begin(9, "a cat runs", None)
     assert not np.array_equal(player.next(), served[0][: 4 * 3 - 3]), "the picture counts"
+    words = ["serve", "--checkpoint", str(tmp_path / "wan"), "--size", "16x32", "--device", "cpu", "--window", "7", "--show"]
+    capsys.readouterr()
+    assert main(words) == 0
     told = of_wan(parts, settings, 1)
+    assert capsys.readouterr().out.splitlines() == told.lines()
     assert told.cache == player._stream.cache.nbytes and told.decoder == player._decoder.nbytes
     assert told.weights["text encoder"] == sum(p.nbytes for p in model.encoder.parameters())
     for file in (b"", b"\x00" * 1000, png(20, 40)[:200], b"%PDF-1.4"):

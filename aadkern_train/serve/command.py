@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import ipaddress
 import socket
 import sys
 from collections.abc import Mapping
@@ -117,6 +118,8 @@ def serve_model(model: Any, settings: ServeSettings, listening: socket.socket) -
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     print(f"{model.about.name}, {model.about.backend}: http://{name}:{port}  (Ctrl-C ends it)", flush=True)
+    if not ipaddress.ip_address(host).is_loopback:
+        print(f"aad serve: whoever reaches {name} can steer, without a password", file=sys.stderr, flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config_of(server)).run(sockets=[listening])
     print("stopped", file=sys.stderr)
