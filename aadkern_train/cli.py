@@ -11,11 +11,12 @@ from pathlib import Path
 
 from aadkern_train.engine.command import OneLineParser, status_of
 from aadkern_train.generate.options import (
-    WAN_SETTINGS,
+    WAN_ONLY,
     add_convert,
     add_vbench_export,
     add_wan_settings,
     given_options,
+    refuse_options,
     wan_settings,
 )
 from aadkern_train.planning.command import add_plan
@@ -244,9 +245,6 @@ def switch(name: str, text: str) -> bool:
     return words[text.lower()]
 
 
-WAN_ONLY = ("parts", *WAN_SETTINGS)
-
-
 def run_generate(args: argparse.Namespace) -> None:
     from aadkern_train.generate.from_run import find_weights, generate, trained_weights
     from aadkern_train.networks.folders import facts
@@ -257,10 +255,8 @@ def run_generate(args: argparse.Namespace) -> None:
     if not wan:
         find_weights(args.checkpoint)  # there is a run at all
     given = given_options(args)
-    foreign = next((name for name in (("index",) if wan else WAN_ONLY) if name in given), None)
-    if foreign is not None:
-        kind = "a Wan model, not a run" if wan else "a run, not a Wan model"
-        raise ValueError(f"--{foreign.replace('_', '-')} must be left out: {args.checkpoint} is {kind}")
+    kind = "a Wan model, not a run" if wan else "a run, not a Wan model"
+    refuse_options(given, ("index",) if wan else WAN_ONLY, f"{args.checkpoint} is {kind}")
     if not wan:
         run_options = ("prompt", "then", "turn", "image", "index", "chunks", "seed", "fps")
         generate(args.checkpoint, args.out, **{name: given[name] for name in run_options if name in given})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 WAN_PLAIN = ("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs")  # as in WanSettings
 WAN_SETTINGS = ("size", "steps", "first_steps", "shift", *WAN_PLAIN)
+WAN_ONLY = ("parts", *WAN_SETTINGS)
 
 
 def add_wan_settings(add: Callable[..., Any]) -> None:
@@ -54,6 +55,13 @@ def wan_settings(given: Mapping[str, Any], told: Mapping[str, Any]) -> WanSettin
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that stand on the command line, or have a default."""
     return {name: value for name, value in vars(args).items() if value is not None}
+
+
+def refuse_options(given: Mapping[str, Any], names: Sequence[str], why: str) -> None:
+    """Raises ValueError for the first of ``names`` that was given."""
+    foreign = next((name for name in names if name in given), None)
+    if foreign is not None:
+        raise ValueError(f"--{foreign.replace('_', '-')} must be left out: {why}")
 
 
 def add_vbench_export(commands: Any) -> argparse.ArgumentParser:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from aadkern_train.generate.from_run import find_weights, trained_weights
-from aadkern_train.generate.options import WAN_SETTINGS, wan_settings
+from aadkern_train.generate.options import WAN_ONLY, refuse_options, wan_settings
 from aadkern_train.networks.folders import facts
 from aadkern_train.networks.wan_parts import is_wan, trained_parts
 from aadkern_train.serve.options import ServeSettings
 
 NEEDED = ("starlette", "uvicorn", "websockets")
-WAN_ONLY = ("parts", *WAN_SETTINGS)
 
 
 def serve(checkpoint: Path, given: Mapping[str, Any], *, show: bool = False) -> None:
@@ -35,9 +34,7 @@ def serve(checkpoint: Path, given: Mapping[str, Any], *, show: bool = False) -> 
     wan = is_wan(weights)
     if not wan:
         find_weights(checkpoint)
-        foreign = next((name for name in WAN_ONLY if name in given), None)
-        if foreign is not None:
-            raise ValueError(f"--{foreign.replace('_', '-')} must be left out: {checkpoint} is a run, not a Wan model")
+        refuse_options(given, WAN_ONLY, f"{checkpoint} is a run, not a Wan model")
     with contextlib.ExitStack() as stack:
         listening = None if show else stack.enter_context(listen(settings))
         model, told = _wan(weights, given, settings) if wan else _run(weights, settings)
