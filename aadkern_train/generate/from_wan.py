@@ -46,7 +46,8 @@ def fitted_image(file: Path | BinaryIO, size: tuple[int, int], name: str, format
         with Image.open(file, formats=formats) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image must be an image file, {name} is not: {error}") from error
+        why = f": {error}" if isinstance(file, Path) else ""  # of what is no file it says where in memory that lies
+        raise ValueError(f"image must be an image file, {name} is not{why}") from error
     rows, columns = size
     lost = 1 - min(image.width * rows, image.height * columns) / max(image.width * rows, image.height * columns)
     if lost > 0.005:
