@@ -5,6 +5,7 @@
 #            its CPU build: TORCH="torch==2.13.0 triton==3.7.1 --extra-index-url https://download.pytorch.org/whl/cpu"
 #   PROFILE  quick or full: which demo                                      (quick)
 #   SEED     of the demo, whose run is then runs/demo-SEED                  (0, runs/demo)
+#   PORT     where the server of `make play` listens                        (8765)
 #   BENCH    arguments of the benchmark, for example BENCH="--case 7x3"      (none)
 #   VIDEOS   a folder of video files for wan-smoke                          (some are made)
 #   WHEELS   arguments of .ci/wheels.py                                      (none)
@@ -18,7 +19,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all wan-smoke lint format bench docs wheels clean
+.PHONY: help env demo play test test-all wan-smoke lint format bench docs wheels clean
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.aadkern-installed
 LOG := $(VENV)/install.log
@@ -58,6 +59,12 @@ $(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(BUILT_FROM)
 
 demo: $(STAMP)  ## train the three stages on moving digits, stream, write runs/demo/report.html (PROFILE=quick|full SEED=n)
 	@"$(BIN)/aad" demo profile=$(PROFILE) $(if $(SEED),seed=$(SEED) out=runs/demo-$(SEED))
+
+# The report is what a demo writes last: without it there is none, or one that goes on.
+RUN := runs/demo$(if $(SEED),-$(SEED))
+play: $(STAMP)  ## steer the demo's digit in a browser, after the demo if there is none yet (PORT=8765, SEED=n as for demo)
+	@test -f "$(RUN)/report.html" || $(MAKE) --no-print-directory demo
+	@"$(BIN)/aad" serve --checkpoint "$(RUN)" $(if $(PORT),--port $(PORT))
 
 test: $(STAMP)  ## all tests but the slow ones
 	@$(call RUN_TESTS,-m "not slow")

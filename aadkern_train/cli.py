@@ -13,16 +13,18 @@ from aadkern_train.ablate.command import add_ablate
 from aadkern_train.engine.command import OneLineParser, status_of
 from aadkern_train.generate.options import (
     RUN_STEPS,
-    WAN_SETTINGS,
+    WAN_ONLY,
     add_convert,
     add_vbench_export,
     add_wan_settings,
     given_options,
+    refuse_options,
     step_count,
     wan_settings,
 )
 from aadkern_train.planning.command import add_plan
 from aadkern_train.prepared.command import add_pairs, add_prepare
+from aadkern_train.serve.options import add_serve
 
 TRAIN_MODULES = {
     "diffusers": "diffusers",
@@ -67,7 +69,7 @@ def with_words(args: argparse.Namespace, more: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
-    names = "info,demo,train,ablate,generate,prepare,pairs,plan,vbench-export,convert,report,bench"
+    names = "info,demo,train,ablate,generate,serve,prepare,pairs,plan,vbench-export,convert,report,bench"
     commands = top.add_subparsers(dest="command", required=True, metavar=f"{{{names}}}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
@@ -99,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     add_generate_options(generate)
     generate.set_defaults(run=run_generate)
 
+    add_serve(commands).set_defaults(run=run_serve)
     add_prepare(commands)
     add_pairs(commands)
     add_plan(commands)
@@ -248,9 +251,6 @@ def switch(name: str, text: str) -> bool:
     return words[text.lower()]
 
 
-WAN_ONLY = tuple(name for name in ("parts", *WAN_SETTINGS) if name not in RUN_STEPS)
-
-
 def run_generate(args: argparse.Namespace) -> None:
     from aadkern_train.generate.from_run import find_weights, generate, trained_weights
     from aadkern_train.networks.folders import facts
@@ -261,10 +261,8 @@ def run_generate(args: argparse.Namespace) -> None:
     if not wan:
         find_weights(args.checkpoint)  # there is a run at all
     given = given_options(args)
-    foreign = next((name for name in (("index",) if wan else WAN_ONLY) if name in given), None)
-    if foreign is not None:
-        kind = "a Wan model, not a run" if wan else "a run, not a Wan model"
-        raise ValueError(f"--{foreign.replace('_', '-')} must be left out: {args.checkpoint} is {kind}")
+    kind = "a Wan model, not a run" if wan else "a run, not a Wan model"
+    refuse_options(given, ("index",) if wan else WAN_ONLY, f"{args.checkpoint} is {kind}")
     if not wan:
         run_options = ("prompt", "then", "turn", "image", "index", "chunks", "seed", "fps")
         passes = {name: step_count(name, given[name]) for name in RUN_STEPS if name in given}
@@ -276,6 +274,12 @@ def run_generate(args: argparse.Namespace) -> None:
     parts = args.parts or trained_parts(told)
     settings = wan_settings(given, told)
     generate_wan(weights, args.out, prompt=args.prompt, image=args.image, parts=parts, settings=settings)
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    from aadkern_train.serve.command import serve
+
+    serve(args.checkpoint, given_options(args), show=args.show)
 
 
 def run_vbench_export(args: argparse.Namespace) -> None:

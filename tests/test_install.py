@@ -137,6 +137,8 @@ def test_with_a_compiler(sources, tmp_path):
     assert info["no_cuda"].startswith("nvcc 99.1.23 compiles nothing here")
     assert info["compiler"] is None and f"WARNING: not built: {info['no_cuda']}" in description
     assert sorted(path.name for path in target.rglob("py.typed")) == ["py.typed", "py.typed"]
+    page = target / "aadkern_train" / "serve" / "page"
+    assert sorted(path.name for path in page.iterdir()) == ["index.html", "page.css", "page.js"]
     assert {path.name for path in target.iterdir() if path.is_dir()} - {"bin"} == {
         "aadkern",
         "aadkern_train",

@@ -17,13 +17,13 @@ HALL = ROOT / "aadkern_train"
 FILES = sorted(HALL.rglob("*.py"))
 # Who stands on whom: a room imports its own files and those of rooms before it.
 ROOMS = ("diffusion", "engine", "learning", "networks", "prepared", "worlds", "report", "run", "stages", "recipes", "generate")
-ABOVE = ("convert", "vbench", "evaluation", "validation", "trainer", "ablate", "planning", "cli")
+ABOVE = ("convert", "vbench", "evaluation", "validation", "trainer", "ablate", "planning", "serve", "cli")
 ORDER = {name: place for place, name in enumerate((*ROOMS, *ABOVE))}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 RECIPE_FILES = {path.relative_to(HALL).as_posix() for path in FILES if path.parent == HALL / "recipes"}
 SCHEMA = HALL / "engine" / "recipe.py"  # says whom stages distil unless a recipe says otherwise
 FRONT = ("trainer.py", "evaluation.py", "validation.py", "cli.py", "run.py", "convert.py", "vbench.py")
-NAMELESS = (*FRONT, "engine", "generate", "report", "learning", "diffusion", "prepared", "planning")
+NAMELESS = (*FRONT, "engine", "generate", "report", "learning", "diffusion", "prepared", "planning", "serve")
 
 
 def room(module: str) -> str:

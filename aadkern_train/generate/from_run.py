@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,16 @@ def condition_for(world: World, recipe: Recipe, prompt: str | None, image: Path 
     return Condition(world.picture(image), None if prompt is None else world.embed([prompt]))
 
 
+def chunk_noise(seed: int, size: int, frame_shape: tuple[int, int, int]) -> Callable[[int, int], Tensor]:
+    """The noise of a stream's chunks of ``size`` frames, as ``StreamingGenerator`` takes it."""
+    draws = Draws(seed, "generate")
+
+    def noise(number: int, step: int) -> Tensor:
+        return draws.normal(f"noise {number} {step}", [0], (size, *frame_shape)).transpose(1, 2)
+
+    return noise
+
+
 def made(
     recipe: Recipe,
     world: World,
@@ -138,11 +148,8 @@ def made(
     steps: StepPlan | None = None,
 ) -> Iterator[Tensor]:
     """The given frame, if any, and then each chunk as it is made, [1, f, C, H, W]. ``steps`` None: the recipe's."""
-    size, draws = max(recipe.chunks), Draws(seed, "generate")
-
-    def noise(number: int, step: int) -> Tensor:
-        return draws.normal(f"noise {number} {step}", [0], (size, *world.frame_shape)).transpose(1, 2)
-
+    size = max(recipe.chunks)
+    noise = chunk_noise(seed, size, world.frame_shape)
     stream = streaming(network, 1, world.frame_shape, recipe.view, steps or recipe.steps, condition.text)
     first = None if condition.first is None else condition.first[:, :, None]
     if condition.first is not None:

@@ -7,9 +7,9 @@ import importlib.util
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,21 +27,27 @@ from aadkern_train.networks.wan_parts import WanParts, find_parts, load_part
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """An image file as [1, 3, H, W] in [-1, 1], scaled to cover ``size`` (rows, columns) and cropped to its centre; says so on
-    stderr where that cuts something off. A rotation in the file is applied.
+    """An image file as ``fitted_image`` makes it. Raises FileNotFoundError or ValueError for what is no image."""
+    if not path.is_file():
+        raise FileNotFoundError(f"image must be a file, found none at {path}")
+    return fitted_image(path, size, str(path))
 
-    Raises FileNotFoundError or ValueError for what is no image.
+
+def fitted_image(file: Path | BinaryIO, size: tuple[int, int], name: str, formats: Sequence[str] | None = None) -> Tensor:
+    """An image as [1, 3, H, W] in [-1, 1], scaled to cover ``size`` (rows, columns) and cropped to its centre; says so on
+    stderr where that cuts something off. A rotation in the file is applied. ``formats``: Pillow's names of those accepted.
+
+    Raises ValueError, which calls it ``name``, for what is no image.
     """
     import numpy as np
     from PIL import Image, ImageOps
 
-    if not path.is_file():
-        raise FileNotFoundError(f"image must be a file, found none at {path}")
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+        with Image.open(file, formats=formats) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image must be an image file, {path} is not: {error}") from error
+        why = f": {error}" if isinstance(file, Path) else ""  # of what is no file it says where in memory that lies
+        raise ValueError(f"image must be an image file, {name} is not{why}") from error
     rows, columns = size
     lost = 1 - min(image.width * rows, image.height * columns) / max(image.width * rows, image.height * columns)
     if lost > 0.005:
@@ -153,6 +159,30 @@ def fitting_parts(checkpoint: Path, parts: Path | None, settings: WanSettings) -
     return found
 
 
+def latent_frame(parts: WanParts, settings: WanSettings) -> tuple[int, int, int]:
+    """(C, H, W) of a latent frame."""
+    height, width = (side // parts.pixels for side in settings.size)
+    return parts.channels, height, width
+
+
+def wan_stream(model: Any, frame: tuple[int, int, int], settings: WanSettings, cuda_graphs: bool) -> StreamingGenerator:
+    """A stream of a model's, with a cache of its own."""
+    window, most = Window(settings.window, sink=settings.sink), settings.chunk_frames
+    cache = StreamingCache.for_model(model, 1, *frame[1:], window, max_chunk_frames=most, merged=True)
+    levels: dict[str, Any] = {"levels": settings.steps, "first_levels": settings.first_steps}
+    return StreamingGenerator(model, cache, cuda_graphs=cuda_graphs, **levels)
+
+
+def wan_noise(seed: int, frame: tuple[int, int, int], size: int, device: torch.device) -> Callable[[int, int], Tensor]:
+    """The noise of a stream's chunks of ``size`` latent frames, as ``StreamingGenerator`` takes it."""
+    draws, (channels, height, width) = Draws(seed, "generate"), frame
+
+    def noise(chunk: int, step: int) -> Tensor:
+        return draws.normal(f"noise {chunk} {step}", [0], (channels, size, height, width), device)
+
+    return noise
+
+
 class WanStreamer:
     """A transformer and its VAE, loaded once, that stream one video after another: each as if it were the first."""
 
@@ -173,14 +203,10 @@ class WanStreamer:
         model = prepare_model(parts, settings)
         model.sequence = group
         self._device = device
-        height, width = (side // parts.pixels for side in settings.size)
-        self._frame = (parts.channels, height, width)
-        window, most = Window(settings.window, sink=settings.sink), settings.chunk_frames
-        cache = StreamingCache.for_model(model, 1, height, width, window, max_chunk_frames=most, merged=True)
+        self._frame = latent_frame(parts, settings)
         # Collectives within a graph are not tried yet: only where they are asked for.
         graphs = device.type == "cuda" and group is None if settings.cuda_graphs is None else settings.cuda_graphs
-        levels = {"levels": settings.steps, "first_levels": settings.first_steps}
-        self._generator = StreamingGenerator(model, cache, cuda_graphs=graphs, **levels)
+        self._generator = wan_stream(model, self._frame, settings, graphs)
 
     @torch.no_grad()
     def write(
@@ -215,12 +241,7 @@ class WanStreamer:
 
     def _latents(self, first: Tensor | None, later: Mapping[int, Tensor], seed: int) -> Iterator[Tensor]:
         """The latents of each chunk [1, C, f, h, w]."""
-        settings, draws = self.settings, Draws(seed, "generate")
-        channels, height, width = self._frame
-
-        def noise(chunk: int, step: int) -> Tensor:
-            return draws.normal(f"noise {chunk} {step}", [0], (channels, settings.chunk_frames, height, width), self._device)
-
+        settings, noise = self.settings, wan_noise(seed, self._frame, self.settings.chunk_frames, self._device)
         for count in range(1, settings.chunks + 1):
             if count in later:
                 turn_to(self._generator, later[count], settings.turn)

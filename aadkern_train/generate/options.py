@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 WAN_PLAIN = ("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs")  # as in WanSettings
 RUN_STEPS = ("steps", "first_steps")
 WAN_SETTINGS = ("size", "steps", "first_steps", "shift", *WAN_PLAIN)
+WAN_ONLY = tuple(name for name in ("parts", *WAN_SETTINGS) if name not in RUN_STEPS)
 
 
 def add_wan_settings(add: Callable[..., Any]) -> None:
@@ -72,6 +73,13 @@ def step_count(name: str, text: str) -> int:
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that stand on the command line, or have a default."""
     return {name: value for name, value in vars(args).items() if value is not None}
+
+
+def refuse_options(given: Mapping[str, Any], names: Sequence[str], why: str) -> None:
+    """Raises ValueError for the first of ``names`` that was given."""
+    foreign = next((name for name in names if name in given), None)
+    if foreign is not None:
+        raise ValueError(f"--{foreign.replace('_', '-')} must be left out: {why}")
 
 
 def add_vbench_export(commands: Any) -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -103,4 +103,13 @@ class World(Protocol):
 
     def describe(self, condition: Condition) -> list[str] | None:
         """A condition's text in words, where the world can say it."""
+        ...
+
+
+@runtime_checkable
+class Steered(Protocol):
+    """A world whose captions can say where to move."""
+
+    def toward(self, caption: str, x: int, y: int) -> str:
+        """The caption, but with a move by x columns and y rows, each -1, 0 or 1 and not both 0."""
         ...

@@ -162,6 +162,10 @@ class DigitsWorld(DigitsLaw):
             return None
         return [self.say(int(sprite), int(direction)) for sprite, direction in zip(*self.read(condition.text), strict=True)]
 
+    def toward(self, caption: str, x: int, y: int) -> str:
+        """The caption's digit, if it names one, moving by x columns and y rows, each -1, 0 or 1 and not both 0."""
+        return self.say(self.parse(caption)[0], VELOCITIES.index((y, x)))
+
     def parse(self, caption: str) -> tuple[int, int]:
         """(sprite, direction) that a caption in English states, -1 for what it leaves open."""
         return self._words().parse(caption)
