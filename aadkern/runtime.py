@@ -41,8 +41,8 @@ VERIFIED: dict[str, tuple[str, ...]] = {
     "blocks": ("the CPU interpreter",),
     "fp8": ("the CPU interpreter",),
 }
-# Where Triton's attention compiles without a GPU and, at head_dim 64 and 128, without spills (tests/test_triton_compile*.py): compute
-# capability or AMD's name -> GPUs of it, by the names in VERIFIED. docs/triton.md has the table.
+# Where Triton's attention compiles without a GPU and, at head_dim 64 and 128, without spills (tests/test_triton_compile*.py):
+# compute capability or AMD's name -> GPUs of it, by the names in VERIFIED. docs/triton.md has the table.
 COMPILED: dict[str, tuple[str, ...]] = {
     "8.0": ("A100",),
     "8.9": ("RTX 4090", "L40S"),

@@ -80,7 +80,7 @@ def test_every_forward_kernel(kernel, dtype, head_dim, seed):
 
 
 def test_a_chunk_whose_last_keys_are_split(seed):
-    """A chunk of 3 frames over 9, where 12 heads leave the fourth wave nearly empty: the same as in one piece, and the same every time."""
+    """A chunk of 3 frames over 9, where 12 heads leave the fourth wave nearly empty: as in one piece, and the same every time."""
     plan = AttentionPlan.from_ranges(4680, 14040, [((0, 4680), [(0, 14040)])])
     (q, k, v), _ = draw(plan, 128, torch.bfloat16, seed, heads=12)
     assert sm90.best_split(plan, 128, 176, 12, 128, sm90.multiprocessors(q.device)) is not None
