@@ -236,8 +236,7 @@ AADKERN_DEVICE void consume_backward(const BackwardParameters& p, const Backward
     });
     consumer.finish();
     work = own_key_tile(p, shared);
-    // Through 16 rows of V a warp, once no other warp's part of dP^T reads them.
-    named_barrier_sync(backward_all_consumers, Tile::consumer_threads);
+    // Through 16 rows of V a warp: since the last step's barrier, before which every warp waited for dP^T, nobody reads them.
     const int own = 64 * half + thread_index() % 128 / 32 * 16, first = work.first_row + own;
     const SharedAddress rows = shared.v() + own * panel_row_bytes;
     store_rows<T, HeadDim>(consumer.dv, rows, Tile::key_panel, element(p.dv, work.batch, work.head, first, 0), p.dv.length_stride, keys - own);
