@@ -41,6 +41,16 @@ VERIFIED: dict[str, tuple[str, ...]] = {
     "blocks": ("the CPU interpreter",),
     "fp8": ("the CPU interpreter",),
 }
+# Where Triton's attention compiles without a GPU and, at head_dim 64 and 128, without spills (tests/test_triton_compile*.py):
+# compute capability or AMD's name -> GPUs of it, by the names in VERIFIED. docs/triton.md has the table.
+COMPILED: dict[str, tuple[str, ...]] = {
+    "8.0": ("A100",),
+    "8.9": ("RTX 4090", "L40S"),
+    "9.0": ("H100", "H200", "H20", "GH200"),
+    "10.0": ("B200",),
+    "12.0": ("RTX 5090",),
+    "gfx942": ("MI300X", "MI325X"),
+}
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:

@@ -170,6 +170,10 @@ def info_text() -> str:
         fused = runtime.choose_fused_backend("info", "auto", device)
         lines.append(f"pooling, noise, blocks, fp8 on {device}: {fused} by default; their Triton kernels are verified on:")
         lines += [f"  {room:<10} {', '.join(runtime.VERIFIED[room])}" for room in ("pooling", "noise", "blocks", "fp8")]
+    lines.append("attention in Triton, compiled without a GPU and without spills at head_dim 64 and 128, by compute capability:")
+    for capability, gpus in runtime.COMPILED.items():
+        ran = [entry for entry in runtime.VERIFIED["triton"] if any(gpu in entry.partition(":")[0] for gpu in gpus)]
+        lines.append(f"  {capability:<10} {', '.join(gpus)}; ran on: {', '.join(ran) or 'nothing yet'}")
     return "\n".join(lines)
 
 

@@ -38,9 +38,6 @@ WAIT_EMPTY = "        mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);\
 ORDERED_WAIT = "                semaphore_wait(unpublished, query.rank);\n"
 DS_BARRIER = "        named_barrier_sync(backward_all_consumers, Tile::consumer_threads);  // then,"
 STORED_DS = "        store_packed(all_ds, Tile::key_panel, 64 * half, ds);\n        fence_proxy_async();\n"
-WAY_OUT = """reads them.
-    named_barrier_sync(backward_all_consumers, Tile::consumer_threads);
-"""
 CLEARED = "        fence_proxy_async();\n        named_barrier_sync(backward_all_consumers, Tile::consumer_threads);\n    }\n"
 STORED_DQ = "        fence_proxy_async();\n        named_barrier_arrive(backward_dq_full"
 DQ_EMPTY = "        named_barrier_sync(backward_dq_empty + half, backward_dq_threads);\n"
@@ -173,7 +170,6 @@ FAULTS = [
     Planted("rows of other queries written", ROWS, "            if (row >= own.rows) continue;\n", "", "global"),
     Planted("a tail too short", TILES, "left < Queries ? left : Queries", "left < Queries ? left - 1 : Queries", "wrong"),
     # numbers
-    Planted("rows of V written while another warp's product reads them", KERNEL, WAY_OUT, "reads them.\n", "race"),
     Planted("rows of V still read when dK is staged", KERNEL, "    warp_sync();\n    store_rows", "    store_rows", "race"),
     Planted("dk without the scale", KERNEL, "dk[i] * p.scale;", "dk[i];", "wrong"),
     Planted("gradient of lse with the wrong sign", ROWS, "chunk == 0) delta -=", "chunk == 0) delta +=", "wrong"),

@@ -11,6 +11,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from aadkern import runtime  # noqa: E402
 from aadkern.range_attention import triton_backward, triton_forward  # noqa: E402
 from aadkern.range_attention.tiles import device_class, row_of  # noqa: E402
 from tests.ahead_of_time import BLACKWELL, CAPABILITIES, beside_products, compile_kernel, counts  # noqa: E402
@@ -154,6 +155,11 @@ def test_an_mi250_is_given_no_tiles_of_a_hopper(monkeypatch):
     assert triton_forward.pick(triton_forward.CONFIGS, q) == triton_forward.CONFIGS["sm90", 128]
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert triton_forward.pick(triton_forward.CONFIGS, q) == triton_forward.CONFIGS["amd", 128]
+
+
+def test_what_info_calls_compiled_is_compiled_here():
+    targets = [*CAPABILITIES.values(), *BLACKWELL.values()]
+    assert set(runtime.COMPILED) == {f"{target // 10}.{target % 10}" for target in targets} | {"gfx942"}
 
 
 def test_launches_go_to_the_tensors_device():

@@ -184,3 +184,13 @@ def test_only_the_very_capability_is_served(capability, served, monkeypatch):
     assert "AMD" in runtime._reason_against_sm90("cuda:1")
     monkeypatch.setattr(_build, "load_cuda", lambda: "not built: for a reason")
     assert runtime._reason_against_sm90("cuda") == "not built: for a reason"
+
+
+def test_info_tells_what_was_compiled_and_what_ran(monkeypatch):
+    from aadkern_train.cli import info_text
+
+    lines = {line.split()[0]: line for line in info_text().splitlines() if "; ran on: " in line}
+    assert set(lines) == set(runtime.COMPILED) and all("nothing yet" in line for line in lines.values())
+    monkeypatch.setitem(runtime.VERIFIED, "triton", ("the CPU interpreter", "NVIDIA H200: benchmarks/results/h200.json"))
+    lines = {line.split()[0]: line for line in info_text().splitlines() if "; ran on: " in line}
+    assert lines["9.0"].endswith("ran on: NVIDIA H200: benchmarks/results/h200.json") and "nothing yet" in lines["8.9"]

@@ -35,8 +35,8 @@ FORWARD_KERNELS = {
     "wide": ForwardKernel(3, 128, 176),
 }
 
-# At head_dim 128 a step of 176 keys reads 0.82 bytes of shared memory for what the tensor cores could take, one of 128 keys 0.875,
-# reduces over the quad and rescales out 27 % less often, and its softmax has longer to hide; at 64 the exponentials limit both.
+# At head_dim 128 a step of 176 keys keeps shared memory busy for 0.84 of the tensor cores' time, one of 128 keys for 0.875; it
+# reduces over the quad and rescales out 27 % less often, and tails cost no more (docs/hopper.md). At 64 exponentials limit both.
 DEFAULT_FORWARD = {64: "pingpong", 128: "wide"}
 # Heads that take turns in a fixed order: the more, the less a tile waits for the one before it; but each brings its own Q, dO
 # and dQ from memory, 96 KB a step, and from about 80 on they come slower than the products (benchmarks/simulate_order.py).

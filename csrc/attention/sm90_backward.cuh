@@ -7,7 +7,7 @@
 //                  dV += P^T dO and dK += dS^T Q without leaving the registers. dQ = dS K sums over all keys of the tile: dS^T goes
 //                  through shared memory, and each warpgroup makes half of dQ.
 // The order of products leaves one in flight behind whatever is computed: P^T under dP^T, dS^T under dV, dQ's way out under dK; at head_dim 128
-// dK is still in flight when S^T and dP^T of the next query tile are issued.
+// dK is still in flight when S^T and dP^T of the next query tile are issued. Read from the machine code (tests/test_sm90_backward.py).
 // Where a tile ends early, the rows after it are others' and may hold NaN: they are zeroed in shared memory before use.
 // `deterministic`: a CTA takes its key tile by a ticket, and adds to a query tile after the key tiles of smaller tickets that see it. The
 // CTA of the smallest unfinished ticket waits for nobody, so somebody always goes on, however few of them run at once.
@@ -236,8 +236,7 @@ AADKERN_DEVICE void consume_backward(const BackwardParameters& p, const Backward
     });
     consumer.finish();
     work = own_key_tile(p, shared);
-    // Through 16 rows of V a warp, once no other warp's part of dP^T reads them.
-    named_barrier_sync(backward_all_consumers, Tile::consumer_threads);
+    // Through 16 rows of V a warp: since the last step's barrier, before which every warp waited for dP^T, nobody reads them.
     const int own = 64 * half + thread_index() % 128 / 32 * 16, first = work.first_row + own;
     const SharedAddress rows = shared.v() + own * panel_row_bytes;
     store_rows<T, HeadDim>(consumer.dv, rows, Tile::key_panel, element(p.dv, work.batch, work.head, first, 0), p.dv.length_stride, keys - own);

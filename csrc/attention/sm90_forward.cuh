@@ -5,6 +5,7 @@
 //   consumer warpgroups,  issue S(j) = q k(j)^T and O += P(j-1) v(j-1) together; the softmax of S(j) runs while the second is at
 //   64 query rows each    work, and with PingPong while the other consumer's products are
 //
+// Read from the machine code (tests/test_sm90_forward.py): all exponentials and row maxima of the loop stand beside P v.
 // Every stage of k and v has two mbarriers: `full` (the bytes are there) and `empty` (all eight consumer warps are done with it).
 #pragma once
 
