@@ -8,6 +8,7 @@ import torch
 from aadkern import blocks, runtime
 from aadkern.blocks import RotaryGrid
 from tests.block_cases import BATCH, check_heads, check_tokens, fused_heads, run_heads, run_tokens, tokens_and_rows
+from tests.pack_cases import compare_packed, moves_of
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -44,6 +45,13 @@ def test_a_chunk_at_480p(dtype):
     """Many programs, every multiprocessor busy."""
     check_heads("triton", dtype, RotaryGrid(3, 30, 52), 12, 128)
     check_tokens("triton", dtype, 3, torch.float32, (BATCH, 3 * 1560, 1536))
+
+
+@pytest.mark.parametrize(("heads", "ranks"), [(12, 4), (12, 8), (40, 8), (2, 5)])
+@DTYPES
+def test_the_send_buffer_is_that_of_norm_and_copy(dtype, heads, ranks):
+    moves, span = moves_of(ranks - 1, ranks, heads, CLIP, heads == 12)
+    compare_packed(moves, span, BATCH, CLIP, heads, 128, dtype, bits=False)
 
 
 def elsewhere(kind, *tensors):
