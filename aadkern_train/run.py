@@ -120,7 +120,11 @@ class Run:
 
     def read(self, work: Callable[[], T]) -> T:
         """What ``work`` reads of the world. Where one rank cannot, every rank raises at once, and none waits for it."""
-        return self.processes.agreed(work) if self.world.fingerprint is not None else work()
+
+        def reading() -> T:
+            return self.processes.during("reading its data", work)
+
+        return self.processes.agreed(reading) if self.world.fingerprint is not None else reading()
 
     def take(self, samples: range, split: str) -> None:
         """Notes samples in ``taken``: by their items' names where the world's items have names, else by their numbers."""

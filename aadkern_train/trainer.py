@@ -21,6 +21,7 @@ from aadkern.spans import span
 from aadkern_train.engine.checkpoint import Checkpoints
 from aadkern_train.engine.files import naming, read_json
 from aadkern_train.engine.leaving import Asked, Leave
+from aadkern_train.engine.peers import code, together
 from aadkern_train.engine.processes import start
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.run_folder import Progress, RunFolder
@@ -53,7 +54,9 @@ class Progressed:
 
 def run_recipe(recipe: Recipe, path: Path, *, resume: bool = False, overwrite: bool = False) -> Path | None:
     """Train ``recipe`` into the folder ``path`` and write its report; returns the report's path on the main process."""
-    with start(**recipe.parallel.model_dump()) as processes:
+    whole = recipe.model_dump(mode="json")
+    alike = {**whole, "out": str(path.absolute()), "resume": resume, "overwrite": overwrite, "code": code(recipe.plugins)}
+    with start(**recipe.parallel.model_dump(), alike=alike) as processes, together(processes.peers):
         folder = RunFolder(path, active=processes.is_main)
 
         def begin() -> None:
@@ -142,6 +145,7 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
                 break
             began = time.monotonic()
             run.taken.clear()
+            run.processes.at(f"{stage.name}, step {step}")
             with span(f"{stage.name} step"):
                 values = run.processes.mean(stage.train_step(step))
             progressed.seconds += time.monotonic() - began

@@ -170,6 +170,7 @@ class ParallelSettings(Config):
 
     sequence: Count = 1  # neighbouring processes that share each clip's tokens (Ulysses); they divide the batch no further
     replicate: Count = 1  # groups of processes that each hold whole networks, sharded within (HSDP)
+    timeout_minutes: Rate = 30.0  # how long a process waits for another before it ends; stages' longest measuring included
 
 
 class Recipe(Config):
