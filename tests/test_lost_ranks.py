@@ -108,8 +108,14 @@ def live(folder: Path, ports: list[str]) -> None:
         rank = {0: 0, 2: 1}[born] if two else born
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2" if two else "3", MASTER_PORT=port)
         trainer.code = (lambda plugins: "of yesterday") if scene == "words" and rank == 2 else plain
-        batch = "pretrain={steps: 3, batch: %d}" % (2 if two else 6 if scene == "words" and rank == 2 else 3)
-        words = [*SMALL, *ALONE, batch, "evaluate={every: 0, final_clips: 0}", f"parallel.timeout_minutes={PATIENT}"]
+        batch = 2 if two else 6 if scene == "words" and rank == 2 else 3
+        words = [
+            *SMALL,
+            *ALONE,
+            f"pretrain={{steps: 3, batch: {batch}}}",
+            "evaluate={every: 0, final_clips: 0}",
+            f"parallel.timeout_minutes={PATIENT}",
+        ]
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             status = cli.main(["train", "digits", f"out={folder / scene}", *words])

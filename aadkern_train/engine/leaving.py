@@ -1,4 +1,5 @@
-"""Leaving: SIGTERM and SIGUSR1, which schedulers send before they take a machine away, let a run save first; and with a lost rank."""
+"""Leaving when asked: SIGTERM and SIGUSR1, which schedulers send before they take a machine away, let a run save first. And when
+a rank is lost."""
 
 from __future__ import annotations
 

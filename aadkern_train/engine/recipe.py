@@ -28,6 +28,10 @@ RESERVED = ("real", "static", "web", "teacher", "random")
 """What a run's folder calls other clips and weights beside those of its stages."""
 
 
+MAY_CHANGE = ("parallel", "trackers")
+"""Settings that a resumed run may have otherwise: none changes what is learned."""
+
+
 class NetworkSettings(Config):
     """The shape of the networks that a run makes for itself."""
 
@@ -194,6 +198,7 @@ class Recipe(Config):
     evaluate: EvaluationSettings = EvaluationSettings()
     validation: ValidationSettings = ValidationSettings()
     parallel: ParallelSettings = ParallelSettings()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # mirrors of log.jsonl
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
 
