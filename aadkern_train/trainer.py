@@ -6,6 +6,7 @@ whole checkpoint. Random numbers are functions of (seed, stage, step, sample), s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -128,8 +129,10 @@ def check(run: Run) -> None:
 def train(run: Run) -> dict[str, Any]:
     """Run every stage that is not finished yet; returns what metrics.json holds."""
     check(run)
-    checkpoints = Checkpoints(run.folder.checkpoints, run.processes, keep=run.recipe.keep_checkpoints)
-    with Asked() as asked:
+    keep, background = run.recipe.keep_checkpoints, run.recipe.checkpoint_async
+    checkpoints = Checkpoints(run.folder.checkpoints, run.processes, keep=keep, background=background)
+    with Asked() as asked, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(checkpoints.settle)
         for name in stages_of(run):
             if not run.processes.on_main(run.folder.weights(name).exists):
                 train_stage(run, make_stage(run, name), checkpoints, asked)
@@ -188,7 +191,9 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
                 run.processes.on_main(run.folder.check_held)
                 checkpoints.save(stage.name, done, state, run.recipe)
             if number:
+                checkpoints.wait()
                 raise Leave(number, f"{stage.name}, step {done}")
+    checkpoints.wait()
     run.processes.on_main(run.folder.check_held)
     finish(run, stage, progressed)
 

@@ -28,7 +28,7 @@ RESERVED = ("real", "static", "web", "teacher", "random")
 """What a run's folder calls other clips and weights beside those of its stages."""
 
 
-MAY_CHANGE = ("parallel", "trackers")
+MAY_CHANGE = ("parallel", "trackers", "checkpoint_async")
 """Settings that a resumed run may have otherwise: none changes what is learned."""
 
 
@@ -200,6 +200,7 @@ class Recipe(Config):
     parallel: ParallelSettings = ParallelSettings()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # mirrors of log.jsonl
     checkpoint_every: Count = 100
+    checkpoint_async: bool = False  # write checkpoints while training goes on, from a copy in host memory
     keep_checkpoints: Count = 2
 
     @model_validator(mode="after")

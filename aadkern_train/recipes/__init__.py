@@ -133,7 +133,8 @@ def _long(name: str, word: str) -> list[str]:
 def show(recipe: Recipe) -> str:
     """The settings as YAML, with the origin of each figure of which it is known."""
     origins = {_full(key, recipe): origin for key, origin in ORIGINS.get(recipe.recipe, {}).items()}
-    made = differences(RECIPES[recipe.recipe]().model_dump(mode="json"), recipe.model_dump(mode="json"))
+    base = RECIPES.get(recipe.recipe)  # a word may have called it otherwise
+    made = differences(base().model_dump(mode="json"), recipe.model_dump(mode="json")) if base is not None else {}
     origins |= {key: "set here" for key in made}
     lines: list[str] = []
 
