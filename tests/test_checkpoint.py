@@ -310,7 +310,7 @@ def test_latest_moves_when_all_is_written_and_an_error_is_told_at_the_next_save(
     whole_save = dcp.save
 
     def slow(*arguments, **options):
-        assert go_on.wait(60)
+        assert go_on.wait(600)
         whole_save(*arguments, **options)
         if failing:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -318,7 +318,9 @@ def test_latest_moves_when_all_is_written_and_an_error_is_told_at_the_next_save(
     monkeypatch.setattr(dcp, "save", slow)
     for step, failing in ((2, False), (3, True)):
         go_on.clear()
-        checkpoints.save("ode", step, linear(processes, float(step)))
+        parts = linear(processes, float(step))
+        checkpoints.save("ode", step, parts)
+        nn.init.constant_(parts["net"].weight, -1.0)  # as training goes on
         assert (tmp_path / "latest").read_text() == f"ode/step-{step - 1}\n"
         go_on.set()
         if failing:
