@@ -205,8 +205,6 @@ def run_train(args: argparse.Namespace) -> None:
     from aadkern_train.engine.config import apply_overrides
     from aadkern_train.engine.recipe import MAY_CHANGE
     from aadkern_train.planning.counts import counts
-    from aadkern_train.planning.dry_run import WORDS as DRY_RUN
-    from aadkern_train.planning.dry_run import dry_run
     from aadkern_train.recipes import make_recipe, read_recipe, show
     from aadkern_train.trainer import run_recipe
 
@@ -215,7 +213,7 @@ def run_train(args: argparse.Namespace) -> None:
         raise ValueError(f"recipe must be one word, settings key=value, got {' '.join(names)}")
     recipe_name = names[0] if names else None
     own, rest = split_settings([word for word in args.words if "=" in word], ("out", "resume", "overwrite"))
-    planned, rest = split_settings(rest, DRY_RUN if args.dry_run else ())
+    planned, rest = split_settings(rest, ("gpus", "gpu", "node") if args.dry_run else ())
     overwrite = switch("overwrite", own.get("overwrite", "false"))
     resume = folder_of("resume", own["resume"]) if "resume" in own else None
     if resume is not None:
@@ -235,6 +233,8 @@ def run_train(args: argparse.Namespace) -> None:
         return
     folder = resume or folder_of("out", own.get("out", f"runs/{recipe.recipe}"))
     if args.dry_run:
+        from aadkern_train.planning.dry_run import dry_run
+
         dry_run(recipe, folder, planned, resume=resume is not None, overwrite=overwrite)
         return
     report = run_recipe(recipe, folder, resume=resume is not None, overwrite=overwrite, counts=counts)

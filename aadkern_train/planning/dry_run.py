@@ -14,14 +14,11 @@ from aadkern_train.planning.tables import text
 from aadkern_train.run import Run
 from aadkern_train.trainer import check
 
-WORDS = ("gpus", "gpu", "node")
-"""Of ``aad plan``, for the machines that the run is meant for."""
-
 
 def dry_run(recipe: Recipe, folder: Path, own: Mapping[str, str], *, resume: bool = False, overwrite: bool = False) -> None:
     """Prints the memory of each stage's step, traced and by the formulas, for this recipe as it is.
 
-    ``own``: values of ``WORDS``; GPUs not said are torchrun's processes, else as few as ``parallel`` asks for. Raises what training
+    ``own``: ``gpus``, ``gpu`` and ``node`` as for ``aad plan``; GPUs not said are torchrun's processes, else as few as ``parallel`` asks for. Raises what training
     would raise at its start: of what the recipe is not traced without, before the table, of data, networks and folders after it.
     """
     if int(os.environ.get("RANK", "0")):  # torchrun's other processes have nothing to add
