@@ -18,8 +18,9 @@ from aadkern_train.trainer import check
 def dry_run(recipe: Recipe, folder: Path, own: Mapping[str, str], *, resume: bool = False, overwrite: bool = False) -> None:
     """Prints the memory of each stage's step, traced and by the formulas, for this recipe as it is.
 
-    ``own``: ``gpus``, ``gpu`` and ``node`` as for ``aad plan``; GPUs not said are torchrun's processes, else as few as ``parallel`` asks for. Raises what training
-    would raise at its start: of what the recipe is not traced without, before the table, of data, networks and folders after it.
+    ``own``: ``gpus``, ``gpu`` and ``node`` as for ``aad plan``; GPUs not said are torchrun's processes, else as few as ``parallel``
+    asks for. Raises what training would raise at its start: of what the recipe is not traced without, before the table, of data,
+    networks and folders after it.
     """
     if int(os.environ.get("RANK", "0")):  # torchrun's other processes have nothing to add
         return
