@@ -66,7 +66,7 @@ def test_settings_that_cannot_be_are_told_at_once(words, wrong, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "least", "most"),
-    [(["digits"], 0.01, 1), (["wan_smoke"], 1e-3, 1), (["wan_t2v_1.3b", "one_gpu=true"], 30, 80)],
+    [(["digits"], 0.01, 1), (["wan_smoke"], 0.1, 2), (["wan_t2v_1.3b", "one_gpu=true"], 30, 80)],
 )
 def test_every_stage_of_a_recipe_is_traced(words, least, most, tmp_path):
     """Wan's without data and weights: that they lack is told after the table."""
