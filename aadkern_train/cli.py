@@ -89,6 +89,11 @@ def parser() -> argparse.ArgumentParser:
         help="digits or clips, left out with resume=RUN; out=DIR, overwrite=true (what is there is moved aside), or any setting",
     )
     train.add_argument("--show", action="store_true", help="print the settings and stop")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the settings, trace a step of each stage without memory (gpus=N gpu=NAME node=N as in aad plan) and stop",
+    )
     train.set_defaults(run=run_train)
 
     add_ablate(commands)
@@ -191,6 +196,7 @@ def split_settings(settings: Sequence[str], names: Sequence[str]) -> tuple[dict[
 
 def run_demo(args: argparse.Namespace) -> None:
     """Moving digits through all stages; a demo that was interrupted goes on, a finished or other one is moved aside."""
+    from aadkern_train.planning.counts import counts
     from aadkern_train.recipes import PROFILES, make_recipe, read_recipe
     from aadkern_train.report import read_run, summary, text_table
     from aadkern_train.trainer import run_recipe
@@ -202,7 +208,7 @@ def run_demo(args: argparse.Namespace) -> None:
     recipe = make_recipe("digits", [*PROFILES[profile], *rest])
     unfinished = (path / "config.yaml").is_file() and not (path / "report.html").exists()
     same = unfinished and read_recipe(path / "config.yaml") == recipe
-    report = run_recipe(recipe, path, resume=same, overwrite=not same)
+    report = run_recipe(recipe, path, resume=same, overwrite=not same, counts=counts)
     if report is not None:
         run = read_run(path)
         print("", *summary(run), "", text_table(run), "", f"The report: {report}", sep="\n")
@@ -210,6 +216,8 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     from aadkern_train.engine.config import apply_overrides
+    from aadkern_train.engine.recipe import MAY_CHANGE
+    from aadkern_train.planning.counts import counts
     from aadkern_train.recipes import make_recipe, read_recipe, show
     from aadkern_train.trainer import run_recipe
 
@@ -218,6 +226,7 @@ def run_train(args: argparse.Namespace) -> None:
         raise ValueError(f"recipe must be one word, settings key=value, got {' '.join(names)}")
     recipe_name = names[0] if names else None
     own, rest = split_settings([word for word in args.words if "=" in word], ("out", "resume", "overwrite"))
+    planned, rest = split_settings(rest, ("gpus", "gpu", "node") if args.dry_run else ())
     overwrite = switch("overwrite", own.get("overwrite", "false"))
     resume = folder_of("resume", own["resume"]) if "resume" in own else None
     if resume is not None:
@@ -227,7 +236,7 @@ def run_train(args: argparse.Namespace) -> None:
         if recipe_name not in (None, recipe.recipe):
             raise ValueError(f"{resume} is a run of {recipe.recipe!r}, not of {recipe_name!r}")
         changed = apply_overrides(recipe, rest)
-        if changed.model_copy(update={"parallel": recipe.parallel}) != recipe:
+        if changed.model_copy(update={name: getattr(recipe, name) for name in MAY_CHANGE}) != recipe:
             raise ValueError(f"a resumed run keeps its settings; leave out {' '.join(rest)}, or start a new run")
         recipe = changed  # shared by other processes, perhaps
     else:
@@ -236,7 +245,12 @@ def run_train(args: argparse.Namespace) -> None:
         print(show(recipe))
         return
     folder = resume or folder_of("out", own.get("out", f"runs/{recipe.recipe}"))
-    report = run_recipe(recipe, folder, resume=resume is not None, overwrite=overwrite)
+    if args.dry_run:
+        from aadkern_train.planning.dry_run import dry_run
+
+        dry_run(recipe, folder, planned, resume=resume is not None, overwrite=overwrite)
+        return
+    report = run_recipe(recipe, folder, resume=resume is not None, overwrite=overwrite, counts=counts)
     if report is not None:
         print(f"The report: {report}")
 

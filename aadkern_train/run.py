@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aadkern.plans import VideoLayout, Window
 from aadkern_train.diffusion.draws import Draws
+from aadkern_train.engine.figures import Counted
 from aadkern_train.engine.files import read_json, replace_file
 from aadkern_train.engine.processes import Processes
 from aadkern_train.engine.recipe import Recipe
@@ -35,6 +36,8 @@ class Run:
     folder: RunFolder
     taken: dict[str, None] = field(default_factory=dict)
     """What this process has read of the data since the trainer last emptied it, in order: "train clip-17", "pair 000012"."""
+    counts: Callable[[Run, str], Counted | None] = lambda run, name: None
+    """What a step of a stage takes, for the log; by those who can count it."""
 
     @classmethod
     def alone(cls, recipe: Recipe, folder: Path) -> Run:
@@ -120,7 +123,11 @@ class Run:
 
     def read(self, work: Callable[[], T]) -> T:
         """What ``work`` reads of the world. Where one rank cannot, every rank raises at once, and none waits for it."""
-        return self.processes.agreed(work) if self.world.fingerprint is not None else work()
+
+        def reading() -> T:
+            return self.processes.during("reading its data", work)
+
+        return self.processes.agreed(reading) if self.world.fingerprint is not None else reading()
 
     def take(self, samples: range, split: str) -> None:
         """Notes samples in ``taken``: by their items' names where the world's items have names, else by their numbers."""

@@ -6,10 +6,12 @@ whole checkpoint. Random numbers are functions of (seed, stage, step, sample), s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ from torch import Tensor
 
 from aadkern.spans import span
 from aadkern_train.engine.checkpoint import Checkpoints
+from aadkern_train.engine.figures import Counted, speed
 from aadkern_train.engine.files import naming, read_json
 from aadkern_train.engine.leaving import Asked, Leave
+from aadkern_train.engine.peers import code, together
 from aadkern_train.engine.processes import start
-from aadkern_train.engine.recipe import Recipe
+from aadkern_train.engine.recipe import MAY_CHANGE, Recipe
 from aadkern_train.engine.run_folder import Progress, RunFolder
+from aadkern_train.engine.trackers import Trackers
 from aadkern_train.engine.video import write_video
 from aadkern_train.evaluation import Measured, evaluate, references, steering
 from aadkern_train.networks.networks import recompute_blocks
@@ -33,6 +38,7 @@ from aadkern_train.run import Run
 from aadkern_train.stages.base import KINDS, Stage
 from aadkern_train.validation import prompts, validate
 
+Counts = Callable[[Run, str], Counted | None]
 NAMED = 8  # samples of a step that an error names
 LARGE = 128  # pixels of a frame from which samples are videos, and the report's are made small
 
@@ -51,9 +57,14 @@ class Progressed:
         self.stage.memory.update(json.loads(state["memory"]))
 
 
-def run_recipe(recipe: Recipe, path: Path, *, resume: bool = False, overwrite: bool = False) -> Path | None:
-    """Train ``recipe`` into the folder ``path`` and write its report; returns the report's path on the main process."""
-    with start(**recipe.parallel.model_dump()) as processes:
+def run_recipe(
+    recipe: Recipe, path: Path, *, resume: bool = False, overwrite: bool = False, counts: Counts | None = None
+) -> Path | None:
+    """Train ``recipe`` into the folder ``path`` and write its report; returns the report's path on the main process. ``counts``:
+    what a step takes, for the log."""
+    whole = recipe.model_dump(mode="json")
+    alike = {**whole, "out": str(path.absolute()), "resume": resume, "overwrite": overwrite, "code": code(recipe.plugins)}
+    with start(**recipe.parallel.model_dump(), alike=alike) as processes, together(processes.peers):
         folder = RunFolder(path, active=processes.is_main)
 
         def begin() -> None:
@@ -61,10 +72,19 @@ def run_recipe(recipe: Recipe, path: Path, *, resume: bool = False, overwrite: b
             folder = RunFolder.open(path, hold=True) if resume else RunFolder.create(path, recipe, overwrite, hold=True)
 
         processes.on_main(begin)
+        trackers: Trackers | None = None
+
+        def mirrored() -> None:
+            nonlocal trackers
+            folder.mirror = trackers = Trackers(recipe.trackers, path, whole)
+
         try:
-            train(Run(recipe, processes, folder))
+            processes.on_main(mirrored)
+            train(Run(recipe, processes, folder, **({} if counts is None else {"counts": counts})))
             return write_report(path) if processes.is_main else None
         finally:
+            if trackers is not None:
+                trackers.close()
             folder.close()
 
 
@@ -98,14 +118,21 @@ def check_networks(run: Run) -> None:
         KINDS[settings.kind].check(run, name, settings)
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Run every stage that is not finished yet; returns what metrics.json holds."""
-    read_metrics(run)  # broken, it is told of now, not at the end of a stage
+def check(run: Run) -> None:
+    """Raises what must be told of now, not at the end of a stage."""
+    read_metrics(run)
     check_networks(run)
     if run.recipe.validation.path is not None:
         prompts(run)
-    checkpoints = Checkpoints(run.folder.checkpoints, run.processes, keep=run.recipe.keep_checkpoints)
-    with Asked() as asked:
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Run every stage that is not finished yet; returns what metrics.json holds."""
+    check(run)
+    keep, background = run.recipe.keep_checkpoints, run.recipe.checkpoint_async
+    checkpoints = Checkpoints(run.folder.checkpoints, run.processes, keep=keep, background=background)
+    with Asked() as asked, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(checkpoints.settle)
         for name in stages_of(run):
             if not run.processes.on_main(run.folder.weights(name).exists):
                 train_stage(run, make_stage(run, name), checkpoints, asked)
@@ -133,21 +160,25 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
     latest = checkpoints.latest()
     first = 0
     if latest is not None and latest.stage == stage.name:
-        first = checkpoints.load(state, run.recipe, ignore=("parallel",)).step
+        first = checkpoints.load(state, run.recipe, ignore=MAY_CHANGE).step
     run.folder.resume_log(stage.name, first - 1)
     settings = run.recipe.evaluate
+    counted = run.counts(run, stage.name)
     with Progress(stage.name, stage.steps, first, active=run.processes.is_main) as progress:
         for step in range(first, stage.steps):
             if progressed.stopped_at >= 0:
                 break
             began = time.monotonic()
             run.taken.clear()
+            run.processes.at(f"{stage.name}, step {step}")
             with span(f"{stage.name} step"):
                 values = run.processes.mean(stage.train_step(step))
-            progressed.seconds += time.monotonic() - began
+            took = time.monotonic() - began
+            progressed.seconds += took
             values |= used_memory(run)
             check_finite(run, stage.name, step, values)
-            run.folder.log(stage.name, step, seconds=round(progressed.seconds, 3), **values)
+            reached = speed(stage.settings.batch * run.layout.tokens, took, run.processes.size, counted)
+            run.folder.log(stage.name, step, seconds=round(progressed.seconds, 3), **values, speed=reached)
             done = step + 1
             progress.update(done, **{name: values[name] for name in stage.shown if name in values})
             if settings.every and done % settings.every == 0 and done < stage.steps:
@@ -160,7 +191,9 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
                 run.processes.on_main(run.folder.check_held)
                 checkpoints.save(stage.name, done, state, run.recipe)
             if number:
+                checkpoints.wait()
                 raise Leave(number, f"{stage.name}, step {done}")
+    checkpoints.wait()
     run.processes.on_main(run.folder.check_held)
     finish(run, stage, progressed)
 

@@ -5,6 +5,7 @@ This file is also a program: `python test_checkpoint.py save|load FOLDER` in two
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -12,20 +13,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from aadkern_train.engine.checkpoint import CheckpointError, Checkpoints
 from aadkern_train.engine.config import Config
+from aadkern_train.engine.leaving import Leave
 from aadkern_train.engine.processes import Processes, reshard, shard, start, whole
 from aadkern_train.learning.ema import Ema
 from aadkern_train.learning.optim import Optimiser, build
+from aadkern_train.stages.pretrain import Pretrain
+from aadkern_train.trainer import run_recipe
 from tests.processes import BATCH, Net, inputs, run_processes
+from tests.tiny_runs import small_recipe
 
 
 class Inner(Config):
@@ -128,6 +135,11 @@ def test_resumed_training_ends_bitwise_equal(processes, tmp_path):
     assert resumed["counters"].values["third"] == unbroken["counters"].values["third"] == 2.0
 
 
+def written(folder: Path) -> dict[str, bytes]:
+    """What a checkpoint holds, but for DCP's metadata, in which is a name of each save."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".metadata"}
+
+
 def test_two_processes_and_one_exchange_checkpoints(processes, tmp_path):
     alone = training(processes)
     train(alone, processes, range(2))
@@ -137,6 +149,7 @@ def test_two_processes_and_one_exchange_checkpoints(processes, tmp_path):
     resumed = training(processes, seed=1)
     assert Checkpoints(tmp_path / "two", processes).load(resumed).step == 2
     assert_same(everything(resumed), torch.load(tmp_path / "saved.pt"))
+    assert written(tmp_path / "behind/ode/step-2") == written(tmp_path / "two/ode/step-2")
     for name, tensor in everything(alone).items():  # and two processes trained as one did
         torch.testing.assert_close(tensor, everything(resumed)[name], rtol=2e-5, atol=2e-6)
 
@@ -151,6 +164,10 @@ def exchange(folder: Path) -> None:
         train(fresh, two, range(2))
         Checkpoints(folder / "two", two).save("ode", 2, fresh)
         trained = everything(fresh)
+        behind = Checkpoints(folder / "behind", two, background=True)
+        behind.save("ode", 2, fresh)
+        train(fresh, two, range(2, 4))  # whose collectives do not meet the saving's
+        behind.wait()
         if two.is_main:
             torch.save(loaded, folder / "loaded.pt")
             torch.save(trained, folder / "saved.pt")
@@ -185,11 +202,11 @@ def in_child(work) -> int:
     return child
 
 
-def saving(folder: Path, saves: int, die_at: int | None = None) -> None:
+def saving(folder: Path, saves: int, die_at: int | None = None, background: bool = False) -> None:
     """Goes on from the latest checkpoint and saves again and again; with die_at, ends without warning at that call
     into the file system's durable operations."""
     with start("cpu") as processes:
-        checkpoints = Checkpoints(folder, processes, keep=2)
+        checkpoints = Checkpoints(folder, processes, keep=2, background=background)
         latest = checkpoints.latest()
         begin = 0 if latest is None else latest.step + 1
         calls = 0
@@ -208,7 +225,11 @@ def saving(folder: Path, saves: int, die_at: int | None = None) -> None:
             for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "rmdir"), (os, "unlink")):
                 setattr(module, name, dying(getattr(module, name)))
         for step in range(begin, begin + saves):
-            checkpoints.save("dmd" if step > 20 else "ode", step, {"marked": Marked(step)})
+            marked = Marked(step)
+            checkpoints.save("dmd" if step > 20 else "ode", step, {"marked": marked})
+            for tensor in marked.tensors.values():
+                tensor.fill_(-1)  # what training goes on to do with it
+        checkpoints.wait()
 
 
 def checking(folder: Path, at_least: int) -> None:
@@ -226,7 +247,7 @@ def checking(folder: Path, at_least: int) -> None:
         (folder / "reached").write_text(str(saved.step))
 
 
-def crash(folder: Path, rounds: int) -> None:
+def crash(folder: Path, rounds: int, background: bool = False) -> None:
     """Kills a saving process at random moments, then lets one die at each durable operation, checking after each."""
     chance = random.Random(rounds)
 
@@ -237,7 +258,7 @@ def crash(folder: Path, rounds: int) -> None:
         assert status == 0, f"the check ended with {status}"  # below 0: a signal
 
     for _ in range(rounds):
-        child = in_child(lambda: saving(folder, 10**6))
+        child = in_child(lambda: saving(folder, 10**6, background=background))
         time.sleep(chance.uniform(0.02, 0.4))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -245,7 +266,7 @@ def crash(folder: Path, rounds: int) -> None:
     begun, die_at = int((folder / "reached").read_text()), 0
     while True:
         die_at += 1
-        child = in_child(lambda die_at=die_at: saving(folder, 1, die_at))
+        child = in_child(lambda die_at=die_at: saving(folder, 1, die_at, background))
         status = os.waitpid(child, 0)[1]
         check()
         if os.waitstatus_to_exitcode(status) == 0:
@@ -256,12 +277,80 @@ def crash(folder: Path, rounds: int) -> None:
     print(f"{rounds} kills, {die_at - 1} deaths at durable operations, step {(folder / 'reached').read_text()}")
 
 
-@pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, rounds):
+SLOW = [pytest.param(60, how, marks=pytest.mark.slow) for how in ("", "background")]
+
+
+@pytest.mark.parametrize(("rounds", "background"), [(8, ""), (3, "background"), *SLOW])
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, rounds, background):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, __file__, "crash", str(tmp_path), str(rounds)]
+    command = [sys.executable, __file__, "crash", str(tmp_path), str(rounds), background]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_in_the_background_the_same_bytes_are_saved_while_training_goes_on(processes, tmp_path):
+    parts = training(processes)
+    plain, behind = (Checkpoints(tmp_path / name, processes, background=name == "behind") for name in ("plain", "behind"))
+    for step in (1, 2):  # the second time into the memory of the first
+        train(parts, processes, range(step, step + 1))
+        plain.save("ode", step, parts)
+        behind.save("ode", step, parts)
+        train(parts, processes, range(5, 7))
+    behind.wait()
+    assert (tmp_path / "behind/latest").read_text() == "ode/step-2\n"
+    for step in (1, 2):
+        ours, theirs = written(tmp_path / f"behind/ode/step-{step}"), written(tmp_path / f"plain/ode/step-{step}")
+        assert ours == theirs and len(ours) == 2, step
+
+
+def test_latest_moves_when_all_is_written_and_an_error_is_told_at_the_next_save(processes, tmp_path, monkeypatch):
+    checkpoints, go_on = Checkpoints(tmp_path, processes, background=True), threading.Event()
+    checkpoints.save("ode", 1, linear(processes, 1.0))
+    checkpoints.wait()
+    whole_save = dcp.save
+
+    def slow(*arguments, **options):
+        assert go_on.wait(600)
+        whole_save(*arguments, **options)
+        if failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dcp, "save", slow)
+    for step, failing in ((2, False), (3, True)):
+        go_on.clear()
+        parts = linear(processes, float(step))
+        checkpoints.save("ode", step, parts)
+        nn.init.constant_(parts["net"].weight, -1.0)  # as training goes on
+        assert (tmp_path / "latest").read_text() == f"ode/step-{step - 1}\n"
+        go_on.set()
+        if failing:
+            with pytest.raises(OSError, match="No space left on device") as told:
+                checkpoints.save("ode", step + 1, linear(processes, 0.0))
+            assert told.value.filename == str(tmp_path / "ode/step-3.tmp")
+        checkpoints.wait()
+    found = linear(processes, 0.0)
+    assert checkpoints.load(found).step == 2 and first_weight(found) == 2
+
+
+def test_a_run_that_saves_in_the_background_leaves_and_ends_as_one_that_does_not(tmp_path, monkeypatch):
+    alone = [*(f"{name}.steps=0" for name in ("ode", "dmd", "dmd_continued", "adversarial")), "evaluate={every: 0, final_clips: 0}"]
+    run_recipe(small_recipe(*alone), tmp_path / "plain")
+    behind, plain_step = small_recipe(*alone, "checkpoint_async=true"), Pretrain.train_step
+
+    def asked(self, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain_step(self, step)
+
+    monkeypatch.setattr(Pretrain, "train_step", asked)
+    with pytest.raises(Leave, match="saved at pretrain, step 2"):
+        run_recipe(behind, tmp_path / "behind")
+    monkeypatch.undo()
+    assert (tmp_path / "behind/checkpoints/latest").read_text() == "pretrain/step-2\n"
+    assert not list((tmp_path / "behind").glob("checkpoints/*/*.tmp"))
+    run_recipe(behind, tmp_path / "behind", resume=True)
+    for part in ("checkpoints/pretrain/step-3/__0_0.distcp", "weights/pretrain/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "behind" / part).read_bytes() == (tmp_path / "plain" / part).read_bytes(), part
 
 
 def linear(processes: Processes, value: float, size: int = 2) -> dict[str, nn.Module]:
@@ -400,4 +489,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "exchange":
         exchange(Path(sys.argv[2]))
     else:
-        crash(Path(sys.argv[2]), int(sys.argv[3]))
+        crash(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "background")

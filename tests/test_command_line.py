@@ -16,6 +16,7 @@ from aadkern_train.cli import main
 from aadkern_train.engine.command import status_of
 from aadkern_train.engine.config import from_yaml
 from aadkern_train.engine.recipe import Recipe
+from aadkern_train.planning.counts import counts
 from aadkern_train.recipes import RECIPES, digits
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,8 @@ def test_of_words_on_both_sides_of_an_option_the_later_counts(capsys, started):
     assert main(["train", "digits", "seed=3", "--show", "seed=4"]) == 0
     assert from_yaml(Recipe, capsys.readouterr().out).seed == 4
     assert main(["train", "seed=5", "digits", "out=here"]) == 0
-    assert started == [(digits().model_copy(update={"seed": 5}), Path("here"), {"resume": False, "overwrite": False})]
+    options = {"resume": False, "overwrite": False, "counts": counts}
+    assert started == [(digits().model_copy(update={"seed": 5}), Path("here"), options)]
 
 
 @pytest.mark.parametrize(

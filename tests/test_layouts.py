@@ -26,7 +26,8 @@ SHORT += ["evaluate={every: 0, clips: 4, final_clips: 4}"]
 def losses(path: Path) -> dict[tuple[str, int], dict[str, float]]:
     lines = map(json.loads, (path / "log.jsonl").read_text().splitlines())
     kept = {(line["stage"], line["step"]): line for line in lines if "kind" not in line}
-    return {key: {name: line[name] for name in line if name not in ("stage", "step", "seconds")} for key, line in kept.items()}
+    others = ("stage", "step", "seconds", "speed")
+    return {key: {name: line[name] for name in line if name not in others} for key, line in kept.items()}
 
 
 def close(one: Path, other: Path) -> None:

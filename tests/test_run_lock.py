@@ -84,7 +84,7 @@ def test_a_living_process_is_left_alone_and_a_dead_one_taken_over(tmp_path):
 
 def written(folder: Path, **changes: object) -> Path:
     """A lock as a process would have left it."""
-    said = {**lock._me(), "since": "2026-01-01 00:00:00+00:00", "token": "theirs", **changes}
+    said = {**lock.this_process(), "since": "2026-01-01 00:00:00+00:00", "token": "theirs", **changes}
     (folder / "lock").write_text(json.dumps(said))
     return folder / "lock"
 
@@ -94,7 +94,7 @@ def test_a_process_id_that_another_process_has_now(tmp_path):
     notes: list[str] = []
     Lock.take(tmp_path, notes.append).release()
     assert "its process id another's" in notes[0]
-    written(tmp_path, pid=os.getppid(), began=lock._began(os.getppid()))
+    written(tmp_path, pid=os.getppid(), began=lock.beginning(os.getppid()))
     with pytest.raises(HeldError, match=f"process {os.getppid()} on"):
         Lock.take(tmp_path)
 

@@ -24,7 +24,7 @@ UNMEASURED = "evaluate.final_clips=0"
 
 def losses(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "kind")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "speed", "kind")} for line in lines]
 
 
 @pytest.mark.slow

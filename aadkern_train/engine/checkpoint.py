@@ -3,7 +3,8 @@
     write <stage>/step-N.tmp (shards, state.json), fsync -> rename to <stage>/step-N -> replace `latest` -> prune
 
 Only `latest` is believed, and it moves last, so a kill at any moment leaves the previous checkpoint. Whoever writes another
-whole one's name into it goes back to that one; without it the stage begins anew. A directory is
+whole one's name into it goes back to that one; without it the stage begins anew. In the background the same is done to a copy of
+the state, by a thread, while training goes on. A directory is
 never written twice: torch.distributed.checkpoint (DCP) would load a mix of two saves without an error. Tensors go
 through DCP, which reshards, so a checkpoint of two processes resumes on one; plain values go to state.json, floats
 exactly. DCP's metadata is a pickle, and loading a pickle can run code, so only folders of this user are loaded.
@@ -15,17 +16,20 @@ import json
 import os
 import re
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
+from aadkern_train.engine.background import NOISE, Background
 from aadkern_train.engine.config import Config, config_hash, differences
 from aadkern_train.engine.files import naming, read_json, replace_file, sync
 from aadkern_train.engine.processes import Processes
@@ -61,29 +65,41 @@ class Saved:
 class Checkpoints:
     """The checkpoints of one run folder: RUN/checkpoints/<stage>/step-N and RUN/checkpoints/latest."""
 
-    def __init__(self, folder: Path, processes: Processes, keep: int = 2) -> None:
+    def __init__(self, folder: Path, processes: Processes, keep: int = 2, background: bool = False) -> None:
         """folder: RUN/checkpoints, made if absent, unfinished saves in it removed.
 
-        keep >= 1: how many of the current stage stay; of earlier stages the last one stays.
+        keep >= 1: how many of the current stage stay; of earlier stages the last one stays. background: `save` returns when the
+        state is copied; `wait` for the rest of it before what it saved is believed, and `settle` however a run ends.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder, self.processes, self.keep = Path(folder), processes, keep
+        self.background = Background(processes) if background else None
         processes.on_main(self._clean)
+
+    def wait(self) -> None:
+        """Until the save in the background, if there is one, is whole. Raises on every rank what went wrong with it on one."""
+        if self.background is not None:
+            self.background.wait()
+
+    def settle(self) -> None:
+        """`wait` for a run that ends with an error: asks no other rank, and raises nothing."""
+        if self.background is not None:
+            self.background.settle()
 
     def save(self, stage: str, step: int, state: State, config: Config | None = None) -> Path:
         """Saves every part of state under (stage, step), makes it the latest, and removes what `keep` does not keep.
 
-        Every rank calls it with its own shards. Raises ValueError when latest already is this (stage, step).
+        Every rank calls it with its own shards. Raises ValueError when latest already is this (stage, step); in the background,
+        what went wrong with the save before, of which one at most is under way.
         """
+        self.wait()
         if not STAGE_NAME.fullmatch(stage):
             raise ValueError(f"stage must be a plain name (letters, digits, '_', '-', '.'), got {stage!r}")
         tensors, values = _split(state)
         target = self.folder / stage / f"step-{step}"
         waiting = target.with_name(target.name + ".tmp")
         self.processes.on_main(lambda: self._make_room(target, waiting))
-        with naming(waiting):
-            _dcp_save(tensors, waiting, self.processes)
         header = {"stage": stage, "step": step, "config": None if config is None else config.model_dump(mode="json")}
 
         def commit() -> None:
@@ -93,7 +109,15 @@ class Checkpoints:
             replace_file(self.folder / "latest", f"{stage}/{target.name}\n")
             self._prune(target)
 
-        self.processes.on_main(commit)
+        def write(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+            with naming(waiting):
+                _dcp_save(tensors, waiting, self.processes, group)
+
+        if self.background is None:
+            write(tensors, None)
+            self.processes.on_main(commit)
+        else:
+            self.background.begin(tensors, write, commit)
         return target
 
     def latest(self) -> Saved | None:
@@ -253,9 +277,9 @@ def _restore(name: str, part: nn.Module | Stateful, tensors: Mapping[str, Tensor
         part.load_state_dict(loaded)
 
 
-def _dcp_save(tensors: dict[str, Tensor], path: Path, processes: Processes) -> None:
+def _dcp_save(tensors: dict[str, Tensor], path: Path, processes: Processes, group: dist.ProcessGroup | None) -> None:
     writer = dcp.FileSystemWriter(path, single_file_per_rank=True, sync_files=True)
-    _unwrapped(lambda: dcp.save(tensors, storage_writer=writer, no_dist=processes.size == 1))
+    _unwrapped(lambda: dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=processes.size == 1))
 
 
 def _dcp_load(tensors: dict[str, Tensor], path: Path, processes: Processes) -> None:
@@ -277,8 +301,11 @@ def _unwrapped(work: Callable[[], object]) -> None:
 
 
 def _quietly(work: Callable[[], object]) -> None:
+    if threading.current_thread() is not threading.main_thread():  # filters are of the whole process: Background has set its own
+        work()
+        return
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(single process|TypedStorage).*")
+        warnings.filterwarnings("ignore", message=NOISE)
         work()
 
 

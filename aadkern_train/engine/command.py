@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from aadkern_train.engine.leaving import Leave
+from aadkern_train.engine.leaving import Leave, LostRankError
 
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, or name another place"),
@@ -24,9 +24,9 @@ TOO_LARGE = ("out of memory", "can't allocate memory", "storage size calculation
 
 
 def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
-    """The exit status of ``work``, the command ``name``: 2 for what a user or a disk did wrong, 1 for losses that left the numbers,
-    130 for Ctrl-C, 128 + its number for a signal that asked the run to save and leave. ``goes_on`` is how what was interrupted goes
-    on. What else is raised is this package's fault, and raised on.
+    """The exit status of ``work``, the command ``name``: 2 for what a user or a disk did wrong, 1 for losses that left the numbers
+    and for a lost rank, 130 for Ctrl-C, 128 + its number for a signal that asked the run to save and leave. ``goes_on`` is how what
+    was interrupted goes on. What else is raised is this package's fault, and raised on.
     """
     saved = f"; {goes_on}" if goes_on else ""
     try:
@@ -48,6 +48,8 @@ def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
         return _tell(name, what if advice is None else f"{what}; {advice}{saved}", 2)
     except FloatingPointError as error:
         return _tell(name, str(error), 1)
+    except LostRankError as error:
+        return _tell(name, f"{error}{saved}", 1)
     except ValueError as error:
         return _tell(name, str(error), 2)
     except (MemoryError, RuntimeError) as error:

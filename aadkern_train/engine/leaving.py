@@ -1,4 +1,5 @@
-"""Leaving when asked: SIGTERM and SIGUSR1, which schedulers send before they take a machine away, let a run save first."""
+"""Leaving when asked: SIGTERM and SIGUSR1, which schedulers send before they take a machine away, let a run save first. And when
+a rank is lost."""
 
 from __future__ import annotations
 
@@ -17,6 +18,10 @@ class Leave(Exception):
     def __init__(self, number: int, where: str) -> None:
         super().__init__(f"saved at {where}, as {signal.Signals(number).name} asked")
         self.number = number
+
+
+class LostRankError(RuntimeError):
+    """Another rank of the run has ended or does not come, so this one ends; the message says which."""
 
 
 class Asked:

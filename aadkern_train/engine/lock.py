@@ -39,7 +39,7 @@ class Lock:
     @classmethod
     def take(cls, folder: Path, note: Callable[[str], None] = lambda text: None) -> Lock:
         """The lock of a folder; ``note`` is told whose was taken over. Raises HeldError where another process has it."""
-        mine = {**_me(), "since": datetime.now().astimezone().isoformat(" ", "seconds"), "token": uuid.uuid4().hex}
+        mine = {**this_process(), "since": datetime.now().astimezone().isoformat(" ", "seconds"), "token": uuid.uuid4().hex}
         file = folder / NAME
         for _ in range(10):  # each time another one came and went
             if _create(file, mine):
@@ -134,18 +134,18 @@ def _age(file: Path) -> float:
 
 def _gone(found: dict[str, Any], age: float) -> str | None:
     """Why a holder is believed to be gone; None: it is not."""
-    me = _me()
+    me = this_process()
     if me["machine"] and found.get("machine") == me["machine"]:
-        began = _began(found.get("pid"))
+        began = beginning(found.get("pid"))
         if began is None:
             return "which is gone"
         return None if began == found.get("began") else "which is gone, its process id another's"
     return f"not seen for {age / 60:.0f} minutes" if age > STALE else None
 
 
-def _me() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
     pid = os.getpid()
-    return {"host": platform.node(), "machine": _machine(), "pid": pid, "began": _began(pid)}
+    return {"host": platform.node(), "machine": _machine(), "pid": pid, "began": beginning(pid)}
 
 
 def _machine() -> str:
@@ -157,7 +157,7 @@ def _machine() -> str:
         return ""
 
 
-def _began(pid: Any) -> str | None:
+def beginning(pid: Any) -> str | None:
     """When a process began, in ticks since boot; None where there is none."""
     try:
         fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()

@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from aadkern import SequenceGroup
+from aadkern_train.engine.peers import Peers, found
 
 SHARD_BLOCKS_ABOVE = 50_000_000
 """Parameters of a module above which its blocks are sharded one by one, so that only one block is gathered at a time.
@@ -52,7 +54,7 @@ class Processes:
 
     ``mesh`` is over what weights are cut: "shard", with "replicate" before it where several groups hold whole networks. ``clips``
     is ("data", "sequence"): ranks of one sequence share every clip's tokens and compute all else alike, others have clips of their
-    own.
+    own. ``peers`` is what ranks know of one another besides; None for one that is alone, or whose group was there before.
     """
 
     rank: int
@@ -61,6 +63,7 @@ class Processes:
     mesh: DeviceMesh
     owns_group: bool
     clips: DeviceMesh | None = None
+    peers: Peers | None = None
 
     @property
     def is_main(self) -> bool:
@@ -164,6 +167,21 @@ class Processes:
             raise OtherRankError(f"rank {failed.item()} could not read its data, and said why; this rank stops too")
         return result  # type: ignore[return-value]
 
+    def at(self, place: str) -> None:
+        """Notes what this rank does, for others that may wait for it in vain."""
+        if self.peers is not None:
+            self.peers.at(place)
+
+    def during(self, what: str, work: Callable[[], T]) -> T:
+        """``work()``, within what this rank is at."""
+        if self.peers is None:
+            return work()
+        place = self.peers.place
+        self.peers.at(f"{place}, {what}")
+        result = work()
+        self.peers.at(place)
+        return result
+
     def most(self, number: int) -> int:
         """The largest of the ranks' numbers."""
         if self.size == 1:
@@ -205,11 +223,19 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def start(device: str | None = None, timeout_minutes: float = 30.0, *, replicate: int = 1, sequence: int = 1) -> Processes:
+def start(
+    device: str | None = None,
+    timeout_minutes: float = 30.0,
+    *,
+    replicate: int = 1,
+    sequence: int = 1,
+    alike: Mapping[str, Any] | None = None,
+) -> Processes:
     """Joins the processes that torchrun started, or is alone: `with start() as processes:`.
 
     A process group that exists already is used, and left open.
     device: "cpu" or "cuda", by default cuda where there is one. gloo serves the CPU, NCCL (with gloo) CUDA.
+    ``timeout_minutes``: how long a rank waits for the others. ``alike``: what all ranks must have come with alike, else ValueError.
     ``sequence`` neighbouring ranks share each clip's tokens, and whole networks lie in each of ``replicate`` groups; both must
     divide the number of processes (else ValueError).
     """
@@ -220,12 +246,16 @@ def start(device: str | None = None, timeout_minutes: float = 30.0, *, replicate
         raise ValueError("device='cuda', but torch sees no CUDA device; use device='cpu'")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    owns_group = not dist.is_initialized()
+    owns_group, peers = not dist.is_initialized(), None
     if owns_group:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, size = found(timeout)
+            if size > 1:
+                words = {"parallel": {"replicate": replicate, "sequence": sequence}, **(alike or {})}
+                peers = Peers.meet(dist.PrefixStore("aadkern", store), rank, size, timeout_minutes, words)
+            dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     size = dist.get_world_size()
@@ -239,7 +269,10 @@ def start(device: str | None = None, timeout_minutes: float = 30.0, *, replicate
     weights = (size,) if replicate == 1 else (replicate, size // replicate)
     mesh = init_device_mesh(kind, weights, mesh_dim_names=("replicate", "shard")[-len(weights) :])
     clips = init_device_mesh(kind, (size // sequence, sequence), mesh_dim_names=("data", "sequence"))
-    return Processes(dist.get_rank(), size, here, mesh, owns_group, clips)
+    if owns_group:
+        for group in {*mesh.get_all_groups(), *clips.get_all_groups()}:
+            _set_pg_timeout(timeout, group)  # a mesh's own groups get torch's 30 minutes, and no other way is public (2.13)
+    return Processes(dist.get_rank(), size, here, mesh, owns_group, clips, peers)
 
 
 def shard(

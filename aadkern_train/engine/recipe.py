@@ -28,6 +28,10 @@ RESERVED = ("real", "static", "web", "teacher", "random")
 """What a run's folder calls other clips and weights beside those of its stages."""
 
 
+MAY_CHANGE = ("parallel", "trackers", "checkpoint_async")
+"""Settings that a resumed run may have otherwise: none changes what is learned."""
+
+
 class NetworkSettings(Config):
     """The shape of the networks that a run makes for itself."""
 
@@ -171,6 +175,7 @@ class ParallelSettings(Config):
 
     sequence: Count = 1  # neighbouring processes that share each clip's tokens (Ulysses); they divide the batch no further
     replicate: Count = 1  # groups of processes that each hold whole networks, sharded within (HSDP)
+    timeout_minutes: Rate = 30.0  # how long a process waits for another before it ends; stages' longest measuring included
 
 
 class Recipe(Config):
@@ -195,7 +200,9 @@ class Recipe(Config):
     evaluate: EvaluationSettings = EvaluationSettings()
     validation: ValidationSettings = ValidationSettings()
     parallel: ParallelSettings = ParallelSettings()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # mirrors of log.jsonl
     checkpoint_every: Count = 100
+    checkpoint_async: bool = False  # write checkpoints while training goes on, from a copy in host memory
     keep_checkpoints: Count = 2
 
     @model_validator(mode="after")

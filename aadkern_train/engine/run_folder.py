@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -39,6 +40,8 @@ class RunFolder:
         self.report_file = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
+        self.mirror: Callable[[dict[str, Any]], None] = lambda line: None
+        """Is told each line of the log."""
         self._log: TextIO | None = None
         self._lock: Lock | None = None
         self._notes: list[str] = []
@@ -55,12 +58,12 @@ class RunFolder:
         run = cls(path, active)
         if not active:
             return run
-        run._check_new(overwrite)
+        run.check_new(overwrite)
         run.path.mkdir(parents=True, exist_ok=True)
         if hold:
             run._lock = Lock.take(run.path, run.note)
         try:
-            run._check_new(overwrite)  # another one may have begun it until the lock was taken
+            run.check_new(overwrite)  # another one may have begun it until the lock was taken
             if run.config_file.exists():
                 run._move_aside(hold)
             replace_file(run.config_file, to_yaml(config))
@@ -104,7 +107,7 @@ class RunFolder:
         """The file of the teacher's trajectories that a stage made."""
         return self.path / "pairs" / f"{stage}.safetensors"
 
-    def log(self, stage: str, step: int, **values: float | int | str) -> None:
+    def log(self, stage: str, step: int, **values: Any) -> None:
         """Appends one line {"stage", "step", ...values} to log.jsonl, at once on disk's way (flushed)."""
         if not self.active:
             return
@@ -116,6 +119,7 @@ class RunFolder:
                 self._log.write(json.dumps(line) + "\n")
             self._log.flush()
         self._notes.clear()
+        self.mirror({"stage": stage, "step": step, **values})
 
     def read_log(self) -> list[dict[str, Any]]:
         """The lines of the log; a last line cut by a kill is left out."""
@@ -152,7 +156,8 @@ class RunFolder:
                 self._log.close()
             self._log = None
 
-    def _check_new(self, overwrite: bool) -> None:
+    def check_new(self, overwrite: bool) -> None:
+        """Raises ValueError where no new run can begin here."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; a run needs a folder")
         if self.config_file.exists() and not overwrite:

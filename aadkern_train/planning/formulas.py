@@ -241,8 +241,7 @@ def seconds(passes: Sequence[Pass], nets: Mapping[str, Net], clip: Clip, layout:
 
 def _gathering(net: Net, layout: Layout, machine: Machine) -> float:
     """Seconds to gather the whole network once."""
-    running = 2.0 * (net.root + net.blocks * net.shape.block) * (1 - 1 / layout.ranks)
-    return running / (1e9 * (machine.link if layout.ranks <= layout.node else layout.network))
+    return 2.0 * _running(net, layout) / (1e9 * (machine.link if layout.ranks <= layout.node else layout.network))
 
 
 def _seconds(one: Pass, net: Net, clip: Clip, layout: Layout, machine: Machine) -> Parts:
@@ -263,18 +262,57 @@ def _seconds(one: Pass, net: Net, clip: Clip, layout: Layout, machine: Machine) 
         "attention": share * (counted["attention"] / machine.attention + counted["attention backward"] / machine.backward),
         "elementwise": touched / (machine.copy * 1e9),
     }
-    if layout.sequence > 1:  # q, k, v and the output, out and back
+    if layout.sequence > 1:
         link = machine.link if layout.sequence <= layout.node else layout.network
-        parts["exchange"] = 4 * size * (forwards + backwards) * (1 - 1 / layout.sequence) / (link * 1e9)
-    computing, gathering = sum(parts.values()), _gathering(net, layout, machine)
+        parts["exchange"] = _exchanged(one, net, clip, layout) / (link * 1e9)
+    computing = sum(parts.values())
     if net.member.offloaded:
         parts["gather"] = max(0.0, 2.0 * net.parameters / (PCIE * 1e9) - computing)
         return parts
-    kept = layout.keep_gathered and one.sees in CHUNKED
-    gathers = 0.0 if kept else often * ((0 if recorded else 1) + backwards)
-    reduces = often if one.gradient == "weights" else 0.0  # in fp32: twice a gathering's bytes
-    parts["gather"] = max(0.0, gathering * (gathers + 2 * reduces) - computing)
+    rate = machine.link if layout.ranks <= layout.node else layout.network
+    parts["gather"] = max(0.0, _gathered(one, net, clip, layout) / (rate * 1e9) - computing)
     return parts
+
+
+def _gathered(one: Pass, net: Net, clip: Clip, layout: Layout, width: int = 2) -> float:
+    """Bytes that leave a GPU in a pass of one micro-batch to gather weights of ``width`` bytes, and to reduce gradients in fp32."""
+    often = sum(piece[0] for piece in clip.pieces(one.sees))
+    forwards = 0 if one.sees == "exits" and not one.replay else 1
+    kept = layout.keep_gathered and one.sees in CHUNKED
+    gathers = 0.0 if kept else often * (forwards + (one.gradient != "none"))
+    reduces = often if one.gradient == "weights" else 0.0
+    return _running(net, layout) * (width * gathers + 4 * reduces)
+
+
+def _running(net: Net, layout: Layout) -> float:
+    """Parameters of what runs that other ranks need of a GPU's share, or it of theirs."""
+    return (net.root + net.blocks * net.shape.block) * (1 - 1 / layout.ranks)
+
+
+def _exchanged(one: Pass, net: Net, clip: Clip, layout: Layout, width: int = 2) -> float:
+    """Bytes that leave a GPU in a pass of one micro-batch: q, k, v and the output of each block, in ``width`` bytes; where heads do
+    not divide, shared ones travel more often, which is left out."""
+    if layout.sequence == 1:
+        return 0.0
+    tokens = sum(piece[0] * layout.share(piece[1], clip.layout.tokens_per_frame) for piece in clip.pieces(one.sees))
+    size = net.blocks * unit(net, tokens, one.rows * layout.clips) * width / 2
+    recorded = one.sees == "exits" and not one.replay
+    forwards = (0 if recorded else 1) + (one.gradient != "none" and layout.checkpointing == "blocks")
+    return 4 * size * (forwards + (one.gradient != "none")) * (1 - 1 / layout.sequence)
+
+
+def traffic(passes: Sequence[Pass], nets: Mapping[str, Net], clip: Clip, layout: Layout, width: int = 2) -> Parts:
+    """Bytes that leave a GPU in a step: of the exchange of tokens and heads, and of gathering, reducing and sharing weights.
+    ``width``: bytes of a number that networks compute in."""
+    times = {one.name: one.times * layout.accumulate for one in passes}
+    exchange = sum(times[one.name] * _exchanged(one, nets[one.role], clip, layout, width) for one in passes)
+    there = [one for one in passes if not nets[one.role].member.offloaded]
+    gather = sum(times[one.name] * _gathered(one, nets[one.role], clip, layout, width) for one in there)
+    if layout.keep_gathered:
+        gather += sum(one.times * width * _running(nets[one.role], layout) for one in there if one.sees == "rollout")
+    learning = {one.updates for one in passes if one.gradient == "weights"}
+    gather += sum(8.0 * nets[role].trained / layout.ranks for role in learning) * (1 - 1 / layout.replicate)
+    return {"exchange": exchange, "gather": gather}
 
 
 PCIE = 25.0

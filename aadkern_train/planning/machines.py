@@ -78,6 +78,14 @@ def machine(name: str, results: Path = RESULTS) -> tuple[Machine, str]:
     return measured(known, name.lower(), sorted(results.glob("*.json")) if results.is_dir() else [])
 
 
+def known(device: str) -> Machine | None:
+    """The GPU by the name that CUDA tells, "NVIDIA H100 80GB HBM3"; None for another, or one of its slower cards."""
+    words = re.split(r"[\s-]+", device)
+    if {"PCIe", "PCIE", "NVL", "D", "Laptop"} & set(words):
+        return None
+    return next((one for name, one in MACHINES.items() if name.upper().removeprefix("RTX") in words), None)
+
+
 def measured(known: Machine, name: str, files: Iterable[Path]) -> tuple[Machine, str]:
     """The GPU with the rates that the newest results file of its kind holds of our own kernels, each timed behind its check."""
     model = name.upper().removeprefix("RTX")

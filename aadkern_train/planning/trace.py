@@ -54,6 +54,13 @@ class TracedDraws(Draws):
         return torch.empty(len(samples), *shape)
 
 
+class TracedTeacher(nn.Module):
+    """A world's exact one, of which nothing is counted but what it answers."""
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor, text: Tensor | None) -> Tensor:
+        return torch.empty_like(x_sigma)
+
+
 class TracedWorld:
     """Clips and texts of the right shapes."""
 
@@ -62,6 +69,7 @@ class TracedWorld:
     def __init__(self, clip: Clip) -> None:
         self.frame_shape, self.text = clip.sizes.frame, clip.sizes.text
         self.null = None if self.text is None else torch.empty(1, *self.text)
+        self.teacher = TracedTeacher()
 
     def clips(self, samples: Sequence[int], frames: int, split: str = "train") -> Tensor:
         return torch.empty(len(samples), frames, *self.frame_shape)

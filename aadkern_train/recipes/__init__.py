@@ -138,9 +138,9 @@ def _long(name: str, word: str) -> list[str]:
 
 def show(recipe: Recipe) -> str:
     """The settings as YAML, with the origin of each figure of which it is known."""
-    known = ORIGINS.get(recipe.recipe, {})
-    origins = {_full(key, recipe): origin for key, origin in known.items()}
-    made = differences(RECIPES[recipe.recipe]().model_dump(mode="json"), recipe.model_dump(mode="json"))
+    origins = {_full(key, recipe): origin for key, origin in ORIGINS.get(recipe.recipe, {}).items()}
+    base = RECIPES.get(recipe.recipe)  # a word may have called it otherwise
+    made = differences(base().model_dump(mode="json"), recipe.model_dump(mode="json")) if base is not None else {}
     origins |= {key: "set here" for key in made}
     lines: list[str] = []
 
