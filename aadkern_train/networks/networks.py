@@ -74,6 +74,10 @@ class Networks:
         fill(denoiser.net, stored)
         return module
 
+    def own(self, made: Callable[[], nn.Module]) -> nn.Module:
+        """A module of a stage's own, with its first weights, sharded."""
+        return shard(made(), self.processes)
+
     def roles(self, starts: Mapping[str, str | None]) -> dict[str, Denoiser]:
         """The networks that a stage trains, by role, each from its source: whole ones, or with ``models.lora`` adapters on one base
         that all of them, and the teacher, share."""

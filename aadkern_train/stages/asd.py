@@ -25,7 +25,7 @@ from aadkern.spans import spanned
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.flow import add_noise, clip_sigma
 from aadkern_train.diffusion.losses import discriminator_objective, generator_loss
-from aadkern_train.engine.processes import accumulating, shard
+from aadkern_train.engine.processes import accumulating
 from aadkern_train.engine.recipe import Count, Rate, Recipe
 from aadkern_train.engine.work import Member, Pass, Work
 from aadkern_train.learning.learner import Learner, gradient_of
@@ -113,11 +113,12 @@ class AdversarialSelfDistillation(DmdWarmUp):
         if not settings.alpha:
             return
         fake = self.learners["fake"].module
+        shape = (fake.dim, fake.heads, len(settings.layers), settings.queries, settings.logits(run.recipe))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.draws(name, 0).integers("heads", [0], 2**31).item())
-            heads = QueryTokenHeads(fake.dim, fake.heads, len(settings.layers), settings.queries, settings.logits(run.recipe))
+            heads = run.networks.own(lambda: QueryTokenHeads(*shape))
         total = self.steps * settings.fake_per_generator
-        self.learners["heads"] = Learner(shard(heads, run.processes), settings.heads, total, clip=settings.clip)
+        self.learners["heads"] = Learner(heads, settings.heads, total, clip=settings.clip)
 
     def rolled(self, draws: Draws, samples: range, with_grad: bool = False) -> tuple[Rollout, Compared]:
         """Clips of a number of steps that is drawn, and those of one more, from noise of their own."""
