@@ -36,6 +36,16 @@ def test_cells_share_the_stages_that_they_leave_as_they_are():
     assert trunk.folder(Path("o")) == shared.folder(Path("o")) and others[0].folder(Path("o")) != cells[0].folder(Path("o"))
 
 
+def test_a_cell_of_other_levels_or_windows_shares_the_stages_before_them():
+    """Each cell of AAD-1's grid by the shared stages that it takes finished; none trains stage I twice without need."""
+    _, cells = cells_of(GRIDS["aad1"], 0)
+    of = {cell.name: cell.shared for cell in cells}
+    anew = ("two steps", "four steps, II alone", "window 9, no sink, x 10", "window 5, sink 1, x 10", "window of all, x 10")
+    assert of == dict.fromkeys(of, 3) | dict.fromkeys(anew, 1) | {"II five times as long": 2}
+    widest = next(cell.recipe for cell in cells if cell.name == "window of all, x 10")
+    assert widest.window == 1 + sum(widest.chunks[1:]) * widest.evaluate.long
+
+
 @pytest.mark.parametrize("word", ["data.blur=0.1", "chunks=[2,2]", "network.layers=3", "seed=8"])
 def test_a_cell_that_changes_what_is_shared_is_refused(word):
     says = f"cell odd must leave what shared stages depend on as it is, it sets {word.split('=')[0]}"
@@ -46,9 +56,9 @@ def test_a_cell_that_changes_what_is_shared_is_refused(word):
 @pytest.mark.parametrize(
     "words, says",
     [
-        ([], "grid must be one of asd, got none"),
-        (["asd2"], "grid must be one of asd, got asd2"),
-        (["asd", "aad1"], "grid must be one of asd, got asd aad1"),
+        ([], "grid must be one of asd, aad1, got none"),
+        (["asd2"], "grid must be one of asd, aad1, got asd2"),
+        (["asd", "aad1"], "grid must be one of asd, aad1, got asd aad1"),
         (["asd", "seeds=0,x"], "seeds must be different whole numbers, say seeds=0,1,2, got '0,x'"),
         (["asd", "seeds=1,1"], "seeds must be different whole numbers"),
         (["asd", "seeds="], "seeds must be different whole numbers"),

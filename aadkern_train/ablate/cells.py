@@ -57,9 +57,10 @@ def cells_of(grid: Grid, seed: int, words: Sequence[str] = ()) -> tuple[Cell, li
 def _shared(grid: Grid, name: str, base: Recipe, recipe: Recipe) -> int:
     """How many of the shared stages a cell leaves as they are, from the first on."""
     changed = differences(base.model_dump(mode="json"), recipe.model_dump(mode="json"))
-    changed = {key for key in changed if key.partition(".")[0] not in (*WHOLE, *grid.apart)}
+    changed = {key for key in changed if key.partition(".")[0] not in WHOLE}
     stages = {key.split(".")[1] for key in changed if key.startswith("stages.")}
-    others = sorted(key for key in changed if not key.startswith("stages."))
+    stages |= {grid.apart[key.partition(".")[0]] for key in changed if key.partition(".")[0] in grid.apart}
+    others = sorted(key for key in changed if key.partition(".")[0] not in ("stages", *grid.apart))
     if others:
         raise ValueError(f"cell {name} must leave what shared stages depend on as it is, it sets {', '.join(others)}")
     return next((i for i, stage in enumerate(grid.shared) if stage in stages), len(grid.shared))

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PAPER_ASD = """\
 The paper (arXiv 2511.01419, table 2) has Total VBench in one step: none 78.1, ASD 80.7, FFE 83.0, both 83.9; in two: 82.6, 83.3,
 83.8, 84.3. So of quality and obey, at 1 step and at 2, is expected: none < ASD < FFE < both, each gaining more in one step than in
 two; at 4 steps, which FFE leaves as they are, the cells lie within a point or two. Not expected: that ASD costs motion."""
+
+EXPECTED_AAD1 = """\
+(1) Isolated frames give no force against a still picture (provable), so obey and dynamic fall most there; the paper's causal critic
+with frame logits (dynamic degree 1.08, the other three 39 to 42) falls too (likely; not provable, as a causal critic's logit of a
+frame has seen those before it). With video logits a causal critic leaves more drift than a bidirectional one (7.10 and 4.02).
+(2) Without penalty the discriminator wins and quality falls; 2.5 times the penalty raises grid (paper: collapse; grid artefacts).
+(3) Without stage II quality and drift are worse (paper: aesthetic quality 53.6 instead of 58.6). (4) Stage II five times as long
+loses motion in the paper; here its teacher is nearly exact, so obedience rises and no motion is lost (open). (5) Two steps have
+better quality than one, four steps of stage II alone too, for twice and four times the passes. (6) Ten times the trained length:
+drift is least with the sink; 5 frames are no worse than 9; a window of all frames, at distances never trained, is worst."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +26,9 @@ class Grid:
     """``cells``: a name and the settings in which it differs from ``base``, settings of ``recipe``. The stages ``shared`` are
     trained once for each seed, as ``base`` has them; a cell trains anew the first of them that it sets otherwise, and what follows.
 
-    ``apart``: settings of the whole recipe in which cells may differ all the same. ``rows`` and ``measures`` are what the page
-    shows of metrics.json; ``expected`` was written before the first run.
+    ``apart``: settings of the whole recipe in which cells may differ all the same, and the first shared stage that they mean, None
+    where they mean none of them. ``rows`` and ``measures`` are what the page shows of metrics.json; ``expected`` was written before
+    the first run.
     """
 
     recipe: str
@@ -27,7 +38,7 @@ class Grid:
     measures: tuple[str, ...]
     expected: str
     base: tuple[str, ...] = ()
-    apart: tuple[str, ...] = ("levels", "first_levels", "spacing")
+    apart: Mapping[str, str | None] = field(default_factory=dict)
 
 
 GRIDS = {
@@ -43,5 +54,32 @@ GRIDS = {
         rows=("asd.1", "asd.2", "asd"),
         measures=("quality", "obey", "keep", "drift", "dynamic"),
         expected=PAPER_ASD,
+        apart=dict.fromkeys(("levels", "first_levels", "spacing")),
+    ),
+    "aad1": Grid(
+        recipe="digits",
+        base=("dmd_continued.steps=0", "adversarial.versus=null"),
+        cells={
+            "as the recipe": (),
+            "bidirectional, frame logits": ("adversarial.logits=frame",),
+            "causal, video logit": ("adversarial.backbone=causal",),
+            "causal, frame logits": ("adversarial.backbone=causal", "adversarial.logits=frame"),
+            "isolated, frame logits": ("adversarial.backbone=isolated", "adversarial.logits=frame"),
+            "no penalty": ("adversarial.penalty=0",),
+            "penalty x 2.5": ("adversarial.penalty=20",),
+            "III without II": ("adversarial.start=ode",),
+            "II five times as long": ("dmd.steps=300", "adversarial.steps=0"),
+            "two steps": ("levels=[1.0,0.5]",),
+            "four steps, II alone": ("levels=[1.0,0.75,0.5,0.25]", "adversarial.steps=0"),
+            "window 9, sink 1, x 10": ("evaluate.long=10",),
+            "window 9, no sink, x 10": ("sink=0", "evaluate.long=10"),
+            "window 5, sink 1, x 10": ("window=5", "evaluate.long=10"),
+            "window of all, x 10": ("window=121", "evaluate.long=10"),
+        },
+        shared=("pretrain", "ode", "dmd"),
+        rows=("dmd", "adversarial"),
+        measures=("quality", "obey", "legal", "drift", "contrast", "grid", "dynamic"),
+        expected=EXPECTED_AAD1,
+        apart={"levels": "ode", "window": "ode", "sink": "ode"},
     ),
 }
