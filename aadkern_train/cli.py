@@ -33,7 +33,6 @@ TRAIN_MODULES = {
     "yaml": "pyyaml",
     "av": "av",
     "rich": "rich",
-    "sklearn": "scikit-learn",
 }
 GOES_ON = {
     **dict.fromkeys(("demo", "train"), "resume=RUN goes on from it"),

@@ -6,11 +6,13 @@ import dataclasses
 import itertools
 import math
 import pickle
+import sys
 import zlib
 
 import pytest
 import torch
 
+from aadkern_train.worlds import digits_sprites
 from aadkern_train.worlds.digits import DigitsWorld
 from aadkern_train.worlds.digits_captions import VELOCITIES
 from aadkern_train.worlds.digits_metrics import measure
@@ -342,3 +344,9 @@ def test_24_euler_steps_sample_the_law_and_one_step_does_not(torus):
     assert abs(many["keep"] - 0.77) < 0.04 and many["velocity_tv"] < 0.1
     one = measure(world, euler(world, clips, 1))
     assert one["quality"] < 70 and one["drift"] > 3 and one["velocity_tv"] > 0.2
+
+
+def test_digits_without_scikit_learn_say_what_they_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match=r"need scikit-learn: pip install 'aadkern\[train\]'"):
+        digits_sprites._typical_digits()

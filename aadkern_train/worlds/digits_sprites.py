@@ -51,7 +51,10 @@ def chosen_digits(count: int, torus: int) -> tuple[np.ndarray, tuple[int, ...]]:
 
 def _typical_digits() -> tuple[np.ndarray, np.ndarray]:
     """The digits nearest their class mean, in the data set's order: images [N, 8, 8] in [0, 1] and labels [N]."""
-    from sklearn.datasets import load_digits  # 0.6 s to import: only those who use this world pay for it
+    try:
+        from sklearn.datasets import load_digits  # 0.6 s to import: only those who use this world pay for it
+    except ImportError:
+        raise ValueError("the digits' pictures need scikit-learn: pip install 'aadkern[train]'") from None
 
     data = load_digits()
     images, labels = data.images / 16, data.target
