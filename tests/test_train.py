@@ -227,7 +227,7 @@ def test_losses_that_leave_the_numbers_stop_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["digit"], "recipe must be one of digits, clips"),
+        (["digit"], "recipe must be one of digits, digits_asd, digits_afd, clips"),
         (["digits", "ode.stpes=3"], "did you mean 'ode.steps'"),
         (["digits", "ode.steps=many"], "ode.steps"),
         (["digits", "window=4"], "window must hold"),
