@@ -33,7 +33,7 @@ from aadkern_train.generate.from_wan import read_image
 from aadkern_train.generate.wan_settings import WanSettings, noise_levels
 from aadkern_train.networks.wan_parts import find_parts, load_part
 from aadkern_train.run import Run
-from tests.test_tiny_vae import frame_by_frame, random_state
+from tests.tiny_decoder import frame_by_frame, random_state
 from tests.tiny_runs import small_recipe
 from tests.tiny_wan import CHANNELS, TRANSFORMER, save_tiny_wan
 
@@ -139,7 +139,7 @@ def test_all_three_kinds_of_checkpoint_prompts_and_seeds(wan, tmp_path, written)
 
 @pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
 def test_a_tiny_decoder_makes_the_pixels(wan, tmp_path, written, image, monkeypatch):
-    """From a file that is named and from one beside the VAE, which still encodes an image: the stream's latents, decoded by hand."""
+    """Out of a file that is named and of one beside the VAE, which still encodes an image: its latents, decoded by hand."""
     state = random_state()
     save_file(state, tmp_path / "mine.safetensors")
     parts = shutil.copytree(wan[0] / "pipeline", tmp_path / "copy")

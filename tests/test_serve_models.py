@@ -20,6 +20,7 @@ from aadkern_train.serve.models import RunModel
 from aadkern_train.serve.options import ServeSettings
 from aadkern_train.serve.protocol import Header, Place, chunk_bytes
 from tests.serve_models import Page, client_of
+from tests.tiny_decoder import random_state
 from tests.tiny_runs import small_recipe
 
 CHUNKS = 7  # beyond the ring
@@ -140,7 +141,6 @@ class Frames:
 @pytest.mark.parametrize("decoder", ["full", "tiny"])
 def test_a_served_wan_is_the_one_that_is_generated(tmp_path, capsys, decoder):
     from aadkern_train.serve.wan import WanModel
-    from tests.test_tiny_vae import random_state
     from tests.tiny_wan import save_tiny_wan
 
     save_tiny_wan(tmp_path / "wan")

@@ -5,12 +5,11 @@ Layers, names and ranges are those of github.com/madebyollin/taehv (MIT), read t
 
 from __future__ import annotations
 
-import pickle
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -128,13 +127,15 @@ class StreamingTinyDecoder:
         return torch.cat(made, dim=2) * 2 - 1
 
 
-def load_tiny_decoder(path: Path) -> TinyDecoder:
+def load_tiny_decoder(path: str | os.PathLike[str]) -> TinyDecoder:
     """The decoder in a file of TAEHV's for Wan 2.1 (taew2_1), a ``.safetensors`` or what ``torch.save`` wrote; on the CPU, in fp32.
 
-    Pickles are never run (``weights_only=True``). Raises FileNotFoundError or ValueError, naming ``tiny_decoder``, for no file, one
+    Pickles are never run (``weights_only=True``). Raises FileNotFoundError, TypeError or ValueError, naming ``tiny_decoder``, for no file, one
     that cannot be read, other names or shapes than the architecture's, and values that are not finite.
     """
-    state = _read(path)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"tiny_decoder must be a file's path, got {type(path).__name__}")
+    state = _read(Path(path))
     decoder = TinyDecoder().eval().requires_grad_(False)
     wanted = decoder.state_dict()
     held = {name: value for name, value in state.items() if str(name).startswith("decoder.")}
@@ -161,11 +162,11 @@ def _read(path: Path) -> Mapping[Any, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"tiny_decoder must be a file, found none at {path}")
     try:
-        state = (
-            load_file(path) if path.suffix.lower() == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        why = (str(error).strip().splitlines() or ["it ends early"])[0]
+        if path.suffix.lower() == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler meets junk with errors of any kind
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"tiny_decoder must be tensors that safetensors or torch.save wrote, {path} is not: {why}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"tiny_decoder must be a state dict, got {type(state).__name__} in {path}")
