@@ -95,6 +95,7 @@ SPOILT = [
         r"\[256, 16, 3, 3\], as taew2_1 does, found \[256, 48, 3, 3\]",
     ),
     (lambda s: s | {"decoder.7.conv.weight": torch.randn(768, 256, 1, 1)}, r"\[256, 256, 1, 1\], .* found \[768, 256, 1, 1\]"),
+    (lambda s: s | {"decoder.7.conv.weight": torch.tensor(1.0)}, r"\[256, 256, 1, 1\], .* found a scalar"),
     (lambda s: s | {"decoder.22.bias": "a word"}, r"must hold decoder\.22\.bias \[3\]"),
     (lambda s: s | {"decoder.8.weight": s["decoder.8.weight"] / 0}, r"must hold finite weights, decoder\.8\.weight"),
     (lambda s: s | {"decoder.23.weight": torch.randn(3)}, r"must have taew2_1's layers alone, found decoder\.23\.weight"),

@@ -130,8 +130,9 @@ class StreamingTinyDecoder:
 def load_tiny_decoder(path: str | os.PathLike[str]) -> TinyDecoder:
     """The decoder in a file of TAEHV's for Wan 2.1 (taew2_1), a ``.safetensors`` or what ``torch.save`` wrote; on the CPU, in fp32.
 
-    Pickles are never run (``weights_only=True``). Raises FileNotFoundError, TypeError or ValueError, naming ``tiny_decoder``, for no file, one
-    that cannot be read, other names or shapes than the architecture's, and values that are not finite.
+    Pickles are never run (``weights_only=True``). Raises FileNotFoundError, TypeError or ValueError, naming
+    ``tiny_decoder``, for no file, one that cannot be read, other names or shapes than the architecture's, and values that are not
+    finite.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"tiny_decoder must be a file's path, got {type(path).__name__}")
@@ -139,17 +140,15 @@ def load_tiny_decoder(path: str | os.PathLike[str]) -> TinyDecoder:
     decoder = TinyDecoder().eval().requires_grad_(False)
     wanted = decoder.state_dict()
     held = {name: value for name, value in state.items() if str(name).startswith("decoder.")}
+    first = held.get("decoder.7.conv.weight")
+    if isinstance(first, Tensor) and first.shape[:1] == (2 * WIDTHS[0],):  # stored as a growth of 2, whose later frame counts
+        held["decoder.7.conv.weight"] = first[WIDTHS[0] :]
     for name, weight in wanted.items():
         found = held.get(name)
-        shape = list(found.shape) if isinstance(found, Tensor) else None
-        # A growth of 1 may be stored as one of 2, of whose two frames the later counts.
-        if shape is not None and name == "decoder.7.conv.weight" and shape == [2 * WIDTHS[0], *weight.shape[1:]]:
-            held[name], shape = found[WIDTHS[0] :], list(weight.shape)
-        if shape != list(weight.shape):
-            raise ValueError(
-                f"tiny_decoder must hold {name} {list(weight.shape)}, as taew2_1 does, found {shape or 'nothing'} in {path}"
-            )
-        if not torch.isfinite(held[name].float()).all():
+        if not isinstance(found, Tensor) or found.shape != weight.shape:
+            got = list(found.shape) or "a scalar" if isinstance(found, Tensor) else "nothing"
+            raise ValueError(f"tiny_decoder must hold {name} {list(weight.shape)}, as taew2_1 does, found {got} in {path}")
+        if not torch.isfinite(found.float()).all():
             raise ValueError(f"tiny_decoder must hold finite weights, {name} in {path} has others")
     more = next((name for name in held if name not in wanted), None)
     if more is not None:
