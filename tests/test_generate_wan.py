@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -30,6 +31,7 @@ from aadkern_train.engine.config import to_yaml
 from aadkern_train.engine.video import GrowingVideo, read_video
 from aadkern_train.generate import from_wan as module
 from aadkern_train.generate.from_wan import read_image
+from aadkern_train.generate.wan_decoder import tiny_file
 from aadkern_train.generate.wan_settings import WanSettings, noise_levels
 from aadkern_train.networks.wan_parts import find_parts, load_part
 from aadkern_train.run import Run
@@ -161,6 +163,18 @@ def test_a_tiny_decoder_makes_the_pixels(wan, tmp_path, written, image, monkeypa
     written.clear()
     assert aad(*words, "--tiny-decoder", tmp_path / "mine.safetensors") == 0
     assert torch.equal(torch.cat(written).float(), made)
+
+
+def test_a_tiny_decoder_is_of_wan_2_1s_vae_alone(wan, tmp_path):
+    parts, settings = find_parts(wan[0] / "pipeline"), WanSettings(decoder="tiny", tiny_decoder=tmp_path / "a.pth")
+    assert tiny_file(parts, settings) == tmp_path / "a.pth" and tiny_file(parts, WanSettings()) is None
+    for other in ({"pixels": 16}, {"channels": 48}):
+        with pytest.raises(
+            ValueError, match="decoder must be full for .*vae: tiny is for Wan 2.1's VAE, of 16 channels and 8 pixels"
+        ):
+            tiny_file(dataclasses.replace(parts, **other), settings)
+    with pytest.raises(ValueError, match="decoder must be one of full, tiny, got 'half'"):
+        WanSettings(decoder="half")
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected")

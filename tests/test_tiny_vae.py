@@ -43,6 +43,7 @@ def test_memory_streams_and_reset():
     kept = stream.nbytes
     # Three blocks at each of three sides keep a frame of their features each.
     assert kept == 4 * 3 * 2 * 3 * (256 + 4 * 128 + 16 * 64) and other.nbytes == 0
+    assert sum(features.untyped_storage().nbytes() for features in stream._memory) == kept  # and nothing behind them
     other.decode(torch.randn(1, 16, 1, 2, 3))
     again = stream.decode(latents)
     assert stream.nbytes == kept and again.shape[2] == 8

@@ -58,7 +58,7 @@ class TGrow(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latents to pixels in a few convolutions: faster and smaller than the VAE's decoder, and less sharp.
+    """Latents to pixels in a few convolutions: a 25th of the arithmetic of the VAE's decoder, and less sharp.
 
     A chunk is decoded from itself and the memory that the chunk before has left: one frame of features for each ``MemBlock``.
     """
