@@ -27,12 +27,14 @@ from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.files import naming, read_json, sync
 from aadkern_train.engine.video import GrowingVideo, frame_rate, has_h264
 from aadkern_train.generate.from_wan import WanStreamer, embed_prompts, fitting_parts, read_image
+from aadkern_train.generate.wan_decoder import tiny_file
 from aadkern_train.generate.wan_settings import WanSettings
-from aadkern_train.networks.wan_parts import PICKLES
+from aadkern_train.networks.wan_parts import PICKLES, WanParts
 
 CRF = 10  # as VBench's README writes videos
 SAMPLE = 1 << 20  # bytes at either end of a weights file that its fingerprint reads
 NOT_IN_THE_VIDEO = ("device", "compile", "cuda_graphs", "then", "turn")  # settings that change no more than rounding
+BY_FILE = ("decoder", "tiny_decoder")  # told by the fingerprint of the tiny decoder's file
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def vbench_export(
         raise ValueError("av must have H.264 to write videos for VBench, and this build has no libx264; PyAV's wheels do")
     found = fitting_parts(checkpoint, parts, settings)
     folder = prepared(out, listed, videos)
-    made_with = _made_with(found.transformer, settings, images, rewrites)
+    made_with = _made_with(found, settings, images, rewrites)
     _keep(out, made_with)
     seeds = {prompt.file(n): seed_of(settings.seed, prompt, n) for prompt in listed for n in range(videos)}
     _write_seeds(out, seeds)
@@ -221,15 +223,18 @@ def _missing(folder: Path, prompt: Prompt, videos: int) -> list[int]:
     return [n for n in range(videos) if not (folder / prompt.file(n)).is_file()]
 
 
-def _made_with(transformer: Path, settings: WanSettings, images: Path | None, rewrites: Path | None) -> dict[str, Any]:
+def _made_with(parts: WanParts, settings: WanSettings, images: Path | None, rewrites: Path | None) -> dict[str, Any]:
     """What the videos' frames follow from, but for prompts and seeds. JSON."""
-    plain = {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_IN_THE_VIDEO}
+    plain = {name: value for name, value in dataclasses.asdict(settings).items() if name not in (*NOT_IN_THE_VIDEO, *BY_FILE)}
     plain["dtype"] = str(settings.placement()[1]).removeprefix("torch.")
     sources = {
-        "transformer": fingerprint(transformer),
+        "transformer": fingerprint(parts.transformer),
         "images": None if images is None else images.resolve().name,
         "rewrites": None if rewrites is None else hashlib.blake2b(rewrites.read_bytes(), digest_size=8).hexdigest(),
     }
+    tiny = tiny_file(parts, settings)
+    if tiny is not None:
+        sources["tiny_decoder"] = fingerprint(tiny)
     made_with: dict[str, Any] = json.loads(json.dumps(plain | sources))
     return made_with
 

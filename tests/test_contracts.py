@@ -42,6 +42,7 @@ PUBLIC = {
 # Beside the standard library; the first match counts. `import aadkern` needs torch alone: the others are imported late.
 MAY_IMPORT = {
     "aadkern/wan/text.py": {"torch", "tokenizers", "transformers", "ftfy"},
+    "aadkern/wan/tiny_vae.py": {"torch", "safetensors"},
     "aadkern/wan/": {"torch", "diffusers"},
     "aadkern/testing.py": {"torch", "hypothesis"},
     "aadkern/spans.py": {"torch", "nvtx"},

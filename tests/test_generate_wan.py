@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -15,12 +16,14 @@ import torch
 
 pytest.importorskip("transformers")
 
+from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from aadkern import StreamingCache, StreamingGenerator, Window, compat
 from aadkern.wan import CausalWan
+from aadkern.wan.tiny_vae import StreamingTinyDecoder
 from aadkern.wan.vae import encode_image
 from aadkern_train.cli import main
 from aadkern_train.diffusion.draws import Draws
@@ -28,9 +31,11 @@ from aadkern_train.engine.config import to_yaml
 from aadkern_train.engine.video import GrowingVideo, read_video
 from aadkern_train.generate import from_wan as module
 from aadkern_train.generate.from_wan import read_image
+from aadkern_train.generate.wan_decoder import tiny_file
 from aadkern_train.generate.wan_settings import WanSettings, noise_levels
-from aadkern_train.networks.wan_parts import find_parts
+from aadkern_train.networks.wan_parts import find_parts, load_part
 from aadkern_train.run import Run
+from tests.tiny_decoder import frame_by_frame, random_state
 from tests.tiny_runs import small_recipe
 from tests.tiny_wan import CHANNELS, TRANSFORMER, save_tiny_wan
 
@@ -107,7 +112,10 @@ def test_the_video_is_what_the_parts_make(wan, tmp_path, written, image, capsys)
     assert (back.float() - made).abs().mean() < moving / 2  # compressed, but each frame in its place
     said = capsys.readouterr().err
     assert (
-        "chunk 4/4: " in said and "% of it VAE" in said and f"{out}: {len(made)} frames" in said and "text encoder is freed" in said
+        "chunk 4/4: " in said
+        and "% of it decoding" in said
+        and f"{out}: {len(made)} frames" in said
+        and "text encoder is freed" in said
     )
     assert ("image: 40x52 scaled and cropped to 32x48, which leaves out 13% of it" in said) is image
     assert [path.name for path in out.parent.iterdir()] == ["video.mp4"]
@@ -129,6 +137,42 @@ def test_all_three_kinds_of_checkpoint_prompts_and_seeds(wan, tmp_path, written)
     others += [frames("pipeline", "--dtype", "bf16")]
     assert all(not torch.equal(other, whole) for other in others)
     assert frames("pipeline", "--chunk-frames", 1, "--window", 3).shape[0] == 5
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+def test_a_tiny_decoder_makes_the_pixels(wan, tmp_path, written, image, monkeypatch):
+    """Out of a file that is named and of one beside the VAE, which still encodes an image: its latents, decoded by hand."""
+    state = random_state()
+    save_file(state, tmp_path / "mine.safetensors")
+    parts = shutil.copytree(wan[0] / "pipeline", tmp_path / "copy")
+    torch.save(state, parts / "taew2_1.pth")
+    latents: list[torch.Tensor] = []
+    real = StreamingTinyDecoder.decode
+    monkeypatch.setattr(StreamingTinyDecoder, "decode", lambda self, new: (latents.append(new.clone()), real(self, new))[1])
+    words = ["--checkpoint", parts, "--prompt", PROMPT, "--chunks", 2, "--out", tmp_path / "a.mp4", "--decoder", "tiny"]
+    words += ["--image", wan[0] / "cat.png"] if image else []
+    assert aad(*words) == 0
+    made = torch.cat(written).float()
+    expected = frame_by_frame(state, torch.cat(latents, dim=2))[0].permute(1, 2, 3, 0) * 255
+    assert made.shape == (25 if image else 21, *SIZE, 3) == expected.shape
+    assert (made - expected).abs().max() <= 1 < 10 < expected.std()
+    if image:
+        found = find_parts(parts)
+        vae = load_part(AutoencoderKLWan, found.vae, torch.float32)
+        assert torch.equal(latents[0], encode_image(vae, read_image(wan[0] / "cat.png", SIZE)))
+    written.clear()
+    assert aad(*words, "--tiny-decoder", tmp_path / "mine.safetensors") == 0
+    assert torch.equal(torch.cat(written).float(), made)
+
+
+def test_a_tiny_decoder_is_of_wan_2_1s_vae_alone(wan, tmp_path):
+    parts, settings = find_parts(wan[0] / "pipeline"), WanSettings(decoder="tiny", tiny_decoder=tmp_path / "a.pth")
+    assert tiny_file(parts, settings) == tmp_path / "a.pth" and tiny_file(parts, WanSettings()) is None
+    for other in ({"pixels": 16}, {"channels": 48}):
+        with pytest.raises(ValueError, match=r"decoder must be full for .*vae: tiny is for Wan 2\.1's VAE, of 16 channels and 8"):
+            tiny_file(dataclasses.replace(parts, **other), settings)
+    with pytest.raises(ValueError, match="decoder must be one of full, tiny, got 'half'"):
+        WanSettings(decoder="half")
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected")
@@ -244,6 +288,10 @@ SETTINGS = [
     (["--index", 3], "--index must be left out: "),
     (["--cuda-graphs"], "cuda_graphs must be left out on cpu"),
     (["--checkpoint", "/no/model"], "found nothing at /no/model"),
+    (["--decoder", "tiny"], "tiny_decoder must be given, or taew2_1.safetensors or taew2_1.pth lie in"),
+    (["--decoder", "tiny", "--tiny-decoder", "/no/tiny.pth"], "tiny_decoder must be a file, found none at /no/tiny.pth"),
+    (["--decoder", "tiny", "--tiny-decoder", __file__], "tiny_decoder must be tensors that safetensors or torch.save wrote"),
+    (["--tiny-decoder", "tiny.pth"], "tiny_decoder must be left out with the full decoder (say decoder tiny), got tiny.pth"),
     (["--parts", "/no/parts"], "parts must be a folder with vae, text_encoder and tokenizer, found none at /no/parts"),
 ]
 

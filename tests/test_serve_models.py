@@ -20,6 +20,7 @@ from aadkern_train.serve.models import RunModel
 from aadkern_train.serve.options import ServeSettings
 from aadkern_train.serve.protocol import Header, Place, chunk_bytes
 from tests.serve_models import Page, client_of
+from tests.tiny_decoder import random_state
 from tests.tiny_runs import small_recipe
 
 CHUNKS = 7  # beyond the ring
@@ -137,12 +138,14 @@ class Frames:
         return ""
 
 
-def test_a_served_wan_is_the_one_that_is_generated(tmp_path, capsys):
+@pytest.mark.parametrize("decoder", ["full", "tiny"])
+def test_a_served_wan_is_the_one_that_is_generated(tmp_path, capsys, decoder):
     from aadkern_train.serve.wan import WanModel
     from tests.tiny_wan import save_tiny_wan
 
     save_tiny_wan(tmp_path / "wan")
-    settings = WanSettings(size=(16, 32), device="cpu", window=7, chunks=4)
+    torch.save(random_state(), tmp_path / "wan" / "taew2_1.pth")
+    settings = WanSettings(size=(16, 32), device="cpu", window=7, chunks=4, decoder=decoder)
     parts = fitting_parts(tmp_path / "wan", None, settings)
     model = WanModel(parts, settings, "kept")
     player, picture = model.player(), model.picture(png(20, 40))
@@ -158,11 +161,13 @@ def test_a_served_wan_is_the_one_that_is_generated(tmp_path, capsys):
     player.begin(9, "a cat runs", None)
     assert not np.array_equal(player.next(), served[0][: 4 * 3 - 3]), "the picture counts"
     words = ["serve", "--checkpoint", str(tmp_path / "wan"), "--size", "16x32", "--device", "cpu", "--window", "7", "--show"]
+    words += ["--decoder", decoder]
     capsys.readouterr()
     assert main(words) == 0
     told = of_wan(parts, settings, 1)
     assert capsys.readouterr().out.splitlines() == told.lines()
     assert told.cache == player._stream.cache.nbytes and told.decoder == player._decoder.nbytes
+    assert ("tiny decoder" in told.weights) is (decoder == "tiny")
     assert told.weights["text encoder"] == sum(p.nbytes for p in model.encoder.parameters())
     for file in (b"", b"\x00" * 1000, png(20, 40)[:200], b"%PDF-1.4"):
         with pytest.raises(ValueError, match=r"image must be an image file, what was sent is not$"):

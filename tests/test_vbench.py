@@ -23,6 +23,7 @@ from aadkern_train import vbench as module
 from aadkern_train.cli import main
 from aadkern_train.engine.video import GrowingVideo, read_video
 from aadkern_train.generate import from_wan
+from tests.tiny_decoder import random_state
 from tests.tiny_wan import save_tiny_wan
 
 TEXTS = ["a cat runs", "A Cat Runs", "the dog, on the beach.", 'St. "Mark" & 2 dogs', "a cat runs"]
@@ -302,6 +303,8 @@ def test_videos_of_two_kinds_do_not_mix(wan, tmp_path, capsys, monkeypatch):
     refused(wan, out, "was made with seed 0, got 5", capsys, "--seed", 5)
     (tmp_path / "lines.txt").write_text("a\nb\nc\nd\ne\n")
     refused(wan, out, "was made with rewrites null, got ", capsys, "--rewrites", tmp_path / "lines.txt")
+    torch.save(random_state(), tmp_path / "tiny.pth")
+    refused(wan, out, "was made with tiny_decoder null", capsys, "--decoder", "tiny", "--tiny-decoder", tmp_path / "tiny.pth")
     save_tiny_wan(tmp_path / "trained")
     file = tmp_path / "trained/transformer/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-2] + b"\x01\x02")

@@ -58,15 +58,7 @@ class StreamingDecoder:
         Raises ValueError for another number of channels, no frame, or other sizes than the chunks before had.
         """
         config: Any = self.vae.config
-        if not isinstance(latents, Tensor):
-            raise TypeError(f"latents must be a tensor, got {type(latents).__name__}")
-        if latents.dim() != 5 or latents.shape[1] != config.z_dim or latents.shape[2] < 1:
-            raise ValueError(f"latents must be [B, {config.z_dim}, f, h, w] with f at least 1, got {list(latents.shape)}")
-        batch, channels, _, height, width = latents.shape
-        shape = (batch, channels, height, width)
-        if self._shape not in (None, shape):
-            before = "[{}, {}, f, {}, {}]".format(*self._shape or ())
-            raise ValueError(f"latents must be {before} as before, got {list(latents.shape)}; reset() begins another video")
+        shape = chunk_shape(latents, config.z_dim, self._shape)
         latents = self.vae.post_quant_conv(denormalised(latents, self.vae))
         made = []
         for frame in latents.split(1, dim=2):  # one by one, as in training: the first of a video is upsampled otherwise
@@ -76,6 +68,23 @@ class StreamingDecoder:
         if config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=config.patch_size)
         return pixels.clamp(-1, 1)
+
+
+def chunk_shape(latents: Tensor, channels: int, before: tuple[int, ...] | None) -> tuple[int, ...]:
+    """(B, C, h, w) of a chunk's latents [B, ``channels``, f, h, w]; ``before``: of the chunks before, None for a video's first.
+
+    Raises TypeError or ValueError for what cannot be decoded after them.
+    """
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents must be a tensor, got {type(latents).__name__}")
+    if latents.dim() != 5 or latents.shape[1] != channels or latents.shape[2] < 1:
+        raise ValueError(f"latents must be [B, {channels}, f, h, w] with f at least 1, got {list(latents.shape)}")
+    batch, _, _, height, width = latents.shape
+    shape = (batch, channels, height, width)
+    if before not in (None, shape):
+        wanted = "[{}, {}, f, {}, {}]".format(*before or ())
+        raise ValueError(f"latents must be {wanted} as before, got {list(latents.shape)}; reset() begins another video")
+    return shape
 
 
 @torch.no_grad()

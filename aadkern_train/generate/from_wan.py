@@ -20,6 +20,7 @@ from aadkern_train.engine.processes import Processes, start
 from aadkern_train.engine.video import GrowingVideo, rgb_of
 from aadkern_train.generate.prompts import changes
 from aadkern_train.generate.ranks import sequence_of
+from aadkern_train.generate.wan_decoder import check_decoder, decoders
 from aadkern_train.generate.wan_settings import WanSettings
 from aadkern_train.networks.folders import facts
 from aadkern_train.networks.rollout import turn_to
@@ -156,6 +157,7 @@ def fitting_parts(checkpoint: Path, parts: Path | None, settings: WanSettings) -
     height, width = settings.size
     if min(settings.size) < 1 or height % rows or width % columns:
         raise ValueError(f"size must be rows x columns, multiples of {rows} and {columns}, got {height}x{width}")
+    check_decoder(found, settings)
     return found
 
 
@@ -192,14 +194,14 @@ class WanStreamer:
         """``group``: what ``processes`` share each frame's tokens in, the main one of which alone encodes, decodes and writes."""
         from diffusers import AutoencoderKLWan
 
-        from aadkern.wan.vae import StreamingDecoder
-
         device, dtype = settings.placement()
         self.settings = settings
         self._processes = processes
+        self._vae: Any = None
         self._decoder: Any = None
         if processes is None or processes.is_main:
-            self._decoder = StreamingDecoder(load_part(AutoencoderKLWan, parts.vae, dtype).eval().to(device))
+            self._vae = load_part(AutoencoderKLWan, parts.vae, dtype).eval().to(device)
+            self._decoder = decoders(parts, settings, self._vae)()
         model = prepare_model(parts, settings)
         model.sequence = group
         self._device = device
@@ -225,7 +227,7 @@ class WanStreamer:
         from aadkern.wan.vae import encode_image
 
         def encoded() -> Tensor | None:
-            return None if pixels is None else encode_image(self._decoder.vae, pixels).cpu()
+            return None if pixels is None else encode_image(self._vae, pixels).cpu()
 
         first = encoded() if self._processes is None else self._processes.on_main(encoded)
         first = None if first is None else first.to(self._device)
@@ -266,7 +268,7 @@ def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: 
                 video.write(frames)
                 seconds = time.monotonic() - began
                 share = (decoded - made) / seconds
-                rate = f"{seconds:.2f} s ({share:.0%} of it VAE), {len(frames) / seconds:.1f} frames a second"
+                rate = f"{seconds:.2f} s ({share:.0%} of it decoding), {len(frames) / seconds:.1f} frames a second"
                 print(f"\rchunk {count}/{chunks}: {rate}   ", end="", file=sys.stderr, flush=True)
         except (KeyboardInterrupt, OSError) as error:
             stopped = error

@@ -12,7 +12,10 @@ from aadkern_train.engine.command import rows_and_columns
 if TYPE_CHECKING:
     from aadkern_train.generate.wan_settings import WanSettings
 
-WAN_PLAIN = ("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs")  # as in WanSettings
+WAN_PLAIN = (  # as in WanSettings
+    *("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs"),
+    *("decoder", "tiny_decoder"),
+)
 RUN_STEPS = ("steps", "first_steps")
 WAN_SETTINGS = ("size", "steps", "first_steps", "shift", *WAN_PLAIN)
 WAN_ONLY = tuple(name for name in ("parts", *WAN_SETTINGS) if name not in RUN_STEPS)
@@ -36,6 +39,13 @@ def add_wan_settings(add: Callable[..., Any]) -> None:
     add("--dtype", choices=("fp32", "bf16"), help="of all parts (bf16 on a GPU, fp32 on a CPU)")
     add("--fp8", action="store_true", default=None, help="large linear layers in FP8, their error told first")
     add("--compile", action="store_true", default=None, help="blocks through torch.compile")
+    add("--decoder", choices=("full", "tiny"), help="what makes pixels: the VAE, or TAEHV's small decoder for Wan 2.1 (full)")
+    add(
+        "--tiny-decoder",
+        type=Path,
+        metavar="FILE",
+        help="with --decoder tiny, its weights (taew2_1.safetensors or .pth beside the parts)",
+    )
     add("--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay passes from CUDA graphs (on a GPU they are)")
 
 

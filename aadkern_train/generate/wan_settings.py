@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from aadkern_train.networks.wan_parts import PIXELS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_STEPS = 100
+DECODERS = ("full", "tiny")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class WanSettings:
     makes them. ``rope`` None: the checkpoint's. ``device`` None: the GPU if there is one. ``dtype`` None: bf16 on a GPU, fp32
     on a CPU. ``fp8`` quantises the large linear layers (docs/fp8.md), ``compile`` runs the blocks through torch.compile, and
     ``cuda_graphs`` (None: on a GPU) replays passes (docs/streaming.md). ``then`` and ``turn`` are prompts that take over on the
-    way (``prompts.changes``, ``TURNS``).
+    way (``prompts.changes``, ``TURNS``). ``decoder`` "tiny" decodes with the file ``tiny_decoder`` (None: the one beside the VAE,
+    ``wan_decoder.TINY_FILES``) instead of the VAE.
     """
 
     chunks: int = 7
@@ -49,11 +52,17 @@ class WanSettings:
     cuda_graphs: bool | None = None
     then: Sequence[str] = ()
     turn: str = "kept"
+    decoder: str = "full"
+    tiny_decoder: Path | None = None
 
     def __post_init__(self) -> None:
         changes(self.then, self.chunks)
         if self.turn not in TURNS:
             raise ValueError(f"turn must be one of {', '.join(TURNS)}, got {self.turn!r}")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
+        if self.decoder == "full" and self.tiny_decoder is not None:
+            raise ValueError(f"tiny_decoder must be left out with the full decoder (say decoder tiny), got {self.tiny_decoder}")
         for name in ("chunks", "chunk_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -146,6 +146,7 @@ def of_wan(parts: WanParts, settings: WanSettings, sessions: int) -> Memory:
 
     from aadkern.wan import CausalWan
     from aadkern.wan.text import TOKENS
+    from aadkern.wan.tiny_vae import StreamingTinyDecoder, TinyDecoder
     from aadkern.wan.vae import StreamingDecoder
 
     device, dtype = settings.placement()
@@ -156,15 +157,18 @@ def of_wan(parts: WanParts, settings: WanSettings, sessions: int) -> Memory:
         with default_dtype(dtype):
             net: Any = CausalWan.from_config(config).eval()
             vae: Any = AutoencoderKLWan.from_config(read_json(parts.vae / "config.json")).eval()
+            tiny = TinyDecoder() if settings.decoder == "tiny" else None
         channels, *sides = frame = latent_frame(parts, settings)
         text = torch.empty(1, TOKENS, config["text_dim"], dtype=dtype)
         measured = _measured(
             live,
             lambda: (wan_stream(net, frame, settings, False), text),
             lambda chunk, step: torch.empty(1, channels, settings.chunk_frames, *sides),
-            StreamingDecoder(vae),
+            StreamingDecoder(vae) if tiny is None else StreamingTinyDecoder(tiny),
         )
         weights = {"transformer": _bytes(net), "vae": _bytes(vae), "text encoder": encoder}
+        if tiny is not None:
+            weights["tiny decoder"] = _bytes(tiny)
     return Memory(weights, *measured, graphs=graphs, sessions=sessions)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aadkern_train.engine.video import rgb_of
 from aadkern_train.generate.from_wan import fitted_image, latent_frame, prepare_model, wan_noise, wan_stream
+from aadkern_train.generate.wan_decoder import decoders
 from aadkern_train.generate.wan_settings import WanSettings
 from aadkern_train.networks.rollout import turn_to
 from aadkern_train.networks.wan_parts import WanParts, load_part
@@ -37,6 +38,7 @@ class WanModel:
         self.device, dtype = settings.placement()
         self.encoder: Any = load_text_encoder(parts.text_encoder, dtype, self.device)
         self.vae: Any = load_part(AutoencoderKLWan, parts.vae, dtype).eval().to(self.device)
+        self.decoder = decoders(parts, settings, self.vae)
         self.net: Any = prepare_model(parts, settings)
         self.frame = latent_frame(parts, settings)
         self.embedded = lru_cache(REMEMBERED)(self._embedded)
@@ -89,11 +91,9 @@ class WanPlayer:
     """A stream of a Wan model."""
 
     def __init__(self, model: WanModel) -> None:
-        from aadkern.wan.vae import StreamingDecoder
-
         self.model, self.prompt = model, ""
         self._stream = wan_stream(model.net, model.frame, model.settings, model.graphs)
-        self._decoder = StreamingDecoder(model.vae)
+        self._decoder = model.decoder()
         self._first: Tensor | None = None
 
     def begin(self, seed: int, prompt: str | None, picture: Any) -> None:
