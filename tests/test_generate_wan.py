@@ -45,6 +45,8 @@ def wan(tmp_path_factory):
     pipeline = save_tiny_wan(folder / "pipeline")
     shutil.copytree(folder / "pipeline" / "transformer", folder / "alone")
     compat.save_checkpoint(pipeline.transformer.state_dict(), folder / "self_forcing.pt", weights="generator_ema")
+    in_wan = compat.to_wan_names(pipeline.transformer.state_dict())
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in in_wan.items()}, folder / "comfy.safetensors")
     y, x = np.mgrid[:40, :52]
     pixels = np.stack([5 * x, 6 * y, 255 - 4 * x - y], axis=-1).clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "cat.png")
@@ -113,7 +115,7 @@ def test_the_video_is_what_the_parts_make(wan, tmp_path, written, image, capsys)
     assert [path.name for path in out.parent.iterdir()] == ["video.mp4"]
 
 
-def test_all_three_kinds_of_checkpoint_prompts_and_seeds(wan, tmp_path, written):
+def test_all_four_kinds_of_checkpoint_prompts_and_seeds(wan, tmp_path, written):
     folder, _ = wan
 
     def frames(checkpoint, *words, prompt=PROMPT):
@@ -125,6 +127,7 @@ def test_all_three_kinds_of_checkpoint_prompts_and_seeds(wan, tmp_path, written)
 
     whole = frames("pipeline")
     assert torch.equal(frames("alone"), whole) and torch.equal(frames("self_forcing.pt"), whole)
+    assert torch.equal(frames("comfy.safetensors"), whole)
     others = [frames("pipeline", "--seed", 1), frames("pipeline", prompt="the dog"), frames("pipeline", "--steps", 2)]
     others += [frames("pipeline", "--dtype", "bf16")]
     assert all(not torch.equal(other, whole) for other in others)
@@ -238,7 +241,7 @@ SETTINGS = [
     (["--out", "a.gif"], "out must end in .mp4, which can grow, got a.gif"),
     (["--shift", "nan"], "shift must be above 0 and finite, got nan"),
     (["--steps", "2", "--shift", "inf"], "shift must be above 0 and finite, got inf"),
-    (["--checkpoint", __file__], "checkpoint must be a Wan folder, a .pt file, a run or its RUN/weights/STAGE"),
+    (["--checkpoint", __file__], "checkpoint must be a Wan folder, a .pt file or a .safetensors, a run or its RUN/weights/STAGE"),
     (["--image", "/no/cat.png"], "image must be a file, found none at /no/cat.png"),
     (["--device", "tpu9"], "device must be cpu or cuda, got 'tpu9'"),
     (["--index", 3], "--index must be left out: "),
@@ -352,11 +355,19 @@ def test_missing_weights_are_not_drawn_at_random(wan, part, capsys, tmp_path):
 
 def test_a_transformer_alone(wan, capsys, monkeypatch, tmp_path):
     folder = wan[0]
-    for alone in ("alone", "self_forcing.pt"):
+    for alone in ("alone", "self_forcing.pt", "comfy.safetensors"):
         refused([], "parts must be given: ", capsys, monkeypatch, tmp_path, folder / alone)
     weights = folder / "alone/diffusion_pytorch_model.safetensors"
     refused([], f"say {folder / 'alone'}, got ", capsys, monkeypatch, tmp_path, weights)
-    refused([], "checkpoint must be a Wan folder, a .pt file, a run with", capsys, monkeypatch, tmp_path, tmp_path, prompt=None)
+    refused(
+        [],
+        "checkpoint must be a Wan folder, a .pt file or a .safetensors, a run with",
+        capsys,
+        monkeypatch,
+        tmp_path,
+        tmp_path,
+        prompt=None,
+    )
     state = {name: torch.randn(tensor.shape) for name, tensor in wan[1].transformer.state_dict().items()}
     compat.save_checkpoint(state | {"blocks.0.attn2.add_k_proj.weight": torch.randn(2, 2)}, tmp_path / "i2v.pt")
     (tmp_path / "text.pt").write_text("no weights")

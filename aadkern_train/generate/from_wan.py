@@ -23,7 +23,7 @@ from aadkern_train.generate.ranks import sequence_of
 from aadkern_train.generate.wan_settings import WanSettings
 from aadkern_train.networks.folders import facts
 from aadkern_train.networks.rollout import turn_to
-from aadkern_train.networks.wan_parts import WanParts, find_parts, load_part
+from aadkern_train.networks.wan_parts import FILES, WanParts, find_parts, load_part
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
@@ -147,7 +147,7 @@ def fitting_parts(checkpoint: Path, parts: Path | None, settings: WanSettings) -
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("prompt needs transformers: pip install 'aadkern[wan]'")
     if not checkpoint.exists():
-        raise FileNotFoundError(f"checkpoint must be a Wan folder or a .pt file, found nothing at {checkpoint}")
+        raise FileNotFoundError(f"checkpoint must be a Wan folder, {FILES}, found nothing at {checkpoint}")
     found = find_parts(checkpoint, parts)
     predicts = facts(found.transformer).get("predicts", "flow")
     if predicts != "flow":

@@ -90,7 +90,12 @@ def add_vbench_export(commands: Any) -> argparse.ArgumentParser:
         description="Write the videos that VBench judges a Wan model by, named as it reads them; what is there is left.",
     )
     add = export.add_argument
-    add("--checkpoint", required=True, type=Path, help="a Wan folder of diffusers, or Self-Forcing's or CausVid's .pt")
+    add(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a Wan folder of diffusers, or Self-Forcing's or CausVid's .pt, or a single .safetensors",
+    )
     add("--wan", dest="parts", type=Path, help="a Wan folder to take vae, text_encoder and tokenizer from (default: --checkpoint)")
     add("--info", required=True, type=Path, help="VBench_full_info.json, or vbench2_i2v_full_info.json (with --images)")
     add("--out", required=True, type=Path, help="a folder: OUT/videos is what VBench is given")
