@@ -134,6 +134,57 @@ def test_all_four_kinds_of_checkpoint_prompts_and_seeds(wan, tmp_path, written):
     assert frames("pipeline", "--chunk-frames", 1, "--window", 3).shape[0] == 5
 
 
+def save_lora(path, layer="blocks.0.attn1.to_q", out=128):
+    save_file(
+        {f"transformer.{layer}.lora_A.weight": torch.randn(2, 128), f"transformer.{layer}.lora_B.weight": torch.randn(out, 2)}, path
+    )
+    return path
+
+
+def test_lora(wan, tmp_path, written, capsys):
+    """The video is that of a transformer whose weights have the files in them."""
+    folder = shutil.copytree(wan[0] / "pipeline", tmp_path / "copy")
+    first, second = save_lora(tmp_path / "a:1.safetensors"), save_lora(tmp_path / "b.safetensors", "blocks.1.attn2.to_k")
+    videos = {}
+    for name, words in {
+        "plain": [],
+        "lora": ["--lora", f"{first}:0.3", "--lora", second],
+        "zero": ["--lora", f"{first}:0"],
+    }.items():
+        written.clear()
+        aad("--checkpoint", folder, "--prompt", PROMPT, "--chunks", 1, "--out", tmp_path / "a.mp4", *words)
+        videos[name] = torch.cat(written)
+    assert "lora: Lora('1 a:1', weight=0.3, 1 parameters" in capsys.readouterr().err
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    for weight, path in ((0.3, first), (1, second)):
+        halves = load_file(path)
+        layer = next(iter(halves)).removeprefix("transformer.").partition(".lora")[0]
+        product = halves[f"transformer.{layer}.lora_B.weight"].double() @ halves[f"transformer.{layer}.lora_A.weight"].double()
+        state[f"{layer}.weight"] += (weight * product).float()
+    save_file(state, file, {"format": "pt"})
+    written.clear()
+    aad("--checkpoint", folder, "--prompt", PROMPT, "--chunks", 1, "--out", tmp_path / "a.mp4")
+    made = torch.cat(written).float()
+    assert (videos["lora"].float() - made).abs().max() <= 1 < (videos["plain"].float() - made).abs().max()
+    assert torch.equal(videos["zero"], videos["plain"])
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("{}:x", "lora must be FILE or FILE:WEIGHT, a finite number, got"),
+        ("{}:nan", "lora must be FILE or FILE:WEIGHT, a finite number, got"),
+        ("/no/file:1", "lora must be FILE or FILE:WEIGHT, found nothing at /no/file"),
+        ("/no/file", "lora must be FILE or FILE:WEIGHT, found nothing at /no/file"),
+        ("{}", "lora must fit the model: blocks.0.attn1.to_q.weight is [128, 128], "),
+    ],
+)
+def test_bad_lora(wan, word, says, capsys, monkeypatch, tmp_path):
+    file = save_lora(tmp_path / "a.safetensors", out=96)
+    refused(["--lora", word.format(file)], says, capsys, monkeypatch, tmp_path, wan[0] / "pipeline")
+
+
 @pytest.mark.filterwarnings("error:Dynamo detected")
 def test_fp8_and_compiled_blocks(wan, tmp_path, written, capsys, monkeypatch):
     folder, _ = wan

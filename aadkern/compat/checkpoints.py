@@ -1,5 +1,5 @@
-"""Files of one transformer, read and written in diffusers' names: Self-Forcing's and CausVid's ``.pt``, without running what a pickle
-may carry, and single ``.safetensors``."""
+"""Files of one transformer, in diffusers' names: single ``.safetensors``, and Self-Forcing's and CausVid's ``.pt``, which are
+written too. What a pickle may carry is not run."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None)
 def _load_pickle(path: Path, weights: str | None) -> State:
     if weights is not None and not isinstance(weights, str):
         raise TypeError(f"weights must be a name or None, got {shown(weights)}")
-    content = _read(path)
+    content = read_pickle(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"path must hold a dictionary, got {type(content).__name__} in {path}")
     if weights is None:
@@ -125,18 +125,19 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> Any:
+def read_pickle(path: Path, name: str = "path") -> Any:
+    """What a ``.pt`` holds, tensors and plain containers. Raises ValueError, which calls it ``name``, for anything else in it."""
     _file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
-            f"path must hold tensors and plain containers only; {path} is no pickle of that kind and was not run. torch says: "
+            f"{name} must hold tensors and plain containers only; {path} is no pickle of that kind and was not run. torch says: "
             f"{next((line.strip() for line in reason if 'GLOBAL' in line), reason[0] if reason else 'unreadable')}"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"path must be a file that torch.save wrote, and {path} cannot be read: {error}") from error
+        raise ValueError(f"{name} must be a file that torch.save wrote, and {path} cannot be read: {error}") from error
 
 
 def from_wan_names(state: Mapping[str, Tensor]) -> State:
@@ -238,8 +239,10 @@ def load_model(
     dtype: torch.dtype | None = None,
     **config: Any,
 ) -> CausalWan:
-    """A ``CausalWan`` from a ``.pt`` or ``.safetensors`` file, its shapes checked before weights are read. ``config`` overrides what ``infer_config`` found (say ``rope="relative"``);
-    the outcome stands in ``model.config`` and is logged. ``dtype`` None keeps the file's. Needs diffusers.
+    """A ``CausalWan`` from a ``.pt`` or ``.safetensors`` file, its shapes checked before weights are read. Needs diffusers.
+
+    ``config`` overrides what ``infer_config`` found (say ``rope="relative"``); the outcome stands in ``model.config`` and is
+    logged. ``dtype`` None keeps the file's, and makes bfloat16 of FP8.
 
     Raises ValueError as ``load_checkpoint`` and ``infer_config`` do, and where weights and configuration do not fit.
     """

@@ -1,8 +1,8 @@
 """Tensors in safetensors files: names, shapes and dtypes from the headers, values one by one, FP8 weights dequantised.
 
-FP8 as ComfyUI's loaders read it (github.com/comfyanonymous/ComfyUI, comfy/ops.py and comfy/utils.py): beside ``X.weight`` in e4m3 or
-e5m2 lies ``X.scale_weight``, or ``X.weight_scale`` in newer files, one float or one for each row; the weight is their product. Files
-without any scales hold the weights themselves.
+FP8 as ComfyUI's loaders read it (github.com/comfyanonymous/ComfyUI, comfy/ops.py and comfy/utils.py): beside ``X.weight`` in
+e4m3 or e5m2 lies ``X.scale_weight``, or ``X.weight_scale`` in newer files, one float or one for each row; the weight is their
+product. Files without any scales hold the weights themselves.
 """
 
 from __future__ import annotations

@@ -113,8 +113,11 @@ class CausalWan(WanTransformer3DModel):
 
     @classmethod
     def from_single_file(cls, path: Any, *, torch_dtype: torch.dtype | None = None, **options: Any) -> Any:  # type: ignore[override]
-        """A model from one ``.safetensors`` or ``.pt``, in Wan's names or diffusers', on the CPU: ``compat.load_model``, which tells
-        the ``options`` and what is refused. Nothing is downloaded, and no configuration is asked for."""
+        """A model from one ``.safetensors`` or ``.pt``, in Wan's names or diffusers', on the CPU.
+
+        ``compat.load_model`` does it, and tells the ``options`` and what is refused. Nothing is downloaded, and no configuration is
+        asked for.
+        """
         from aadkern.compat.checkpoints import load_model
 
         return load_model(path, dtype=torch_dtype, **options)

@@ -12,7 +12,18 @@ from aadkern_train.engine.command import rows_and_columns
 if TYPE_CHECKING:
     from aadkern_train.generate.wan_settings import WanSettings
 
-WAN_PLAIN = ("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs")  # as in WanSettings
+WAN_PLAIN = (
+    "chunk_frames",
+    "window",
+    "sink",
+    "rope",
+    "device",
+    "dtype",
+    "fp8",
+    "compile",
+    "cuda_graphs",
+    "lora",
+)  # as in WanSettings
 RUN_STEPS = ("steps", "first_steps")
 WAN_SETTINGS = ("size", "steps", "first_steps", "shift", *WAN_PLAIN)
 WAN_ONLY = tuple(name for name in ("parts", *WAN_SETTINGS) if name not in RUN_STEPS)
@@ -34,6 +45,7 @@ def add_wan_settings(add: Callable[..., Any]) -> None:
     add("--rope", choices=("absolute", "relative"), help="positions of the sink (the checkpoint's; absolute)")
     add("--device", help="cpu or cuda (cuda if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="of all parts (bf16 on a GPU, fp32 on a CPU)")
+    add("--lora", action="append", metavar="FILE[:WEIGHT]", help="a LoRA on the transformer (weight 1); may be given again")
     add("--fp8", action="store_true", default=None, help="large linear layers in FP8, their error told first")
     add("--compile", action="store_true", default=None, help="blocks through torch.compile")
     add("--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay passes from CUDA graphs (on a GPU they are)")

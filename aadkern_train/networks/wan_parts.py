@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from aadkern.wan import CausalWan
 from aadkern_train.engine.files import read_json
 from aadkern_train.networks.folders import STEM, TRANSFORMERS, Shapes, check_shapes, check_transformer, facts, find_weights, stated
 
@@ -51,7 +52,7 @@ def is_wan(checkpoint: Path) -> bool:
     """Whether ``checkpoint`` is Wan's (a folder of diffusers, a file, or the weights of a run on Wan's latents), and not a run
     of this package on latents of its own.
 
-    Raises FileNotFoundError where there is nothing, ValueError for other files, and for a weights file out of a folder of diffusers.
+    Raises FileNotFoundError where there is nothing, ValueError for other files and a weights file out of a folder of diffusers.
     """
     if not checkpoint.exists():
         raise FileNotFoundError(f"checkpoint must be a Wan folder, {FILES} or a run; found nothing at {checkpoint}")
@@ -171,6 +172,13 @@ def _transformer(path: Path) -> tuple[Mapping[str, Any], Shapes]:
         shapes = open_checkpoint(path).shapes
         return infer_config(shapes), {name: tuple(tensor.shape) for name, tensor in shapes.items()}
     return transformer_config(path), find_weights(path, STEM).shapes
+
+
+def transformer_shapes(path: Path) -> Shapes:
+    """The shapes of a transformer's parameters by its configuration, of a folder or a file."""
+    with torch.device("meta"):
+        net = CausalWan.from_config(dict(_transformer(path)[0]))
+    return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
 def transformer_config(path: Path) -> dict[str, Any]:
