@@ -76,16 +76,17 @@ class _Stack:
         self.versions: dict[str, int] = {}
 
     def change(self, lora: Lora, weight: float, merged: bool) -> None:
-        """Gives a file this weight and place, or leaves all as it is and raises."""
+        """Gives a file this weight, in the model's weights or out of them, or leaves all as it is and raises."""
         before = lora._weight, lora._merged
         if before == (weight, merged):
             return
         parameters = self._parameters(lora)
         lora._weight, lora._merged = weight, merged
-        self.write(parameters, lambda: self._back(lora, before))
 
-    def _back(self, lora: Lora, before: tuple[float, bool]) -> None:
-        lora._weight, lora._merged = before
+        def back() -> None:
+            lora._weight, lora._merged = before
+
+        self.write(parameters, back)
 
     def add(self, lora: Lora) -> None:
         parameters = self._parameters(lora)
@@ -154,7 +155,7 @@ def load(model: CausalWan, path: str | os.PathLike[str], weight: float = 1.0, na
     """Add a LoRA file to a model's weights, in place, and return its handle; several act together.
 
     ``path`` is ``read_lora``'s; ``name`` tells files apart, None is the file's. Each touched parameter is kept as it was, on its
-    device, until ``remove`` or ``settle``: the whole of a model's linear layers again, for most files.
+    device, until ``remove`` or ``settle``: the whole of a model's linear layers again, for most files. The file may go.
 
     Raises ValueError, FileNotFoundError or TypeError, having changed nothing, for what ``read_lora`` refuses, a name that is taken,
     a weight that is not finite or takes the sum beyond the dtype, and a model that is quantised (load first, then
@@ -165,7 +166,8 @@ def load(model: CausalWan, path: str | os.PathLike[str], weight: float = 1.0, na
     if name is not None and (not isinstance(name, str) or not name):
         raise TypeError(f"name must be a word or None, got {shown(name)}")
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    terms = read_lora(path, shapes)
+    device = next(model.parameters()).device
+    terms = {n: [term.copied(device) for term in added] for n, added in read_lora(path, shapes).items()}
     stack = _STACKS.get(model) or _Stack(model)
     name = name or Path(path).stem
     if name in stack.loras:

@@ -47,6 +47,11 @@ class Term:
     down: Tensor | None
     scale: float
 
+    def copied(self, device: torch.device) -> Term:
+        """With memory of its own: what is read out of a file is mapped from it."""
+        down = None if self.down is None else self.down.to(device, copy=True)
+        return Term(self.up.to(device, copy=True), down, self.scale)
+
     def of(self, like: Tensor) -> Tensor:
         """As a tensor of this shape, dtype and device."""
         up = self.up.to(like.device, like.dtype)

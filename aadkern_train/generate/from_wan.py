@@ -92,11 +92,11 @@ def prepare_model(parts: WanParts, settings: WanSettings) -> Any:
         model = compat.load_model(parts.transformer, dtype=dtype, **changes)
     else:
         model = load_part(CausalWan, parts.transformer, dtype, **changes)
-    model = model.eval().requires_grad_(False).to(device)
     for number, word in enumerate(settings.lora, 1):
         file, weight = lora_of(word)
         _say(f"lora: {lora.load(model, file, weight, name=f'{number} {file.stem}')!r}")
-    lora.settle(model)
+    lora.settle(model)  # before the GPU, which may have no room for the weights twice
+    model = model.eval().requires_grad_(False).to(device)
     if settings.fp8:
         _say(str(quantise(model)))
     if settings.compile:

@@ -139,7 +139,7 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     )
     add("--out", required=True, type=Path, help="a folder, or a file that ends in .pt or .safetensors")
     add("--key", help="the entry of a .pt: generator_ema, generator, ... (read: the averaged where there; written: generator)")
-    add("--dtype", choices=("bf16", "fp32", "fp16"), help="of the weights (as stored)")
+    add("--dtype", choices=("bf16", "fp32", "fp16"), help="of the weights (as stored; FP8 as bf16)")
     add("--rope", choices=("absolute", "relative"), help="of a folder: positions of the sink (as stored; absolute)")
     add("--overwrite", action="store_true", default=None, help="replace another model at --out")
     return parser
