@@ -80,6 +80,18 @@ def test_scaled_fp8_is_dequantised(path, weight_name, rows, dtype):
             torch.testing.assert_close(tensor.double(), exact[name], rtol=error, atol=0)
 
 
+def test_a_file_in_two_dtypes_needs_one(path):
+    stored, _ = quantised(random_state())
+    stored["patch_embedding.weight"] = stored["patch_embedding.weight"].half()
+    save_file(stored, path)
+    with pytest.raises(ValueError, match=r"dtype must be given .* holds torch\.bfloat16, torch\.float16"):
+        CausalWan.from_single_file(path)
+    model = CausalWan.from_single_file(path, torch_dtype=torch.float16)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float16}
+    flow = model(torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 16))
+    assert flow.dtype == torch.float16 and flow.shape == (1, 16, 1, 4, 4)
+
+
 def test_plain_fp8_is_the_weights_themselves(path):
     state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in compat.to_wan_names(random_state()).items()}
     save_file(state, path)

@@ -258,6 +258,11 @@ def load_model(
     opened = open_checkpoint(path, weights=weights, fp8_as=dtype or torch.bfloat16)
     inferred = infer_config(opened.shapes, head_dim=head_dim)
     log.info("%s: inferred %s; head_dim and eps are assumed, not in the file", path, inferred)
+    # Of the time embedder and the tables of modulation, which diffusers keeps in float32, the model takes any.
+    apart = ("time_embedder", "scale_shift_table")
+    kinds = {str(x.dtype) for n, x in opened.shapes.items() if x.dim() > 1 and not any(word in n for word in apart)}
+    if dtype is None and len(kinds) > 1:
+        raise ValueError(f"dtype must be given for matrices in several, path holds {', '.join(sorted(kinds))}")
     with torch.device("meta"):
         model = CausalWan(**{**inferred, **config})
     try:
