@@ -55,7 +55,9 @@ def is_wan(checkpoint: Path) -> bool:
     Raises FileNotFoundError where there is nothing, ValueError for other files and a weights file out of a folder of diffusers.
     """
     if not checkpoint.exists():
-        raise FileNotFoundError(f"checkpoint must be a Wan folder, a .pt file, a .safetensors or a run; found nothing at {checkpoint}")
+        raise FileNotFoundError(
+            f"checkpoint must be a Wan folder, a .pt file, a .safetensors or a run; found nothing at {checkpoint}"
+        )
     if checkpoint.is_file():
         beside = checkpoint.parent / "config.json"
         if checkpoint.suffix == SINGLE and beside.is_file() and read_json(beside).get("_class_name") in TRANSFORMERS:
