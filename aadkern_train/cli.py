@@ -132,7 +132,7 @@ def add_generate_options(generate: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         type=Path,
-        help="a Wan folder of diffusers, Self-Forcing's or CausVid's .pt, a RUN or its\
+        help="a Wan folder of diffusers, Self-Forcing's or CausVid's .pt, a .safetensors, a RUN or its\
  RUN/weights/STAGE",
     )
     add("--image", type=Path, help="first frame: an image file (RUN: a video too; default: one held out of training)")

@@ -11,16 +11,16 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from aadkern import compat
+from aadkern.compat.checkpoints import open_checkpoint, open_safetensors
+from aadkern.compat.tensor_files import WIDE
 from aadkern.wan import CausalWan
 from aadkern_train.engine.files import atomic_path, read_json, save_tensors
 from aadkern_train.engine.video import check_place
@@ -28,7 +28,6 @@ from aadkern_train.networks.folders import STEM, TRANSFORMERS, check_shapes, fac
 from aadkern_train.networks.wan_parts import PICKLES, transformer_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' words
 
 
 @dataclass(frozen=True)
@@ -112,16 +111,13 @@ def open_weights(path: Path, key: str | None = None) -> Weights:
     if files[0].suffix.lower() in PICKLES:
         if len(files) > 1:
             raise ValueError(f"source must be one file or hold safetensors, {path} holds {len(files)} {files[0].suffix} files")
-        state = compat.load_checkpoint(files[0], weights=key)
-        shapes, read = {name: tensor.to("meta") for name, tensor in state.items()}, state.__getitem__
+        opened = open_checkpoint(files[0], weights=key)
     elif files[0].suffix.lower() == ".safetensors":
-        stored = {name: (file, like) for file in files for name, like in _header(file).items()}
-        shapes = compat.from_wan_names({name: like for name, (_, like) in stored.items()})
-        places = {new: (stored[old][0], old) for old, new in zip(stored, shapes, strict=True)}  # renaming keeps the order
-        read = partial(_tensor, places)
+        opened = open_safetensors(files, "source")
     else:
         raise ValueError(f"source must be a folder, a .pt or a .safetensors, got {path}")
-    odd = next((f"{name} {like.dtype}" for name, like in shapes.items() if like.dtype not in STORED.values()), None)
+    shapes = opened.shapes
+    odd = next((f"{name} {like.dtype}" for name, like in shapes.items() if like.dtype not in WIDE.values()), None)
     if odd is not None:
         raise ValueError(f"source must hold weights in fp64, fp32, bf16 or fp16, {path} holds {odd}")
     if config is None:
@@ -131,29 +127,7 @@ def open_weights(path: Path, key: str | None = None) -> Weights:
     unknown = sorted(set(shapes) - set(_network(config, None).state_dict()))
     if unknown:
         raise ValueError(f"source must hold no more than its transformer, {path} has {', '.join(unknown[:3])}")
-    return Weights(path, config, shapes, predicts, read)
-
-
-def _header(file: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors, without their values."""
-    try:
-        with safetensors.safe_open(file, framework="pt") as held:  # holds the file's length to its header, too
-            slices = {name: held.get_slice(name) for name in held.keys()}  # noqa: SIM118 (no mapping)
-            odd = next((f"{name} {held.get_dtype()}" for name, held in slices.items() if held.get_dtype() not in STORED), None)
-            if odd is not None:
-                raise ValueError(f"source must hold weights in fp64, fp32, bf16 or fp16, {file} holds {odd}")
-            return {
-                name: torch.empty(part.get_shape(), dtype=STORED[part.get_dtype()], device="meta") for name, part in slices.items()
-            }
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"source must be a whole safetensors file, {file} is broken or cut off: {error}") from error
-
-
-def _tensor(places: Mapping[str, tuple[Path, str]], name: str) -> Tensor:
-    file, stored = places[name]
-    with safetensors.safe_open(file, framework="pt") as held:
-        tensor: Tensor = held.get_tensor(stored)
-    return tensor
+    return Weights(path, config, shapes, predicts, opened.read)
 
 
 def _cast(weights: Weights, dtype: str | None) -> Iterator[tuple[str, Tensor]]:

@@ -28,7 +28,7 @@ from aadkern_train.engine.files import naming, read_json, sync
 from aadkern_train.engine.video import GrowingVideo, frame_rate, has_h264
 from aadkern_train.generate.from_wan import WanStreamer, embed_prompts, fitting_parts, read_image
 from aadkern_train.generate.wan_decoder import tiny_file
-from aadkern_train.generate.wan_settings import WanSettings
+from aadkern_train.generate.wan_settings import WanSettings, lora_of
 from aadkern_train.networks.wan_parts import PICKLES, WanParts
 
 CRF = 10  # as VBench's README writes videos
@@ -226,8 +226,9 @@ def _missing(folder: Path, prompt: Prompt, videos: int) -> list[int]:
 def _made_with(parts: WanParts, settings: WanSettings, images: Path | None, rewrites: Path | None) -> dict[str, Any]:
     """What the videos' frames follow from, but for prompts and seeds. JSON."""
     plain = {name: value for name, value in dataclasses.asdict(settings).items() if name not in (*NOT_IN_THE_VIDEO, *BY_FILE)}
+    loras = [(file.name, fingerprint(file), weight) for file, weight in map(lora_of, plain.pop("lora"))]
     plain["dtype"] = str(settings.placement()[1]).removeprefix("torch.")
-    sources = {
+    sources: dict[str, Any] = {
         "transformer": fingerprint(parts.transformer),
         "images": None if images is None else images.resolve().name,
         "rewrites": None if rewrites is None else hashlib.blake2b(rewrites.read_bytes(), digest_size=8).hexdigest(),
@@ -235,6 +236,8 @@ def _made_with(parts: WanParts, settings: WanSettings, images: Path | None, rewr
     tiny = tiny_file(parts, settings)
     if tiny is not None:
         sources["tiny_decoder"] = fingerprint(tiny)
+    if loras:  # exports from before there were any have no word of them
+        sources["lora"] = loras
     made_with: dict[str, Any] = json.loads(json.dumps(plain | sources))
     return made_with
 

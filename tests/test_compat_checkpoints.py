@@ -153,7 +153,7 @@ def test_foreign_pickles_are_refused_and_not_run(path):
 
 
 def test_files_that_are_none(path, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"path must be a \.pt file.*from_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"path must be a \.pt file or a \.safetensors.*from_pretrained"):
         compat.load_checkpoint(tmp_path)
     compat.save_checkpoint(random_state(), path)
     whole = path.read_bytes()

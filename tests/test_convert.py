@@ -86,6 +86,18 @@ def test_self_forcings_file_to_a_folder_that_all_read_and_back(tmp_path, stored,
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "new/ema" / file).read_bytes()
 
 
+def test_fp8_is_dequantised(tmp_path):
+    exact, stored = random_state(torch.bfloat16), {}
+    for name, tensor in compat.to_wan_names(exact).items():
+        stored[name] = tensor
+        if name.endswith("ffn.2.weight"):
+            stored[name], stored[name[: -len("weight")] + "scale_weight"] = tensor.to(torch.float8_e4m3fn), torch.tensor(0.25)
+            exact[name.replace("ffn.2", "ffn.net.2")] = (stored[name].double() / 4).bfloat16()
+    save_file(stored, tmp_path / "fp8.safetensors")
+    assert convert(tmp_path / "fp8.safetensors", "--out", tmp_path / "folder") == 0
+    assert_same(folder_state(tmp_path / "folder"), exact)
+
+
 @pytest.mark.parametrize("wans_names", [True, False])
 def test_a_single_safetensors_in_either_spelling(tmp_path, wans_names, capsys):
     state = random_state(torch.bfloat16)

@@ -50,6 +50,8 @@ def wan(tmp_path_factory):
     pipeline = save_tiny_wan(folder / "pipeline")
     shutil.copytree(folder / "pipeline" / "transformer", folder / "alone")
     compat.save_checkpoint(pipeline.transformer.state_dict(), folder / "self_forcing.pt", weights="generator_ema")
+    in_wan = compat.to_wan_names(pipeline.transformer.state_dict())
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in in_wan.items()}, folder / "comfy.safetensors")
     y, x = np.mgrid[:40, :52]
     pixels = np.stack([5 * x, 6 * y, 255 - 4 * x - y], axis=-1).clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "cat.png")
@@ -121,7 +123,7 @@ def test_the_video_is_what_the_parts_make(wan, tmp_path, written, image, capsys)
     assert [path.name for path in out.parent.iterdir()] == ["video.mp4"]
 
 
-def test_all_three_kinds_of_checkpoint_prompts_and_seeds(wan, tmp_path, written):
+def test_all_four_kinds_of_checkpoint_prompts_and_seeds(wan, tmp_path, written):
     folder, _ = wan
 
     def frames(checkpoint, *words, prompt=PROMPT):
@@ -133,6 +135,7 @@ def test_all_three_kinds_of_checkpoint_prompts_and_seeds(wan, tmp_path, written)
 
     whole = frames("pipeline")
     assert torch.equal(frames("alone"), whole) and torch.equal(frames("self_forcing.pt"), whole)
+    assert torch.equal(frames("comfy.safetensors"), whole)
     others = [frames("pipeline", "--seed", 1), frames("pipeline", prompt="the dog"), frames("pipeline", "--steps", 2)]
     others += [frames("pipeline", "--dtype", "bf16")]
     assert all(not torch.equal(other, whole) for other in others)
@@ -173,6 +176,57 @@ def test_a_tiny_decoder_is_of_wan_2_1s_vae_alone(wan, tmp_path):
             tiny_file(dataclasses.replace(parts, **other), settings)
     with pytest.raises(ValueError, match="decoder must be one of full, tiny, got 'half'"):
         WanSettings(decoder="half")
+
+
+def save_lora(path, layer="blocks.0.attn1.to_q", out=128):
+    save_file(
+        {f"transformer.{layer}.lora_A.weight": torch.randn(2, 128), f"transformer.{layer}.lora_B.weight": torch.randn(out, 2)}, path
+    )
+    return path
+
+
+def test_lora(wan, tmp_path, written, capsys):
+    """The video is that of a transformer whose weights have the files in them."""
+    folder = shutil.copytree(wan[0] / "pipeline", tmp_path / "copy")
+    first, second = save_lora(tmp_path / "a:1.safetensors"), save_lora(tmp_path / "b.safetensors", "blocks.1.attn2.to_k")
+    videos = {}
+    for name, words in {
+        "plain": [],
+        "lora": ["--lora", f"{first}:0.3", "--lora", second],
+        "zero": ["--lora", f"{first}:0"],
+    }.items():
+        written.clear()
+        aad("--checkpoint", folder, "--prompt", PROMPT, "--chunks", 1, "--out", tmp_path / "a.mp4", *words)
+        videos[name] = torch.cat(written)
+    assert "lora: Lora('1 a:1', weight=0.3, 1 parameters" in capsys.readouterr().err
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    for weight, path in ((0.3, first), (1, second)):
+        halves = load_file(path)
+        layer = next(iter(halves)).removeprefix("transformer.").partition(".lora")[0]
+        product = halves[f"transformer.{layer}.lora_B.weight"].double() @ halves[f"transformer.{layer}.lora_A.weight"].double()
+        state[f"{layer}.weight"] += (weight * product).float()
+    save_file(state, file, {"format": "pt"})
+    written.clear()
+    aad("--checkpoint", folder, "--prompt", PROMPT, "--chunks", 1, "--out", tmp_path / "a.mp4")
+    made = torch.cat(written).float()
+    assert (videos["lora"].float() - made).abs().max() <= 1 < (videos["plain"].float() - made).abs().max()
+    assert torch.equal(videos["zero"], videos["plain"])
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("{}:x", "lora must be FILE or FILE:WEIGHT, a finite number, got"),
+        ("{}:nan", "lora must be FILE or FILE:WEIGHT, a finite number, got"),
+        ("/no/file:1", "lora must be FILE or FILE:WEIGHT, found nothing at /no/file"),
+        ("/no/file", "lora must be FILE or FILE:WEIGHT, found nothing at /no/file"),
+        ("{}", "lora must fit the model: blocks.0.attn1.to_q.weight is [128, 128], "),
+    ],
+)
+def test_bad_lora(wan, word, says, capsys, monkeypatch, tmp_path):
+    file = save_lora(tmp_path / "a.safetensors", out=96)
+    refused(["--lora", word.format(file)], says, capsys, monkeypatch, tmp_path, wan[0] / "pipeline")
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected")
@@ -282,7 +336,7 @@ SETTINGS = [
     (["--out", "a.gif"], "out must end in .mp4, which can grow, got a.gif"),
     (["--shift", "nan"], "shift must be above 0 and finite, got nan"),
     (["--steps", "2", "--shift", "inf"], "shift must be above 0 and finite, got inf"),
-    (["--checkpoint", __file__], "checkpoint must be a Wan folder, a .pt file, a run or its RUN/weights/STAGE"),
+    (["--checkpoint", __file__], "checkpoint must be a Wan folder, a .pt file or a .safetensors, a run or its RUN/weights/STAGE"),
     (["--image", "/no/cat.png"], "image must be a file, found none at /no/cat.png"),
     (["--device", "tpu9"], "device must be cpu or cuda, got 'tpu9'"),
     (["--index", 3], "--index must be left out: "),
@@ -400,11 +454,19 @@ def test_missing_weights_are_not_drawn_at_random(wan, part, capsys, tmp_path):
 
 def test_a_transformer_alone(wan, capsys, monkeypatch, tmp_path):
     folder = wan[0]
-    for alone in ("alone", "self_forcing.pt"):
+    for alone in ("alone", "self_forcing.pt", "comfy.safetensors"):
         refused([], "parts must be given: ", capsys, monkeypatch, tmp_path, folder / alone)
     weights = folder / "alone/diffusion_pytorch_model.safetensors"
     refused([], f"say {folder / 'alone'}, got ", capsys, monkeypatch, tmp_path, weights)
-    refused([], "checkpoint must be a Wan folder, a .pt file, a run with", capsys, monkeypatch, tmp_path, tmp_path, prompt=None)
+    refused(
+        [],
+        "checkpoint must be a Wan folder, a .pt file or a .safetensors, a run with",
+        capsys,
+        monkeypatch,
+        tmp_path,
+        tmp_path,
+        prompt=None,
+    )
     state = {name: torch.randn(tensor.shape) for name, tensor in wan[1].transformer.state_dict().items()}
     compat.save_checkpoint(state | {"blocks.0.attn2.add_k_proj.weight": torch.randn(2, 2)}, tmp_path / "i2v.pt")
     (tmp_path / "text.pt").write_text("no weights")

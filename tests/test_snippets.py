@@ -47,6 +47,7 @@ NOT_RUN = {
     'compat.load_checkpoint("self_forcing_dmd.pt")': "real weights; test_compat_checkpoints.py",
     ".cuda()": "a GPU and real weights; test_fp8_wan.py, test_streaming_generator.py",
     'init_device_mesh("cuda"': "eight GPUs; test_ulysses.py",
+    'lora.load(model, "style.safetensors"': "a LoRA file; test_wan_lora.py",
     "model.sequence = group": "the group of the block before; test_ulysses.py",
     "decoder = StreamingDecoder(vae)": "real weights; test_generate_wan.py",
     "decoder = StreamingTinyDecoder(": "real weights; test_tiny_vae.py",

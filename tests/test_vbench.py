@@ -271,7 +271,11 @@ def test_other_bad_input(wan, tmp_path, capsys, nothing_loads, monkeypatch):
         (["--fps", 0], "fps must lie in (0, 240]", {}),
         (["--window", 1], "window must be at least 3", {}),
         (["--wan", tmp_path / "nowhere"], "parts must be a folder", {}),
-        (["--checkpoint", tmp_path / "nowhere"], "checkpoint must be a Wan folder or a .pt file, found nothing at", {}),
+        (
+            ["--checkpoint", tmp_path / "nowhere"],
+            "checkpoint must be a Wan folder, a .pt file or a .safetensors, found nothing at",
+            {},
+        ),
     ]:
         refused(wan, tmp_path / "out", says, capsys, *words, **options)
     monkeypatch.setattr(module, "has_h264", lambda: False)

@@ -1,4 +1,5 @@
-"""Self-Forcing's and CausVid's ``.pt`` files, read and written in diffusers' names, without running what a pickle may carry."""
+"""Files of one transformer, in diffusers' names: single ``.safetensors``, and Self-Forcing's and CausVid's ``.pt``, which are
+written too. What a pickle may carry is not run."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from aadkern.checks import dtype as checked_dtype
 from aadkern.checks import shown, whole
 from aadkern.compat.names import bare, in_diffusers_names, translated
+from aadkern.compat.tensor_files import open_tensors
 
 if TYPE_CHECKING:
     from aadkern.wan import CausalWan
@@ -27,20 +30,55 @@ State = dict[str, Tensor]
 CONTAINERS = ("generator_ema", "generator", "model")  # what the family's files keep weights under, the best first
 
 
-def load_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None) -> State:
-    """A ``.pt`` file's transformer as a state dict in diffusers' names, on the CPU.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A transformer on a disk. ``shapes`` are tensors on "meta" by diffusers' names, in the dtype that ``read`` gives them in."""
 
-    ``weights`` is the entry to take ("generator", "generator_ema", "critic", ...); None takes the first there of
+    shapes: State
+    read: Callable[[str], Tensor]
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], *, weights: str | None = None, fp8_as: torch.dtype = torch.bfloat16
+) -> Checkpoint:
+    """A file as ``load_checkpoint`` takes it, of which no weights are read yet. FP8 weights are given in ``fp8_as``."""
+    path = _path(path)
+    if path.suffix.lower() == ".safetensors":
+        if weights is not None:
+            raise ValueError(f"weights must be None for a .safetensors, which holds one state dict, got {shown(weights)}")
+        return open_safetensors([_file(path)], "path", fp8_as)
+    state = _load_pickle(path, weights)
+    return Checkpoint({name: tensor.to("meta") for name, tensor in state.items()}, state.__getitem__)
+
+
+def open_safetensors(files: Sequence[Path], name: str, fp8_as: torch.dtype = torch.bfloat16) -> Checkpoint:
+    """Files that hold one transformer together. Raises ValueError, calling them ``name``, as ``open_tensors`` does, and as
+    ``from_wan_names``."""
+    held = open_tensors(files, name, fp8_as)
+    shapes = from_wan_names(held.shapes)
+    stored = dict(zip(shapes, held.shapes, strict=True))  # renaming keeps the order
+    return Checkpoint(shapes, lambda tensor: held.read(stored[tensor]))
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None) -> State:
+    """A ``.pt`` or ``.safetensors`` file's transformer as a state dict in diffusers' names, on the CPU.
+
+    ``weights`` is the entry of a ``.pt`` to take ("generator", "generator_ema", "critic", ...); None takes the first there of
     generator_ema, generator and model, or the file itself where it is one flat state dict. Prefixes of wrappers (FSDP,
-    checkpointing, torch.compile) and of outer modules ("model.") are dropped. Tensors are as in the file, to the bit.
+    checkpointing, torch.compile) and of outer modules ("model.", "model.diffusion_model.") are dropped. Tensors are as in the file,
+    to the bit; FP8 weights of a ``.safetensors`` are dequantised to bfloat16.
 
     Raises ValueError for what is no such file, and for pickles that hold other things than tensors and plain
     containers: they are never run (``weights_only=True``).
     """
-    path = _path(path)
+    opened = open_checkpoint(path, weights=weights)
+    return {name: opened.read(name) for name in opened.shapes}
+
+
+def _load_pickle(path: Path, weights: str | None) -> State:
     if weights is not None and not isinstance(weights, str):
         raise TypeError(f"weights must be a name or None, got {shown(weights)}")
-    content = _read(path)
+    content = read_pickle(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"path must hold a dictionary, got {type(content).__name__} in {path}")
     if weights is None:
@@ -79,20 +117,27 @@ def _state(state: Any) -> Mapping[str, Tensor]:
     return state
 
 
-def _read(path: Path) -> Any:
+def _file(path: Path) -> Path:
     if not path.is_file():
         got = shown(str(path))
-        raise FileNotFoundError(f"path must be a .pt file, got {got}; for a diffusers folder use CausalWan.from_pretrained")
+        wanted = "a .pt file or a .safetensors"
+        raise FileNotFoundError(f"path must be {wanted}, got {got}; for a diffusers folder use CausalWan.from_pretrained")
+    return path
+
+
+def read_pickle(path: Path, name: str = "path") -> Any:
+    """What a ``.pt`` holds, tensors and plain containers. Raises ValueError, which calls it ``name``, for anything else in it."""
+    _file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
-            f"path must hold tensors and plain containers only; {path} is no pickle of that kind and was not run. torch says: "
+            f"{name} must hold tensors and plain containers only; {path} is no pickle of that kind and was not run. torch says: "
             f"{next((line.strip() for line in reason if 'GLOBAL' in line), reason[0] if reason else 'unreadable')}"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"path must be a file that torch.save wrote, and {path} cannot be read: {error}") from error
+        raise ValueError(f"{name} must be a file that torch.save wrote, and {path} cannot be read: {error}") from error
 
 
 def from_wan_names(state: Mapping[str, Tensor]) -> State:
@@ -194,8 +239,10 @@ def load_model(
     dtype: torch.dtype | None = None,
     **config: Any,
 ) -> CausalWan:
-    """A ``CausalWan`` from a ``.pt`` file. ``config`` overrides what ``infer_config`` found (say ``rope="relative"``);
-    the outcome stands in ``model.config`` and is logged. ``dtype`` None keeps the file's. Needs diffusers.
+    """A ``CausalWan`` from a ``.pt`` or ``.safetensors`` file, its shapes checked before weights are read. Needs diffusers.
+
+    ``config`` overrides what ``infer_config`` found (say ``rope="relative"``); the outcome stands in ``model.config`` and is
+    logged. ``dtype`` None keeps the file's, and makes bfloat16 of FP8.
 
     Raises ValueError as ``load_checkpoint`` and ``infer_config`` do, and where weights and configuration do not fit.
     """
@@ -208,13 +255,20 @@ def load_model(
     unknown = sorted(set(config) - set(accepted))
     if unknown:
         raise ValueError(f"config must be of {', '.join(accepted)}, got {', '.join(unknown)}")
-    state = load_checkpoint(path, weights=weights)
-    inferred = infer_config(state, head_dim=head_dim)
+    opened = open_checkpoint(path, weights=weights, fp8_as=dtype or torch.bfloat16)
+    inferred = infer_config(opened.shapes, head_dim=head_dim)
     log.info("%s: inferred %s; head_dim and eps are assumed, not in the file", path, inferred)
+    # Of the time embedder and the tables of modulation, which diffusers keeps in float32, the model takes any.
+    apart = ("time_embedder", "scale_shift_table")
+    kinds = {str(x.dtype) for n, x in opened.shapes.items() if x.dim() > 1 and not any(word in n for word in apart)}
+    if dtype is None and len(kinds) > 1:
+        raise ValueError(f"dtype must be given for matrices in several, path holds {', '.join(sorted(kinds))}")
     with torch.device("meta"):
         model = CausalWan(**{**inferred, **config})
     try:
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(opened.shapes, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"path must hold the weights of the inferred model: {error}") from error
-    return model.to(dtype) if dtype is not None else model
+        raise ValueError(f"path must hold the weights of the inferred model: {' '.join(str(error).split())}") from error
+    tensors = ((name, opened.read(name)) for name in opened.shapes)
+    model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors}, assign=True)
+    return model

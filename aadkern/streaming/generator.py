@@ -74,6 +74,7 @@ class StreamingGenerator:
         self._kept: list[tuple[int, Tensor]] = []  # the chunks in view, clean, and where each starts
         self._clean: Tensor | None = None  # the last chunk, whose clean keys and values are still to be written
         self._options: dict[str, Any] = {"cache": cache, "graphs": PassGraphs()} if cuda_graphs else {"cache": cache}
+        self._times: dict[tuple[tuple[int, float], ...], Any] = {}
         self._levels = _falling("levels", levels)
         self._first_levels = self._levels if first_levels is None else _falling("first_levels", first_levels)
         self.reset()
@@ -117,6 +118,7 @@ class StreamingGenerator:
             finally:
                 if kept:
                     self.cache.resume(here)
+        self._times = {}  # made of weights that may have changed, as the text's
         if recache:
             self._clean_text = self._text
         if restart and (self._clean is not None or self._kept):
@@ -150,7 +152,7 @@ class StreamingGenerator:
         self._made = 0
         self._first = True  # whether the next chunk is the first of its video
         self._kept = []
-        self._times: dict[tuple[tuple[int, float], ...], Any] = {}
+        self._times = {}
         self._clean = None
         self._clean_text = None  # the text that the last chunk was made from
 

@@ -111,6 +111,17 @@ class CausalWan(WanTransformer3DModel):
         self._patch, self._head_dim = (int(patch_size[1]), int(patch_size[2])), attention_head_dim
         self._rope_periods, self._frame_period = periods, None if periods is None else periods[0]
 
+    @classmethod
+    def from_single_file(cls, path: Any, *, torch_dtype: torch.dtype | None = None, **options: Any) -> Any:  # type: ignore[override]
+        """A model from one ``.safetensors`` or ``.pt``, in Wan's names or diffusers', on the CPU.
+
+        ``compat.load_model`` does it, and tells the ``options`` and what is refused. Nothing is downloaded, and no configuration is
+        asked for.
+        """
+        from aadkern.compat.checkpoints import load_model
+
+        return load_model(path, dtype=torch_dtype, **options)
+
     def set_block_backend(self, backend: str) -> None:
         """What serves norms, rotary positions and gates: "reference", "torch", "triton", or "auto", the best for the device."""
         choice(backend, "backend", ("auto", *FUSED_BACKENDS))

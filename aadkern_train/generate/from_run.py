@@ -44,8 +44,8 @@ def find_weights(checkpoint: Path) -> Path:
         if facts(checkpoint).get("streams"):
             return checkpoint
         raise ValueError(f"checkpoint must be a causal generator's weights; {checkpoint} is no network that streams")
-    accepted = "a Wan folder, a .pt file, a run with a finished causal stage, or the weights' folder of one (RUN/weights/STAGE)"
-    raise ValueError(f"checkpoint must be {accepted}; {checkpoint} is none")
+    own = "a run with a finished causal stage, or the weights' folder of one (RUN/weights/STAGE)"
+    raise ValueError(f"checkpoint must be a Wan folder, a .pt file or a .safetensors, {own}; {checkpoint} is none")
 
 
 def trained_weights(checkpoint: Path) -> Path:

@@ -21,10 +21,10 @@ from aadkern_train.engine.video import GrowingVideo, rgb_of
 from aadkern_train.generate.prompts import changes
 from aadkern_train.generate.ranks import sequence_of
 from aadkern_train.generate.wan_decoder import check_decoder, decoders
-from aadkern_train.generate.wan_settings import WanSettings
+from aadkern_train.generate.wan_settings import WanSettings, lora_of
 from aadkern_train.networks.folders import facts
 from aadkern_train.networks.rollout import turn_to
-from aadkern_train.networks.wan_parts import WanParts, find_parts, load_part
+from aadkern_train.networks.wan_parts import FILES, WanParts, find_parts, load_part, transformer_shapes
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
@@ -83,7 +83,7 @@ def embed_prompts(
 def prepare_model(parts: WanParts, settings: WanSettings) -> Any:
     """The transformer as a ``CausalWan``, ready to stream. What changes or compiles the model belongs here."""
     from aadkern import compat
-    from aadkern.wan import CausalWan
+    from aadkern.wan import CausalWan, lora
     from aadkern.wan.fp8 import quantise
 
     device, dtype = settings.placement()
@@ -93,6 +93,10 @@ def prepare_model(parts: WanParts, settings: WanSettings) -> Any:
         model = compat.load_model(parts.transformer, dtype=dtype, **changes)
     else:
         model = load_part(CausalWan, parts.transformer, dtype, **changes)
+    for number, word in enumerate(settings.lora, 1):
+        file, weight = lora_of(word)
+        _say(f"lora: {lora.load(model, file, weight, name=f'{number} {file.stem}')!r}")
+    lora.settle(model)  # before the GPU, which may have no room for the weights twice
     model = model.eval().requires_grad_(False).to(device)
     if settings.fp8:
         _say(str(quantise(model)))
@@ -145,10 +149,12 @@ def generate_wan(
 
 def fitting_parts(checkpoint: Path, parts: Path | None, settings: WanSettings) -> WanParts:
     """``find_parts``, where settings and what is installed allow to stream them. Raises ValueError or FileNotFoundError."""
+    from aadkern.wan import lora_file
+
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("prompt needs transformers: pip install 'aadkern[wan]'")
     if not checkpoint.exists():
-        raise FileNotFoundError(f"checkpoint must be a Wan folder or a .pt file, found nothing at {checkpoint}")
+        raise FileNotFoundError(f"checkpoint must be a Wan folder, {FILES}, found nothing at {checkpoint}")
     found = find_parts(checkpoint, parts)
     predicts = facts(found.transformer).get("predicts", "flow")
     if predicts != "flow":
@@ -158,6 +164,8 @@ def fitting_parts(checkpoint: Path, parts: Path | None, settings: WanSettings) -
     if min(settings.size) < 1 or height % rows or width % columns:
         raise ValueError(f"size must be rows x columns, multiples of {rows} and {columns}, got {height}x{width}")
     check_decoder(found, settings)
+    for word in settings.lora:
+        lora_file.read_lora(lora_of(word)[0], transformer_shapes(found.transformer))
     return found
 
 

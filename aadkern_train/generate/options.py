@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 WAN_PLAIN = (  # as in WanSettings
     *("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs"),
-    *("decoder", "tiny_decoder"),
+    *("lora", "decoder", "tiny_decoder"),
 )
 RUN_STEPS = ("steps", "first_steps")
 WAN_SETTINGS = ("size", "steps", "first_steps", "shift", *WAN_PLAIN)
@@ -37,6 +37,7 @@ def add_wan_settings(add: Callable[..., Any]) -> None:
     add("--rope", choices=("absolute", "relative"), help="positions of the sink (the checkpoint's; absolute)")
     add("--device", help="cpu or cuda (cuda if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="of all parts (bf16 on a GPU, fp32 on a CPU)")
+    add("--lora", action="append", metavar="FILE[:WEIGHT]", help="a LoRA on the transformer (weight 1); may be given again")
     add("--fp8", action="store_true", default=None, help="large linear layers in FP8, their error told first")
     add("--compile", action="store_true", default=None, help="blocks through torch.compile")
     add("--decoder", choices=("full", "tiny"), help="what makes pixels: the VAE, or TAEHV's small decoder for Wan 2.1 (full)")
@@ -100,7 +101,12 @@ def add_vbench_export(commands: Any) -> argparse.ArgumentParser:
         description="Write the videos that VBench judges a Wan model by, named as it reads them; what is there is left.",
     )
     add = export.add_argument
-    add("--checkpoint", required=True, type=Path, help="a Wan folder of diffusers, or Self-Forcing's or CausVid's .pt")
+    add(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a Wan folder of diffusers, or Self-Forcing's or CausVid's .pt, or a single .safetensors",
+    )
     add("--wan", dest="parts", type=Path, help="a Wan folder to take vae, text_encoder and tokenizer from (default: --checkpoint)")
     add("--info", required=True, type=Path, help="VBench_full_info.json, or vbench2_i2v_full_info.json (with --images)")
     add("--out", required=True, type=Path, help="a folder: OUT/videos is what VBench is given")
@@ -132,7 +138,7 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     )
     add("--out", required=True, type=Path, help="a folder, or a file that ends in .pt or .safetensors")
     add("--key", help="the entry of a .pt: generator_ema, generator, ... (read: the averaged where there; written: generator)")
-    add("--dtype", choices=("bf16", "fp32", "fp16"), help="of the weights (as stored)")
+    add("--dtype", choices=("bf16", "fp32", "fp16"), help="of the weights (as stored; FP8 as bf16)")
     add("--rope", choices=("absolute", "relative"), help="of a folder: positions of the sink (as stored; absolute)")
     add("--overwrite", action="store_true", default=None, help="replace another model at --out")
     return parser

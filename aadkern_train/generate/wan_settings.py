@@ -30,9 +30,9 @@ class WanSettings:
     ``size`` is (rows, columns) of pixels. ``steps`` and ``first_steps`` (None: the same) are noise levels as ``noise_levels``
     makes them. ``rope`` None: the checkpoint's. ``device`` None: the GPU if there is one. ``dtype`` None: bf16 on a GPU, fp32
     on a CPU. ``fp8`` quantises the large linear layers (docs/fp8.md), ``compile`` runs the blocks through torch.compile, and
-    ``cuda_graphs`` (None: on a GPU) replays passes (docs/streaming.md). ``then`` and ``turn`` are prompts that take over on the
-    way (``prompts.changes``, ``TURNS``). ``decoder`` "tiny" decodes with the file ``tiny_decoder`` (None: the one beside the VAE,
-    ``wan_decoder.TINY_FILES``) instead of the VAE.
+    ``cuda_graphs`` (None: on a GPU) replays passes (docs/streaming.md). ``lora`` are files as ``lora_of`` takes them. ``then`` and
+    ``turn`` are prompts that take over on the way (``prompts.changes``, ``TURNS``). ``decoder`` "tiny" decodes with the file
+    ``tiny_decoder`` (None: the one beside the VAE, ``wan_decoder.TINY_FILES``) instead of the VAE.
     """
 
     chunks: int = 7
@@ -50,6 +50,7 @@ class WanSettings:
     fp8: bool = False
     compile: bool = False
     cuda_graphs: bool | None = None
+    lora: Sequence[str] = ()
     then: Sequence[str] = ()
     turn: str = "kept"
     decoder: str = "full"
@@ -57,6 +58,8 @@ class WanSettings:
 
     def __post_init__(self) -> None:
         changes(self.then, self.chunks)
+        for word in self.lora:
+            lora_of(word)
         if self.turn not in TURNS:
             raise ValueError(f"turn must be one of {', '.join(TURNS)}, got {self.turn!r}")
         if self.decoder not in DECODERS:
@@ -80,6 +83,20 @@ class WanSettings:
         if self.cuda_graphs and device.type != "cuda":
             raise ValueError(f"cuda_graphs must be left out on {device}: they need a GPU")
         return device, DTYPES[self.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def lora_of(word: str) -> tuple[Path, float]:
+    """A file and its weight out of "FILE" or "FILE:WEIGHT". Raises ValueError or FileNotFoundError, naming ``lora``."""
+    file, _, weight = (word, "", "1") if Path(word).exists() else word.rpartition(":")
+    if not Path(file or word).exists():
+        raise FileNotFoundError(f"lora must be FILE or FILE:WEIGHT, found nothing at {file or word}")
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"lora must be FILE or FILE:WEIGHT, a finite number, got {word!r}")
+    return Path(file), number
 
 
 def trained_settings(told: Mapping[str, Any]) -> dict[str, Any]:

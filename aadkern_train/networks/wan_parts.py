@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from aadkern.wan import CausalWan
 from aadkern_train.engine.files import read_json
-from aadkern_train.networks.folders import STEM, Shapes, check_shapes, check_transformer, facts, find_weights, stated
+from aadkern_train.networks.folders import STEM, TRANSFORMERS, Shapes, check_shapes, check_transformer, facts, find_weights, stated
 
 PIXELS = 8  # rows of pixels in a row of latents: Wan 2.1's VAE
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+SINGLE = ".safetensors"
+FILES = "a .pt file or a .safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class WanParts:
-    """Folders in diffusers' format (``transformer``: or a ``.pt`` file), and what their configurations say.
+    """Folders in diffusers' format (``transformer``: or a file), and what their configurations say.
 
     ``pixels``: rows of pixels in a row of latents; ``patch``: rows of latents in a row of tokens.
     """
@@ -46,18 +49,21 @@ class WanParts:
 
 
 def is_wan(checkpoint: Path) -> bool:
-    """Whether ``checkpoint`` is Wan's (a folder of diffusers, a .pt file, or the weights of a run on Wan's latents), and not a run
+    """Whether ``checkpoint`` is Wan's (a folder of diffusers, a file, or the weights of a run on Wan's latents), and not a run
     of this package on latents of its own.
 
-    Raises FileNotFoundError where there is nothing, ValueError for a weights file out of a folder of diffusers.
+    Raises FileNotFoundError where there is nothing, ValueError for other files and a weights file out of a folder of diffusers.
     """
     if not checkpoint.exists():
-        raise FileNotFoundError(f"checkpoint must be a Wan folder, a .pt file or a run; found nothing at {checkpoint}")
+        raise FileNotFoundError(
+            f"checkpoint must be a Wan folder, a .pt file, a .safetensors or a run; found nothing at {checkpoint}"
+        )
     if checkpoint.is_file():
-        if checkpoint.suffix == ".safetensors" and (checkpoint.parent / "config.json").is_file():
+        beside = checkpoint.parent / "config.json"
+        if checkpoint.suffix == SINGLE and beside.is_file() and read_json(beside).get("_class_name") in TRANSFORMERS:
             raise ValueError(f"checkpoint must be a folder with its configuration, say {checkpoint.parent}, got {checkpoint}")
-        if checkpoint.suffix.lower() not in PICKLES:
-            raise ValueError(f"checkpoint must be a Wan folder, a .pt file, a run or its RUN/weights/STAGE, got {checkpoint}")
+        if checkpoint.suffix.lower() not in (*PICKLES, SINGLE):
+            raise ValueError(f"checkpoint must be a Wan folder, {FILES}, a run or its RUN/weights/STAGE, got {checkpoint}")
         return True
     told = facts(checkpoint)
     if "recipe" in told:
@@ -74,7 +80,8 @@ def trained_parts(told: Mapping[str, Any]) -> Path | None:
 
 
 def find_parts(checkpoint: Path, parts: Path | None = None) -> WanParts:
-    """The parts for ``checkpoint``: a pipeline's folder, a transformer's folder, or a ``.pt`` file of Self-Forcing's kind.
+    """The parts for ``checkpoint``: a pipeline's folder, a transformer's folder, a ``.pt`` file of Self-Forcing's kind, or
+    a single ``.safetensors``.
 
     ``parts`` is the pipeline's folder that vae, text_encoder and tokenizer are taken from; None: ``checkpoint`` itself.
     Raises FileNotFoundError or ValueError naming what is missing or does not fit.
@@ -162,11 +169,18 @@ def _check_index(folder: Path) -> None:
 def _transformer(path: Path) -> tuple[Mapping[str, Any], Shapes]:
     """The transformer's configuration, checked to be one that ``CausalWan`` takes; its weights' shapes, where the files tell."""
     if path.is_file():
-        from aadkern.compat import infer_config, load_checkpoint
+        from aadkern.compat.checkpoints import infer_config, open_checkpoint
 
-        state = load_checkpoint(path)  # maps the file, and reads no weights
-        return infer_config(state), {name: tuple(tensor.shape) for name, tensor in state.items()}
+        shapes = open_checkpoint(path).shapes
+        return infer_config(shapes), {name: tuple(tensor.shape) for name, tensor in shapes.items()}
     return transformer_config(path), find_weights(path, STEM).shapes
+
+
+def transformer_shapes(path: Path) -> Shapes:
+    """The shapes of a transformer's parameters by its configuration, of a folder or a file."""
+    with torch.device("meta"):
+        net = CausalWan.from_config(dict(_transformer(path)[0]))
+    return {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
 
 
 def transformer_config(path: Path) -> dict[str, Any]:

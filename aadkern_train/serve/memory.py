@@ -173,11 +173,11 @@ def of_wan(parts: WanParts, settings: WanSettings, sessions: int) -> Memory:
 
 
 def transformer_config(parts: WanParts, settings: WanSettings) -> dict[str, Any]:
-    """The transformer's configuration, of a .pt file as far as its weights tell it."""
+    """The transformer's configuration, of a file as far as its weights tell it."""
     if parts.transformer.is_file():
-        from aadkern.compat.checkpoints import infer_config, load_checkpoint
+        from aadkern.compat.checkpoints import infer_config, open_checkpoint
 
-        config: dict[str, Any] = infer_config(load_checkpoint(parts.transformer))
+        config: dict[str, Any] = infer_config(open_checkpoint(parts.transformer).shapes)
     else:
         config = read_json(parts.transformer / "config.json")
     return config if settings.rope is None else {**config, "rope": settings.rope}

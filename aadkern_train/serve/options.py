@@ -56,7 +56,12 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
         description="Serve a page that plays a stream as it is made and steers it. Ctrl-C ends it.",
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="what aad generate takes: a Wan folder, a .pt, a RUN or RUN/weights/STAGE")
+    add(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="what aad generate takes: a Wan folder, a .pt, a .safetensors, a RUN or RUN/weights/STAGE",
+    )
     add("--host", help="address to listen on (127.0.0.1: this machine alone)")
     add("--port", type=int, help="0: any that is free (8765)")
     add("--allow", action="append", metavar="NAME", help="another name that browsers call this machine by; may be given again")
