@@ -11,7 +11,7 @@ import torch
 import aadkern
 from aadkern import StreamingCache, StreamingGenerator, Window
 from aadkern.wan import CausalWan
-from aadkern_train.recipes import Recipe
+from aadkern_train.recipes import make_recipe
 from benchmarks import streaming
 from tests.test_streaming import ROPE, assert_near, cache_for, causal_wan
 from tests.test_streaming_merged import merged_cache
@@ -143,7 +143,7 @@ def test_ten_thousand_chunks_keep_their_positions():
 
 @pytest.mark.slow
 def test_ten_thousand_chunks_of_the_demos_network_keep_their_memory():
-    network = Recipe.model_validate({"recipe": "digits"}).network
+    network = make_recipe("digits").network
     model = CausalWan(
         num_layers=network.layers, num_attention_heads=network.heads, attention_head_dim=network.head_dim, ffn_dim=network.ffn,
         in_channels=1, out_channels=1, text_dim=8, freq_dim=64, patch_size=(1, network.patch, network.patch), rope="relative",
