@@ -259,6 +259,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         lambda **given: saved(load=compat.load_model, **given),
         lambda: dict(path="model.pt", weights="generator", head_dim=8, dtype=torch.float32, rope="relative", eps=1e-6, other=1),
     ),
+    "CausalWan.from_single_file": (
+        lambda **given: saved(load=functools.partial(CausalWan.from_single_file, head_dim=8), **given),
+        lambda: dict(path="model.pt", torch_dtype=torch.float32),
+    ),
     "compat.patch": (compat.patch, lambda: dict(target="self_forcing")),
     "compat.set_processor": (
         lambda **given: compat.set_processor(**{"model": diffusers_model(), **given}),

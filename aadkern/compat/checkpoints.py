@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("aadkern.compat")
 State = dict[str, Tensor]
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # that a model may be loaded in
 CONTAINERS = ("generator_ema", "generator", "model")  # what the family's files keep weights under, the best first
 
 
@@ -249,7 +250,7 @@ def load_model(
     from aadkern.wan import CausalWan
 
     if dtype is not None:
-        checked_dtype(dtype, "dtype", (torch.float32, torch.float64, torch.float16, torch.bfloat16))
+        checked_dtype(dtype, "dtype", DTYPES)
     whole(head_dim, "head_dim", 1)
     accepted = [name for name in inspect.signature(CausalWan.__init__).parameters if name != "self"]
     unknown = sorted(set(config) - set(accepted))

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from aadkern.blocks import RotaryGrid, Turns, modulated_norm
 from aadkern.checks import choice, shown, whole
+from aadkern.checks import dtype as checked_dtype
 from aadkern.fp8 import Fp8Linear
 from aadkern.plans import AttentionPlan
 from aadkern.runtime import FUSED_BACKENDS, choose_fused_backend
@@ -118,8 +119,10 @@ class CausalWan(WanTransformer3DModel):
         ``compat.load_model`` does it, and tells the ``options`` and what is refused. Nothing is downloaded, and no configuration is
         asked for.
         """
-        from aadkern.compat.checkpoints import load_model
+        from aadkern.compat.checkpoints import DTYPES, load_model
 
+        if torch_dtype is not None:
+            checked_dtype(torch_dtype, "torch_dtype", DTYPES)
         return load_model(path, dtype=torch_dtype, **options)
 
     def set_block_backend(self, backend: str) -> None:
