@@ -15,6 +15,8 @@ from torch import nn
 
 from aadkern import VideoLayout, plans
 from aadkern_train import cli
+from aadkern_train.engine.recipe import StageSettings
+from aadkern_train.stages import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,8 +98,22 @@ def for_blocks(names: dict[str, object]) -> None:
 PREPARED = {"aadkern.attention_pool(": for_pooling, "blocks.RotaryGrid(": for_blocks}
 
 
+@pytest.fixture
+def no_plugins():
+    """Without what other tests' plugins registered in this process, and without what a block registers afterwards."""
+    registries = KINDS, StageSettings.members
+    before = [dict(registry) for registry in registries]
+    for kind in [kind for kind, stage in KINDS.items() if not stage.__module__.startswith("aadkern_train.")]:
+        for registry in registries:
+            registry.pop(kind, None)
+    yield
+    for registry, old in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(old)
+
+
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
-def test_python(block, capsys):
+def test_python(block, capsys, no_plugins):
     code = compile(block.code, str(block), "exec")
     reasons = [reason for piece, reason in NOT_RUN.items() if piece in block.code]
     if reasons:
