@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from aadkern_train.engine.recipe import EvaluationSettings, Recipe, ValidationSettings
 from aadkern_train.learning.optim import OptimConfig
-from aadkern_train.recipes.wan import MEASURED, MEMORY, OURS, PAPER, SELF_FORCING, TO_BE_NAMED, networks_of
+from aadkern_train.recipes.wan import MEASURED, OURS, PAPER, SELF_FORCING, dmd_of_lineage, networks_of, ode_of_lineage
 from aadkern_train.stages.asd import AdversarialSelfDistillation
 from aadkern_train.stages.ode import OdeInitialisation
 from aadkern_train.stages.pretrain import Pretrain
@@ -40,7 +40,6 @@ def digits_asd() -> Recipe:
 
 def wan_t2v_1_3b_asd() -> Recipe:
     """The paper's setting: Wan2.1-T2V-1.3B, Self-Forcing's training with a discriminator among the student's own steps."""
-    scores = {"betas": (0.0, 0.999), "weight_decay": 0.01}
     given = networks_of("1.3B")
     given["network"] = given["network"].model_copy(update={"rope": "absolute"})
     return Recipe(
@@ -52,38 +51,18 @@ def wan_t2v_1_3b_asd() -> Recipe:
         levels=LEVELS,
         first_levels=LEVELS,
         stages={
-            "ode": OdeInitialisation.Settings(
-                start=None,
-                steps=2000,
-                batch=64,
-                pairs_from=TO_BE_NAMED,
-                solver_steps=48,
-                shift=5.0,
-                guidance=6.0,
-                clip=10.0,
-                optimiser=OptimConfig(lr=2e-6, betas=(0.9, 0.999)),
-                **MEMORY,
-            ),
+            "ode": ode_of_lineage(guidance=6.0),
             "asd": AdversarialSelfDistillation.Settings(
                 steps=120,
-                batch=64,
                 alpha=30.0,
-                fake_per_generator=5,
-                fake_rollouts="fresh",
-                guidance=4.0,
-                shift=5.0,
-                level_range=(0.02, 0.98),
                 stop_below_dynamic=0.0,
                 layers=(14, 21, 29),
                 penalty=20.0,
                 delta=0.05,
                 penalty_every=1,
                 ema=0.99,
-                clip=10.0,
-                generator=OptimConfig(lr=2e-6, **scores),
-                fake=OptimConfig(lr=4e-7, **scores),
                 heads=OptimConfig(lr=2e-6, betas=(0.0, 0.999)),
-                **MEMORY,
+                **dmd_of_lineage(),
             ),
         },
         evaluate=MEASURED.model_copy(update={"steps": (1, 2)}),

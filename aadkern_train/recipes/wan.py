@@ -33,36 +33,48 @@ def networks_of(size: str) -> dict:
     return {"network": shape, "models": models, "data": LatentsData()}
 
 
+def ode_of_lineage(guidance: float) -> OdeInitialisation.Settings:
+    """Stage I from a folder of pairs, which the user names."""
+    return OdeInitialisation.Settings(
+        start=None,
+        steps=2000,
+        batch=64,
+        pairs_from=TO_BE_NAMED,
+        solver_steps=48,
+        shift=5.0,
+        guidance=guidance,
+        clip=10.0,
+        optimiser=OptimConfig(lr=2e-6, betas=(0.9, 0.999)),
+        **MEMORY,
+    )
+
+
+def dmd_of_lineage() -> dict:
+    """What stage II and what is built on it take from Self-Forcing."""
+    scores = {"betas": (0.0, 0.999), "weight_decay": 0.01}
+    return {
+        "batch": 64,
+        "fake_per_generator": 5,
+        "fake_rollouts": "fresh",
+        "guidance": 4.0,
+        "shift": 5.0,
+        "level_range": (0.02, 0.98),
+        "clip": 10.0,
+        "generator": OptimConfig(lr=2e-6, **scores),
+        "fake": OptimConfig(lr=4e-7, **scores),
+        **MEMORY,
+    }
+
+
 def _stages(taps: tuple[int, ...], guidance: float) -> dict:
     """The three stages with the paper's figures, and the lineage's where it has none."""
-    scores = {"betas": (0.0, 0.999), "weight_decay": 0.01}
     plain = {"betas": (0.0, 0.999)}
     return {
-        "ode": OdeInitialisation.Settings(
-            start=None,
-            steps=2000,
-            batch=64,
-            pairs_from=TO_BE_NAMED,
-            solver_steps=48,
-            shift=5.0,
-            guidance=guidance,
-            clip=10.0,
-            optimiser=OptimConfig(lr=2e-6, betas=(0.9, 0.999)),
-            **MEMORY,
-        ),
+        "ode": ode_of_lineage(guidance),
         "dmd": DmdWarmUp.Settings(
             steps=100,
-            batch=64,
-            fake_per_generator=5,
-            fake_rollouts="fresh",
-            guidance=4.0,
-            shift=5.0,
-            level_range=(0.02, 0.98),
             ema=0.0,
-            clip=10.0,
-            generator=OptimConfig(lr=2e-6, **scores),
-            fake=OptimConfig(lr=4e-7, **scores),
-            **MEMORY,
+            **dmd_of_lineage(),
         ),
         "adversarial": AdversarialRefinement.Settings(
             start="dmd",
