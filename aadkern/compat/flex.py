@@ -50,13 +50,43 @@ def _is_all_but_nothing(index: Any) -> bool:
     )
 
 
-def flex_attention_for(
-    original: Callable[..., Any], unchecked: dict[AttentionPlan, Original], notes: list[str]
-) -> Callable[..., Any]:
-    """``original``'s replacement. Its first call under each plan of ``unchecked`` and each BlockMask is compared with
+class FirstCalls:
+    """Compares attention's first call under each plan with the mask that it stands for; what was checked goes to ``notes``."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+        self._expected: dict[AttentionPlan, Original] = {}
+        self._seen: set[AttentionPlan] = set()
+
+    def expect(self, plan: AttentionPlan, mask: Original) -> None:
+        """Calls under ``plan`` stand for ``mask``."""
+        self._expected[plan] = mask
+
+    def check(
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: AttentionPlan,
+        mask: Original | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """``out`` [B, L, H, D] of query, key and value [B, H, L, D]; ``mask`` None: the expected one. Raises RuntimeError where
+        they differ. Does nothing while compiling or capturing a CUDA graph."""
+        capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or type(query) is not Tensor or capturing:
+            return
+        mask = self._expected.pop(plan, None) if mask is None else mask
+        if mask is not None and plan not in self._seen:
+            self._seen.add(plan)
+            self.notes.append(_compare(out, query, key, value, plan, mask, scale))
+
+
+def flex_attention_for(original: Callable[..., Any], first_calls: FirstCalls) -> Callable[..., Any]:
+    """``original``'s replacement. Its first call under each plan that ``first_calls`` expects and each BlockMask is compared with
     the mask itself.
     """
-    seen: set[AttentionPlan] = set()
 
     @functools.wraps(original)
     def flex_attention(
@@ -87,19 +117,11 @@ def flex_attention_for(
                 f"key {list(key.shape)}; these models keep the mask of their first clip: set model.block_mask = None for another"
             )
         out, lse = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), plan, scale=scale, return_lse=True)
-        if not torch.compiler.is_compiling() and type(query) is Tensor and not _capturing(query):
-            mask = unchecked.pop(plan, None) if ours else Original(block_mask.mask_mod, plan.q_len)
-            if mask is not None and plan not in seen:
-                seen.add(plan)
-                notes.append(_compare(out, query, key, value, plan, mask, scale))
+        first_calls.check(out, query, key, value, plan, None if ours else Original(block_mask.mask_mod, plan.q_len), scale)
         heads_first = out.transpose(1, 2).as_subclass(Unpadded)
         return (heads_first, lse) if return_lse else heads_first
 
     return flex_attention
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @torch.no_grad()

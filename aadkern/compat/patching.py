@@ -21,7 +21,7 @@ import torch
 from aadkern.checks import shown
 from aadkern.compat.block_mask import evaluate
 from aadkern.compat.builders import BUILDERS, PADDING
-from aadkern.compat.flex import Original, flex_attention_for
+from aadkern.compat.flex import FirstCalls, Original, flex_attention_for
 from aadkern.compat.handle import Handle
 from aadkern.plans import AttentionPlan
 
@@ -51,8 +51,8 @@ def patch(target: ModuleType | str) -> Handle:
     flex = _flex_of(module)
     builders = _builders_of(module)
     handle = Handle(f"aadkern.compat.patch of {module.__name__}")
-    unchecked: dict[AttentionPlan, Original] = {}
-    shim = flex_attention_for(flex, unchecked, handle.notes)
+    first_calls = FirstCalls(handle.notes)
+    shim = flex_attention_for(flex, first_calls)
     shim._aadkern_handle = handle  # type: ignore[attr-defined]
     handle.replace(
         module,
@@ -61,7 +61,7 @@ def patch(target: ModuleType | str) -> Handle:
         f"{module.__name__}.flex_attention: plans and BlockMasks go to aadkern.attention, calls without a mask to the original",
     )
     for cls, name, original in builders:
-        build = _building(original, name, unchecked, handle.notes)
+        build = _building(original, name, first_calls)
         handle.replace(cls, name, staticmethod(build), f"{cls.__name__}.{name}: gives a plan of key ranges, no BlockMask")
     return handle
 
@@ -135,9 +135,7 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
         return []
 
 
-def _building(
-    original: Callable[..., Any], name: str, unchecked: dict[AttentionPlan, Original], notes: list[str]
-) -> Callable[..., AttentionPlan]:
+def _building(original: Callable[..., Any], name: str, first_calls: FirstCalls) -> Callable[..., AttentionPlan]:
     """The builder ``name``, giving a plan; each new combination of its arguments is compared with ``original`` first."""
     rule, signature = BUILDERS[name], inspect.signature(original)
     halves = 2 if "teacher_forcing" in name else 1
@@ -154,26 +152,26 @@ def _building(
         if setting not in checked:
             # Small frames make the whole mask small. Not a length without padding, which is part of the comparison.
             small = next(n for n in (2, 3) if frames * n % PADDING)
-            theirs = _recorded(original, {**bound.arguments, "device": "cpu", "frame_seqlen": small})
+            theirs = recorded(original, {**bound.arguments, "device": "cpu", "frame_seqlen": small})
             plans = [rule(frame_seqlen=small, padding_seen=seen, **given) for seen in (False, True)]
             checked[setting] = _equal_plan(name, plans, theirs, frames * small, small)
             described = ", ".join(f"{key}={value}" for key, value in given.items())
-            notes.append(f"{name}({described}): equals the model's own mask, compared whole at {small} tokens a frame")
+            first_calls.notes.append(f"{name}({described}): equals the model's own mask, compared whole at {small} tokens a frame")
             if plans[0] != plans[1] and checked[setting]:
-                notes.append("  its last, partial block sees zero keys of the padding, as in the original")
+                first_calls.notes.append("  its last, partial block sees zero keys of the padding, as in the original")
         plan = rule(frame_seqlen=tokens_per_frame, padding_seen=checked[setting], **given)
-        unchecked[plan] = Original(_recorded(original, bound.arguments)[0], frames * tokens_per_frame)
+        first_calls.expect(plan, Original(recorded(original, bound.arguments)[0], frames * tokens_per_frame))
         return plan
 
     return build
 
 
-def _recorded(original: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Callable[..., Any], int, int]:
+def recorded(original: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Callable[..., Any], int, int]:
     """The mask_mod, q_len and k_len that ``original`` would make a BlockMask of; none is made."""
-    recorded: list[tuple[Callable[..., Any], int, int]] = []
+    made: list[tuple[Callable[..., Any], int, int]] = []
 
     def record(mask_mod: Any, B: Any = None, H: Any = None, Q_LEN: Any = None, KV_LEN: Any = None, **_: Any) -> str:
-        recorded.append((mask_mod, int(Q_LEN), int(KV_LEN)))
+        made.append((mask_mod, int(Q_LEN), int(KV_LEN)))
         return "a plan of aadkern"
 
     names = original.__globals__
@@ -184,9 +182,9 @@ def _recorded(original: Callable[..., Any], arguments: dict[str, Any]) -> tuple[
             original(**arguments)
     finally:
         names["create_block_mask"] = create
-    if len(recorded) != 1:
-        raise RuntimeError(f"patch: {original.__name__} made {len(recorded)} masks, not one; undo the patch")
-    return recorded[0]
+    if len(made) != 1:
+        raise RuntimeError(f"patch: {original.__name__} made {len(made)} masks, not one; undo the patch")
+    return made[0]
 
 
 def _equal_plan(
