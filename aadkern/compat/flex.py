@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aadkern.compat.block_mask import MaskMod, evaluate, plan_of_block_mask
+from aadkern.compat.builders import Interleaved
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.api import attention
 
@@ -101,6 +102,9 @@ def flex_attention_for(original: Callable[..., Any], first_calls: FirstCalls) ->
         kernel_options: Any = None,
         **others: Any,
     ) -> Any:
+        if isinstance(block_mask, Interleaved):
+            given = {"score_mod": score_mod, "scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse, **others}
+            return _put_together(flex_attention, (query, key, value), block_mask, given)
         ours = isinstance(block_mask, AttentionPlan)
         beyond = {"score_mod": score_mod, "enable_gqa": enable_gqa, **others}
         asked = [name for name, given in beyond.items() if given not in (None, False)]
@@ -122,6 +126,17 @@ def flex_attention_for(original: Callable[..., Any], first_calls: FirstCalls) ->
         return (heads_first, lse) if return_lse else heads_first
 
     return flex_attention
+
+
+def _put_together(flex_attention: Callable[..., Any], tensors: tuple[Tensor, ...], mask: Interleaved, given: dict[str, Any]) -> Any:
+    """``flex_attention`` of tensors [B, H, L, D] whose tokens lie as the ranks have them."""
+    if any(x.shape[2] != mask.plan.q_len for x in tensors):
+        shapes = " and ".join(str(list(x.shape)) for x in tensors[:2])
+        raise ValueError(f"flex_attention: block_mask is for {mask.plan.q_len} queries and as many keys, got {shapes}")
+    out = flex_attention(*(mask.together(x, 2) for x in tensors), block_mask=mask.plan, **given)
+    if isinstance(out, tuple):
+        return tuple(mask.apart(x, 2) for x in out)
+    return mask.apart(out, 2).as_subclass(Unpadded)
 
 
 @torch.no_grad()
