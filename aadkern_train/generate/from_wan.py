@@ -23,6 +23,7 @@ from aadkern_train.generate.ranks import sequence_of
 from aadkern_train.generate.wan_decoder import check_decoder, decoders
 from aadkern_train.generate.wan_settings import WanSettings, lora_of
 from aadkern_train.networks.folders import facts
+from aadkern_train.networks.hub import ENCODERS, hub_checkpoint, hub_folder
 from aadkern_train.networks.rollout import turn_to
 from aadkern_train.networks.wan_parts import FILES, WanParts, find_parts, load_part, transformer_shapes
 
@@ -153,6 +154,8 @@ def fitting_parts(checkpoint: Path, parts: Path | None, settings: WanSettings) -
 
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("prompt needs transformers: pip install 'aadkern[wan]'")
+    parts = None if parts is None else hub_folder(parts, "parts", ENCODERS)
+    checkpoint = hub_checkpoint(checkpoint, parts)
     if not checkpoint.exists():
         raise FileNotFoundError(f"checkpoint must be a Wan folder, {FILES}, found nothing at {checkpoint}")
     found = find_parts(checkpoint, parts)
