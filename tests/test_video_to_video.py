@@ -1,8 +1,9 @@
-"""A video made from another one: the levels that a strength means, the stream, and ``aad generate --video`` of both kinds of models."""
+"""A video made from another: the levels that a strength means, the stream, and ``aad generate --video`` of both kinds of models."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,14 @@ from aadkern import StreamingCache, StreamingGenerator, Window
 from aadkern.wan import CausalWan
 from aadkern_train.cli import main
 from aadkern_train.diffusion.draws import Draws
-from aadkern_train.diffusion.steps import started
+from aadkern_train.diffusion.steps import StepPlan, started
+from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.video import read_video, write_video
+from aadkern_train.generate.from_run import chunk_noise, made
 from aadkern_train.generate.pictures import SourceVideo
 from aadkern_train.generate.wan_settings import noise_levels
-from aadkern_train.networks.folders import write_folder
+from aadkern_train.networks.folders import load, write_folder
+from aadkern_train.networks.rollout import streaming
 from aadkern_train.run import Run
 from tests.test_command_line import answer
 from tests.test_generate_wan import PROMPT, SIZE, aad, refused, wan, written
@@ -170,7 +174,7 @@ def test_a_video_of_another_size_and_rate(wan, tmp_path, written, capsys):
         (["--video", "/no/in.mp4"], "video must be a file, found none at /no/in.mp4"),
         (["--video", __file__], "video must be a file that FFmpeg can decode, "),
         (["--video", "{short}"], "video must have at least 9 frames, a chunk of 3 latent frames, got 8"),
-        (["--video", "{cut}"], "video must be a file that FFmpeg can decode, "),
+        (["--video", "{cut}"], "video must hold pictures, "),
         (["--video", "{sound}"], "has no video stream"),
         (["--video", "{short}", "--image", "/a.png"], "image must be left out with a video"),
         (["--video", "{short}", "--strength", 0], "strength must lie in (0, 1], from the source as it is to pure noise, got 0.0"),
@@ -204,12 +208,35 @@ def run(tmp_path_factory):
     return run.folder.weights("dmd")
 
 
+@torch.no_grad()
+def test_a_run_s_chunks_start_from_the_video_s(run):
+    """Beside a stream whose noise is mixed by hand."""
+    recipe = Recipe.model_validate(json.loads((run / "run.json").read_text())["recipe"])
+    world: Any = recipe.data.open(frames=recipe.frames, seed=recipe.seed, folder=run)
+    network: Any = load(run).eval()
+    condition, side = world.held_out(0, "a two moving left"), recipe.data.torus
+    frames = np.random.default_rng(0).integers(0, 256, (8, side, side, 3), dtype=np.uint8)
+    grey = torch.from_numpy(frames).double().mean(-1)
+    clean = torch.stack([(picture - picture.mean()) / picture.std(correction=0) for picture in grey])[None, None].float()
+    noise, plan = chunk_noise(5, 4, world.frame_shape), StepPlan((0.6, 0.2), (0.6, 0.2))
+
+    def mixed(chunk, step):
+        start = 0.4 * clean[:, :, 4 * chunk - 4 : 4 * chunk]
+        return noise(chunk, step) if step else start + 0.6 * noise(chunk, step)
+
+    stream = streaming(network, 1, world.frame_shape, recipe.view, plan, condition.text)
+    expected = list(stream.chunks(mixed, 2, first_frame=condition.first[:, :, None]))
+    parts = list(made(recipe, world, network, condition, {}, "kept", 9, 5, plan, iter(frames)))
+    assert len(parts) == 3 and torch.equal(parts[0], condition.first[:, None])  # the video ends before nine chunks
+    torch.testing.assert_close(torch.cat(parts[1:], 1), torch.cat(expected, 2).transpose(1, 2), atol=1e-4, rtol=1e-4)
+
+
 def test_a_run_makes_a_video_from_a_video(run, tmp_path, capsys):
     facts = json.loads((run / "run.json").read_text())
     side = facts["recipe"]["data"]["torus"]
     source = film(tmp_path / "in.mp4", 11, (16 * side, 16 * side), 8)
     out = tmp_path / "a.mp4"
-    words = ["generate", "--checkpoint", str(run), "--out", str(out), "--video", str(source), "--prompt", "a seven moving left"]
+    words = ["generate", "--checkpoint", str(run), "--out", str(out), "--video", str(source), "--prompt", "a two moving left"]
     videos = {}
     for strength in ("0.001", "0.7", "1"):
         assert main([*words, "--strength", strength]) == 0, capsys.readouterr().err
@@ -220,7 +247,7 @@ def test_a_run_makes_a_video_from_a_video(run, tmp_path, capsys):
     assert (videos["1"] - videos["0.7"]).abs().mean() > 3
     status, line = answer(words[:-2], capsys)
     assert status == 2 and "prompt must be given with a video" in line
-    status, line = answer([*words[:-3], str(film(tmp_path / "short.mp4", 4)), *words[-2:]], capsys)
+    status, line = answer([*words[:-3], str(film(tmp_path / "short.mp4", 4, fps=8)), *words[-2:]], capsys)
     assert status == 2 and "video must have at least 5 frames for this run, got 4" in line
     status, line = answer([*words, "--strength", "1.5"], capsys)
     assert status == 2 and "strength must lie in (0, 1]" in line
