@@ -13,7 +13,6 @@ from aadkern_train.ablate.command import add_ablate
 from aadkern_train.engine.command import OneLineParser, status_of
 from aadkern_train.generate.options import (
     RUN_STEPS,
-    STRENGTH,
     WAN_ONLY,
     add_convert,
     add_vbench_export,
@@ -141,7 +140,7 @@ def add_generate_options(generate: argparse.ArgumentParser) -> None:
     add(
         "--strength",
         type=float,
-        help=f"with --video, how much noise it gets, in (0, 1]: from the video as it is to none of it ({STRENGTH})",
+        help="with --video, how much noise it gets, in (0, 1]: from the video as it is to none of it (0.6)",
     )
     add("--out", type=Path, default=Path("video.mp4"), help="an mp4 file (RUN: a gif too)")
     add("--chunks", type=int, help="chunks to generate (Wan 7, RUN 12; with --video all that it has)")

@@ -228,6 +228,8 @@ def test_parts_that_wait_elsewhere_are_fetched(pipe, monkeypatch):
         ({"prompt": 3}, TypeError, "prompt must be a string, got int"),
         ({"prompt": "a", "num_frames": 0}, ValueError, "num_frames must be at least 1, got 0"),
         ({"prompt": "a", "num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1, got 0"),
+        ({"prompt": "a", "height": 0}, ValueError, "size must be rows x columns, multiples of 16 and 16, got 0x48"),
+        ({"prompt": "a", "guidance_scale": 5}, TypeError, "guidance_scale must be left out"),
         ({"prompt": "a", "height": 31}, ValueError, "size must be rows x columns, multiples of 16 and 16, got 31x48"),
         ({"prompt": "a", "output_type": "gif"}, ValueError, "output_type must be one of pil, np, pt, latent, got 'gif'"),
         ({"prompt": "a", "strength": 0.5}, ValueError, "strength must come with a video, got 0.5 without"),

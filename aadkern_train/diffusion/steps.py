@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+SHIFT = 5.0  # of timesteps towards noise, Self-Forcing's
+STRENGTH = 0.6  # of the noise on a video that another is made from, where nothing else is asked for
 ROUNDING = 1e-6  # of a level that was written with few digits
 Spacing = Literal["prefix", "respaced"]
 """Which of N levels a sampler of n < N passes runs: the first n, or those at i N // n."""

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
-from aadkern_train.diffusion.steps import StepPlan, started
+from aadkern_train.diffusion.steps import STRENGTH, StepPlan, started
 from aadkern_train.engine.processes import start
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.video import SUFFIXES, GrowingVideo, check_place, frame_rate, write_video
-from aadkern_train.generate.options import STRENGTH
 from aadkern_train.generate.pictures import SourceVideo, in_chunks, tell_cropping
 from aadkern_train.generate.prompts import changes
 from aadkern_train.generate.ranks import sequence_of

@@ -19,7 +19,7 @@ from aadkern_train.engine.video import GrowingVideo, frame_rate, rgb_of
 from aadkern_train.generate.pictures import SourceVideo, in_chunks, read_image, tell_cropping, whole_chunks
 from aadkern_train.generate.prompts import changes
 from aadkern_train.generate.ranks import sequence_of
-from aadkern_train.generate.wan_model import embed_prompts, fitting_parts, latent_frame, say, wan_noise
+from aadkern_train.generate.wan_model import embed_prompts, fitting_parts, say, wan_noise
 from aadkern_train.generate.wan_settings import WanSettings
 from aadkern_train.networks.wan_parts import WanParts
 
@@ -94,7 +94,7 @@ class WanStreamer:
         self._pipe.transformer.sequence = group
         self._pipe.stream_of(settings)
         self._decoder: Any = self._pipe.new_decoder() if is_main else None
-        self._device, self._frame = settings.placement()[0], latent_frame(parts, settings)
+        self._device, self._frame = settings.placement()[0], self._pipe.frame_of(settings)
 
     @torch.no_grad()
     def write(
@@ -111,10 +111,8 @@ class WanStreamer:
         whole in the end even where Ctrl-C or a full disk ends it; both are raised on. ``pixels`` [1, 3, H, W] in [-1, 1]: the image
         that it starts from, as a chunk of one latent frame; ``source``: the video that it is made from. A line on stderr tells the
         seconds of each chunk. ``video`` None: of processes that share the work, one that does not write."""
-        from aadkern.wan.vae import encode_image
-
         settings = self.settings
-        given = iter([] if pixels is None or self._pipe.vae is None else [encode_image(self._pipe.vae, pixels)])
+        given = iter([] if pixels is None else [self._pipe.encoded_image(pixels)])
         first = next(self._shared(given), None)
         noise = wan_noise(seed, self._frame, settings.chunk_frames, self._device)
         later = {chunk: other.to(self._device) for chunk, other in (later or {}).items()}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aadkern_train.diffusion.steps import SHIFT, STRENGTH
 from aadkern_train.engine.command import rows_and_columns
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ WAN_PLAIN = (  # as in WanSettings
     *("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs"),
     *("lora", "decoder", "tiny_decoder"),
 )
-SHIFT = 5.0  # of the timesteps towards noise, Self-Forcing's
-STRENGTH = 0.6  # of the noise on a video that another is made from
 MOST_CHUNKS = 10**9  # where a video's length says how many
 RUN_STEPS = ("steps", "first_steps")
 WAN_SETTINGS = ("size", "steps", "first_steps", "shift", *WAN_PLAIN)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
@@ -29,32 +28,19 @@ from aadkern.wan import lora
 from aadkern.wan.offload import offload_blocks
 from aadkern.wan.text import embed, load_text_encoder, load_tokenizer, tokens_of
 from aadkern.wan.vae import StreamingDecoder, StreamingEncoder, encode_image, pixels_per_latent
-from aadkern_train.generate.options import SHIFT, STRENGTH, wan_settings
-from aadkern_train.generate.pictures import frames_of, in_chunks, latent_frames, picture_of, pixels_of, whole_chunks
+from aadkern_train.generate.asked import FRAMES, Video, asked
+from aadkern_train.generate.options import wan_settings
+from aadkern_train.generate.pictures import latent_frames, pixels_of
 from aadkern_train.generate.streams import stream_chunks
 from aadkern_train.generate.wan_decoder import decoders
-from aadkern_train.generate.wan_model import check_size, fitting_parts, prepare_model, wan_stream
+from aadkern_train.generate.wan_model import fitting_parts, prepare_model, wan_stream
 from aadkern_train.generate.wan_settings import DTYPES, WanSettings
 from aadkern_train.networks.folders import facts
 from aadkern_train.networks.rollout import Noise, turn_to
 from aadkern_train.networks.wan_parts import PIXELS, WanParts, load_part, trained_parts
 
 OUTPUTS = ("pil", "np", "pt", "latent")
-FRAMES = 81  # 5 seconds, as the family trains
 Callback = Callable[[Any, int, float, dict[str, Tensor]], "dict[str, Tensor] | None"]
-
-
-@dataclass
-class Video:
-    """A video that is asked for: ``chunks`` of latents (None: without end), its ``frames``, and what it starts from."""
-
-    settings: WanSettings
-    text: Tensor
-    noise: Noise
-    chunks: int | None
-    frames: int | None
-    first: Tensor | None
-    source: Iterator[Tensor] | None
 
 
 class CausalWanPipeline(DiffusionPipeline):
@@ -145,7 +131,8 @@ class CausalWanPipeline(DiffusionPipeline):
         Raises ValueError, TypeError or FileNotFoundError naming the argument.
         """
         choice(output_type, "output_type", OUTPUTS)
-        video = self._asked(prompt, whole(num_frames, "num_frames", 1) if num_frames is not None else None, True, **options)
+        frames = FRAMES if num_frames is None and "video" not in options else num_frames
+        video = asked(self, prompt, frames if frames is None else whole(frames, "num_frames", 1), **options)
         first, rest = (len(levels) for levels in (video.settings.first_steps or video.settings.steps, video.settings.steps))
         parts = [] if video.first is None else [video.first]
         with self.progress_bar(total=first + ((video.chunks or 1) - 1) * rest) as bar:
@@ -159,21 +146,25 @@ class CausalWanPipeline(DiffusionPipeline):
                 return told.get("latents") if told else None
 
             parts += self._made(video, after)
-        frames: Any = torch.cat(parts, dim=2)[:, :, : latent_frames(video.frames or 1)]
+        if not parts:
+            raise ValueError("video must hold as many frames as its file tells, it ended before the first chunk")
+        if hasattr(self.transformer, "_hf_hook"):
+            self._held = None  # the cache makes room for the VAE
+        made: Any = torch.cat(parts, dim=2)[:, :, : latent_frames(video.frames or 1)]
         if output_type != "latent":
             self._ready(self.vae)
             decoder = self._decoder()
             pixels = torch.cat([decoder.decode(part) for part in parts], dim=2)[:, :, : video.frames]
-            frames = VideoProcessor(vae_scale_factor=self.pixels).postprocess_video(pixels.float(), output_type=output_type)
+            made = VideoProcessor(vae_scale_factor=self.pixels).postprocess_video(pixels.float(), output_type=output_type)
         self.maybe_free_model_hooks()
-        return WanPipelineOutput(frames=frames) if return_dict else (frames,)
+        return WanPipelineOutput(frames=made) if return_dict else (made,)
 
     def stream(self, prompt: str | None = None, *, output_type: str = "np", **options: Any) -> Iterator[Any]:
         """Yields the frames of each chunk as it is made, as ``__call__``'s ``frames[0]`` (with "latent" [1, C, f, h, w]), without
         end, or to the end of the source video. ``options`` are those of a call. ``set_prompt`` steers between two chunks."""
         choice(output_type, "output_type", OUTPUTS)
         with torch.no_grad():
-            video = self._asked(prompt, None, False, **options)
+            video = asked(self, prompt, None, **options)
         return self._shown(video, output_type)
 
     def _shown(self, video: Video, output_type: str) -> Iterator[Any]:
@@ -210,63 +201,6 @@ class CausalWanPipeline(DiffusionPipeline):
         text = embed(self.text_encoder.to(device), tokens_of(self.tokenizer, prompt)[0])
         self.text_encoder.to(home)
         return text
-
-    def _asked(
-        self,
-        prompt: str | None,
-        frames: int | None,
-        ends: bool,
-        *,
-        image: Any = None,
-        video: Any = None,
-        strength: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        shift: float | None = None,
-        generator: torch.Generator | None = None,
-        prompt_embeds: Tensor | None = None,
-    ) -> Video:
-        """What is asked for, held to what there is before any work. ``ends``: without a video it has an end all the same."""
-        settings = replace(self.settings, size=(height or self.settings.size[0], width or self.settings.size[1]))
-        check_size(settings.size, self.pixels, self.transformer.config["patch_size"][1:])
-        if num_inference_steps is not None:
-            given = {"steps": str(whole(num_inference_steps, "num_inference_steps", 1))} | (
-                {} if shift is None else {"shift": shift}
-            )
-            settings = replace(settings, steps=wan_settings(given, self.told).steps, first_steps=None)
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("prompt must be given, or prompt_embeds in its place")
-        if video is None and strength is not None:
-            raise ValueError(f"strength must come with a video, got {strength} without")
-        if video is not None and image is not None:
-            raise ValueError("image must be left out with a video, whose own frames this one is made from")
-        size, chunks, source = settings.chunk_frames, None, None
-        if ends:
-            frames = frames or (FRAMES if video is None else None)
-        pictures: Iterator[np.ndarray] | None = None
-        if video is not None:
-            settings = settings.started(STRENGTH if strength is None else strength, SHIFT if shift is None else shift)
-            pictures, count = frames_of(video, settings.size, settings.fps)
-            chunks = whole_chunks(count, size)
-            frames = min(frames or count, 4 * size * chunks - 3)
-        if frames is not None:
-            chunks = max(1, -(-(latent_frames(frames) - (image is not None)) // size))
-        first = None if image is None else picture_of(image, settings.size)
-        text = self.encode_prompt(prompt) if prompt is not None else prompt_embeds
-        device = self._execution_device
-        if first is not None:
-            self._ready(self.vae)
-            first = encode_image(self.vae, first.to(device))
-        if pictures is not None:
-            source = self.encoded(in_chunks(pictures, 4 * size - 3, 4 * size))
-        rows, columns = (side // self.pixels for side in settings.size)
-        shape = (1, self.transformer.config["in_channels"], size, rows, columns)
-
-        def noise(_chunk: int, _step: int) -> Tensor:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-
-        return Video(settings, text, noise, chunks, frames, first, source)  # type: ignore[arg-type]
 
     def _made(self, video: Video, after: After | None) -> Iterator[Tensor]:
         """The latents of the chunks that are asked for, less those after an interruption."""
@@ -306,17 +240,26 @@ class CausalWanPipeline(DiffusionPipeline):
     def stream_of(self, settings: WanSettings) -> StreamingGenerator:
         """The stream of such videos, made anew where the last one's was another: it holds its cache, and CUDA graphs."""
         weight = self.transformer.patch_embedding.weight
-        asked = settings.cuda_graphs
-        if asked is None:  # collectives within a graph are not tried yet, and weights that move away cannot be
+        graphs = settings.cuda_graphs
+        if graphs is None:  # collectives within a graph are not tried yet, and weights that move away cannot be
             moved = self.transformer.is_offloaded() or hasattr(self.transformer, "_hf_hook")
-            asked = weight.device.type == "cuda" and self.transformer.sequence is None and not moved
+            graphs = weight.device.type == "cuda" and self.transformer.sequence is None and not moved
         plain = replace(settings, then=(), turn="kept", chunks=1, seed=0, fps=1.0)
-        key = (plain, asked, weight.device, weight.dtype)
+        key = (plain, graphs, weight.device, weight.dtype)
         if self._held is None or self._held[0] != key:
             self._held = None  # its cache goes before another's comes
-            frame = (self.transformer.config["in_channels"], *(side // self.pixels for side in settings.size))
-            self._held = key, wan_stream(self.transformer, frame, settings, asked)
+            self._held = key, wan_stream(self.transformer, self.frame_of(settings), settings, graphs)
         return self._held[1]
+
+    def frame_of(self, settings: WanSettings) -> tuple[int, int, int]:
+        """(C, H, W) of a latent frame."""
+        height, width = (side // self.pixels for side in settings.size)
+        return self.transformer.config["in_channels"], height, width
+
+    def encoded_image(self, pixels: Tensor) -> Tensor:
+        """The clean first latent frame of an image [1, 3, H, W] in [-1, 1]."""
+        self._ready(self.vae)
+        return encode_image(self.vae, pixels)
 
     def encoded(self, chunks: Iterator[np.ndarray]) -> Iterator[Tensor]:
         """Clean latents of a video's chunks, uint8 [T, H, W, 3], the first of 4f - 3 frames, as each is asked for."""
@@ -358,9 +301,9 @@ class CausalWanPipeline(DiffusionPipeline):
         if unknown := [name for name in names if name not in held]:
             raise ValueError(f"names must be LoRA files that are loaded, {', '.join(held) or 'none is'}, got {unknown[0]!r}")
         given = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
-        asked = dict(zip(names, given, strict=True))
+        wanted = dict(zip(names, given, strict=True))
         for name, one in held.items():
-            one.weight = asked.get(name, 0.0)
+            one.weight = wanted.get(name, 0.0)
 
     def unload_lora_weights(self) -> None:
         """All LoRA files out of the transformer, whose weights are its own again to the bit."""

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from aadkern_train.diffusion.steps import fewer, started
+from aadkern_train.diffusion.steps import SHIFT, fewer, started
 from aadkern_train.engine.processes import device_of
-from aadkern_train.generate.options import SHIFT
 from aadkern_train.generate.prompts import changes
 from aadkern_train.networks.rollout import TURNS
 from aadkern_train.networks.wan_parts import PIXELS
