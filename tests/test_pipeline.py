@@ -219,6 +219,10 @@ def test_parts_that_wait_elsewhere_are_fetched(pipe, monkeypatch):
     assert {"text_encoder"} in log and log[-1] == {"vae"}
     parts = list(islice(pipe.stream(PROMPT, image=picture(), generator=seeded()), 3))
     assert np.abs(np.concatenate(parts) - plain[0]).max() < 1e-5
+    log.clear()
+    assert len(pipe(PROMPT, video=[picture()] * 33, strength=0.5, generator=seeded()).frames[0]) == 33
+    turns = [names for names, before in zip(log, [None, *log], strict=False) if names != before]
+    assert sum("transformer" in names for names in turns) == 1, turns  # once, and not with every chunk
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -227,15 +228,13 @@ class CausalWanPipeline(DiffusionPipeline):
         """The latents [1, C, f, h, w] of each of so many chunks (None: without end) under an embedded prompt, and those that take
         over ``later``, by chunk. ``first`` is a clean first latent frame, ``source`` gives the clean latents that each chunk is
         made from, and ends the video where it ends; ``noise`` and ``after`` are ``StreamingGenerator.chunks``'s."""
+        if source is not None and hasattr(self.transformer, "_hf_hook"):
+            source = iter(list(islice(source, chunks)))  # all of it now, and not the transformer out and in with every chunk
         self._ready(self.transformer)
         stream = self.stream_of(settings)
         stream.reset()
         stream.set_text(text.to(self._execution_device))
-        return stream_chunks(stream, noise, chunks, first, later or {}, settings.turn, self._kept(source), after)
-
-    def _kept(self, source: Iterator[Tensor] | None) -> Iterator[Tensor] | None:
-        """The source, after whose encoding the transformer is where it computes."""
-        return None if source is None else (self._ready(self.transformer) or clean for clean in source)
+        return stream_chunks(stream, noise, chunks, first, later or {}, settings.turn, source, after)
 
     def stream_of(self, settings: WanSettings) -> StreamingGenerator:
         """The stream of such videos, made anew where the last one's was another: it holds its cache, and CUDA graphs."""
