@@ -37,11 +37,11 @@ library.define(
     "sm90_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, Tensor tiles, Tensor ranges, "
     "float scale, int head_group, int kernel) -> ()"
 )
-library.define("sm90_workspace_bytes(Tensor q, Tensor k, int query_tiles) -> int")
+library.define("sm90_workspace_bytes(Tensor q, Tensor k, int query_rows, int query_tiles) -> int")
 library.define(
     "sm90_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) workspace, Tensor query_tiles, Tensor key_tiles, Tensor spans, "
-    "float scale, int head_group, bool deterministic) -> ()"
+    "int query_rows, float scale, int head_group, bool deterministic) -> ()"
 )
 
 

@@ -48,6 +48,7 @@ from aadkern.wan.attention import Attention, CachedChunk, WholeClip, attention_m
 from aadkern.wan.block import CausalWanBlock, TextCache, TextEntry, TimeCache, wide_dtype
 from aadkern.weights.checkpoints import DTYPES, read_model
 
+OFFLOADING = "group_offloading"  # diffusers' name of the hook that brings weights to the GPU in a pass alone
 CLEAN_FIRST_FRAME = "give the image as a clean first latent frame"
 
 
@@ -143,11 +144,12 @@ class CausalWan(WanTransformer3DModel):
     def text_cache(self, encoder_hidden_states: Tensor) -> TextCache:
         """The cross-attention keys and values of text [B, T, text_dim], once for all passes: give them in its place.
 
-        Of a model under FSDP, whose weights are gathered in its own forward alone, a lazy cache, which the first pass fills.
+        Of a model under FSDP or offloaded by block, whose weights are there in its own forward alone, a lazy cache, which the first
+        pass fills.
         Raises ValueError for another shape.
         """
         check_text(encoder_hidden_states, self.config["text_dim"])
-        if self._is_sharded():
+        if self._is_sharded() or self.is_offloaded():
             return TextCache.lazy(encoder_hidden_states)
         embedder = self.condition_embedder.text_embedder
         text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))
@@ -167,6 +169,11 @@ class CausalWan(WanTransformer3DModel):
         """Whether FSDP holds the model or a part of it, or it is a part of what FSDP holds."""
         held = any(isinstance(part, FSDPModule) for part in self.modules())
         return held or any(isinstance(p, DTensor) for p in self.parameters())
+
+    def is_offloaded(self) -> bool:
+        """Whether diffusers brings some of the weights to the GPU in a pass, and takes them away after it."""
+        hooks = (getattr(part, "_diffusers_hook", None) for part in self.modules())
+        return any(hook is not None and hook.get_hook(OFFLOADING) is not None for hook in hooks)
 
     def compile_blocks(self, **options: Any) -> None:
         """Run what each block does before and after its attention through ``torch.compile`` with these ``options``.

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aadkern import StreamingGenerator
 from aadkern_train.engine.files import read_json
-from aadkern_train.generate.from_wan import latent_frame, wan_stream
+from aadkern_train.generate.wan_model import latent_frame, wan_stream
 from aadkern_train.generate.wan_settings import WanSettings
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import facts, inspect
