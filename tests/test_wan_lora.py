@@ -236,6 +236,9 @@ def test_in_the_middle_of_a_stream(compiled, tmp_path, monkeypatch):
         generator.set_text(text)
 
     turned = stream(turn)
+    handle.weight = 0
+    unsaid = stream(lambda generator: setattr(handle, "weight", 0.6))  # the generator sees it by itself
+    assert all(torch.equal(a, b) for a, b in zip(turned, unsaid, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(plain[:2], turned[:2], strict=True))
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(plain[2:], turned[2:], strict=True))
     assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
