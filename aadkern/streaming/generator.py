@@ -38,8 +38,8 @@ class StreamingGenerator:
     are replayed from CUDA graphs once the ring has come round (``PassGraphs``), which spares the launches; GPUs only.
     ``inference_mode``: run under ``torch.inference_mode``, which spares a seventh of a small model's time on a CPU; False is
     ``torch.no_grad``. A model that FSDP shards wants that, and to be given as a function around its forward, without text. After
-    changing weights in place, ``reset`` and ``set_text``: noise levels and text are embedded once. A change that the model counts in
-    ``weights_version``, as LoRA's, is seen before the next chunk, which makes these anew.
+    changing weights in place, ``reset`` and ``set_text``: noise levels and text are embedded once. A change that the model counts
+    in ``weights_version``, as LoRA's, is seen before the next chunk, which makes these anew.
 
     A chunk costs len(levels) passes, and one that writes its clean keys and values for later chunks; a cache made with
     ``merged=True`` has the latter done within the next chunk's first pass, with the same result.

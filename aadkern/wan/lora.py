@@ -3,8 +3,8 @@
     W = W0 + sum over files of weight * alpha / rank * B A        W0 is kept, the sum is made in float32 and rounded once
 
 A pass costs what it did, and reads its weights where they were: CUDA graphs, compiled blocks and ranks that share tokens go on as
-they are. What was made of the weights before stays as it was made; a ``StreamingGenerator`` makes its text anew by itself, for which the
-model's ``weights_version`` counts changes.
+they are. What was made of the weights before stays as it was made, but a ``StreamingGenerator`` makes its text anew by itself:
+the model's ``weights_version`` counts changes.
 """
 
 from __future__ import annotations
