@@ -19,9 +19,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from aadkern import compat
-from aadkern.compat.checkpoints import open_checkpoint, open_safetensors
-from aadkern.compat.tensor_files import WIDE
 from aadkern.wan import CausalWan
+from aadkern.weights.checkpoints import open_checkpoint, open_safetensors
+from aadkern.weights.tensor_files import WIDE
 from aadkern_train.engine.files import atomic_path, read_json, save_tensors
 from aadkern_train.engine.video import check_place
 from aadkern_train.networks.folders import STEM, TRANSFORMERS, check_shapes, facts, weight_files, write_folder

@@ -57,7 +57,7 @@ def _run(weights: Path, settings: ServeSettings) -> tuple[Any, list[str]]:
 
 
 def _wan(weights: Path, given: Mapping[str, Any], settings: ServeSettings) -> tuple[Any, list[str]]:
-    from aadkern_train.generate.from_wan import fitting_parts
+    from aadkern_train.generate.wan_model import fitting_parts
     from aadkern_train.serve.memory import of_wan
     from aadkern_train.serve.wan import WanModel
 

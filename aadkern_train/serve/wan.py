@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from aadkern_train.engine.video import rgb_of
-from aadkern_train.generate.from_wan import fitted_image, latent_frame, prepare_model, wan_noise, wan_stream
+from aadkern_train.generate.pictures import fitted_image
 from aadkern_train.generate.wan_decoder import decoders
+from aadkern_train.generate.wan_model import latent_frame, prepare_model, wan_noise, wan_stream
 from aadkern_train.generate.wan_settings import WanSettings
 from aadkern_train.networks.hub import repository
 from aadkern_train.networks.rollout import turn_to
