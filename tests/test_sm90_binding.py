@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def schedule():
     """Host model instead of device; its Options, which say how launches are scheduled."""
     library = operators()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "_reason_against_sm90", lambda device: None)
+        patch.setitem(runtime.RECORDS, "sm90", replace(runtime.RECORDS["sm90"], reason_against=lambda device: None))
         patch.setattr(sm90, "check_device", lambda q: None)
         runtime.reason_against.cache_clear()
         torch.ops.load_library(str(library))

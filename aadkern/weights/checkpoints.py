@@ -12,21 +12,19 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from aadkern.checks import dtype as checked_dtype
 from aadkern.checks import shown, whole
-from aadkern.compat.names import bare, in_diffusers_names, translated
-from aadkern.compat.tensor_files import open_tensors
+from aadkern.weights.names import bare, in_diffusers_names, translated
+from aadkern.weights.tensor_files import open_tensors
 
-if TYPE_CHECKING:
-    from aadkern.wan import CausalWan
-
-log = logging.getLogger("aadkern.compat")
+log = logging.getLogger("aadkern.weights")
 State = dict[str, Tensor]
+Model = TypeVar("Model", bound=torch.nn.Module)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # that a model may be loaded in
 CONTAINERS = ("generator_ema", "generator", "model")  # what the family's files keep weights under, the best first
 
@@ -232,27 +230,28 @@ def infer_config(state: Mapping[str, Tensor], *, head_dim: int = 128) -> dict[st
     }
 
 
-def load_model(
+def read_model(
+    make: Callable[..., Model],
     path: str | os.PathLike[str],
     *,
     weights: str | None = None,
     head_dim: int = 128,
     dtype: torch.dtype | None = None,
     **config: Any,
-) -> CausalWan:
-    """A ``CausalWan`` from a ``.pt`` or ``.safetensors`` file, its shapes checked before weights are read. Needs diffusers.
+) -> Model:
+    """A ``make`` (``CausalWan``, or a class made of it) from a ``.pt`` or ``.safetensors`` file.
+
+    Shapes are checked before weights are read.
 
     ``config`` overrides what ``infer_config`` found (say ``rope="relative"``); the outcome stands in ``model.config`` and is
     logged. ``dtype`` None keeps the file's, and makes bfloat16 of FP8.
 
     Raises ValueError as ``load_checkpoint`` and ``infer_config`` do, and where weights and configuration do not fit.
     """
-    from aadkern.wan import CausalWan
-
     if dtype is not None:
         checked_dtype(dtype, "dtype", DTYPES)
     whole(head_dim, "head_dim", 1)
-    accepted = [name for name in inspect.signature(CausalWan.__init__).parameters if name != "self"]
+    accepted = [name for name in inspect.signature(make).parameters]
     unknown = sorted(set(config) - set(accepted))
     if unknown:
         raise ValueError(f"config must be of {', '.join(accepted)}, got {', '.join(unknown)}")
@@ -265,7 +264,7 @@ def load_model(
     if dtype is None and len(kinds) > 1:
         raise ValueError(f"dtype must be given for matrices in several, path holds {', '.join(sorted(kinds))}")
     with torch.device("meta"):
-        model = CausalWan(**{**inferred, **config})
+        model = make(**{**inferred, **config})
     try:
         model.load_state_dict(opened.shapes, assign=True)
     except RuntimeError as error:

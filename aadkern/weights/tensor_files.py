@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadkern.compat.names import bare
+from aadkern.weights.names import bare
 
 WIDE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' words
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}

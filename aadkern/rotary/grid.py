@@ -16,7 +16,7 @@ from torch import Tensor
 from aadkern.checks import MOST, boolean, shown, whole
 from aadkern.checks import device as checked_device
 from aadkern.checks import dtype as checked_dtype
-from aadkern.streaming.rope import Periods, axis_dims, axis_table, checked_periods, rotation_table, upload
+from aadkern.rotary.tables import Periods, axis_dims, axis_table, checked_periods, rotation_table, upload
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
