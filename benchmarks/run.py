@@ -130,7 +130,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(options)
         if options.fa3_source is not None:
-            sys.path.insert(0, str(fa3.built(options.fa3_source)))
+            try:
+                sys.path.insert(0, str(fa3.built(options.fa3_source)))
+            except RuntimeError as error:
+                parser.error(str(error))
         torch.manual_seed(options.seed)
         if options.journal is not None:
             work(options)
