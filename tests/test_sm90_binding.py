@@ -140,7 +140,7 @@ def test_80_query_rows_a_step(schedule, dtype):
     for deterministic in (False, True):
         gradients = sm90.backward(dout, dlse, q, k, v, out, lse, SPARSE, scale, deterministic, rows=80)
         testing.assert_results_close(testing.Results(out, lse, *gradients), truth, plain)
-    case = AttentionCase("sparse", SPARSE, 2, 128, 50)
+    case = AttentionCase("sparse", SPARSE, 50, 2, 128)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     result = CONTENDERS["sm90 80 rows"].make(case, q.device)(*leaves)
     found = testing.Results(result.detach(), lse, *torch.autograd.grad(result, leaves, dout))
@@ -152,7 +152,7 @@ def test_query_rows_that_there_are_none_of(schedule):
     with pytest.raises(ValueError, match=r"rows must be one of \(128,\) at head_dim 64, got 80"):
         sm90.backward(q, None, q, k, v, q, torch.empty(1, 1, 150), SPARSE, 0.1, rows=80)
     with pytest.raises(Missing, match=r"takes \(128,\) query rows at head_dim 64, not 80"):
-        CONTENDERS["sm90 80 rows"].make(AttentionCase("sparse", SPARSE, 1, 64, 50), q.device)
+        CONTENDERS["sm90 80 rows"].make(AttentionCase("sparse", SPARSE, 50, 1, 64), q.device)
 
 
 def dq_of_schedules(schedule, **options) -> list[torch.Tensor]:
