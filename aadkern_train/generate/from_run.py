@@ -136,8 +136,7 @@ def generate(
 
 def condition_for(world: World, recipe: Recipe, prompt: str | None, image: Path | None, index: int) -> Condition:
     """What the video is made under."""
-    if prompt is not None and world.null is None:
-        raise ValueError(f"prompt must be left out: this run's clips have no captions, got {prompt!r}")
+    check_words(world, prompt)
     if recipe.given_frames == 0 and image is not None:
         raise ValueError(f"image must be left out: this run was trained on text to video, got {image}")
     if image is None:
@@ -147,10 +146,15 @@ def condition_for(world: World, recipe: Recipe, prompt: str | None, image: Path 
     return Condition(world.picture(image), text)
 
 
+def check_words(world: World, prompt: str | None) -> None:
+    """Raises ValueError for a prompt in a world without words."""
+    if prompt is not None and world.null is None:
+        raise ValueError(f"prompt must be left out: this run's clips have no captions, got {prompt!r}")
+
+
 def text_for(world: World, prompt: str | None, given: str) -> Tensor | None:
     """The prompt's text, which must be there in a world with words where no held-out clip brings its own caption."""
-    if world.null is None and prompt is not None:
-        raise ValueError(f"prompt must be left out: this run's clips have no captions, got {prompt!r}")
+    check_words(world, prompt)
     if prompt is None and world.null is not None:
         raise ValueError(f"prompt must be given with {given}: this run's generator was trained on captions")
     return None if prompt is None else world.embed([prompt])
