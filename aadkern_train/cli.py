@@ -278,9 +278,10 @@ def switch(name: str, text: str) -> bool:
 def run_generate(args: argparse.Namespace) -> None:
     from aadkern_train.generate.from_run import find_weights, generate, trained_weights
     from aadkern_train.networks.folders import facts
+    from aadkern_train.networks.hub import hub_checkpoint
     from aadkern_train.networks.wan_parts import is_wan, trained_parts
 
-    weights = trained_weights(args.checkpoint)
+    weights = trained_weights(hub_checkpoint(args.checkpoint, args.parts))
     wan = is_wan(weights)
     if not wan:
         find_weights(args.checkpoint)  # there is a run at all
@@ -310,10 +311,11 @@ def run_serve(args: argparse.Namespace) -> None:
 def run_vbench_export(args: argparse.Namespace) -> None:
     from aadkern_train.generate.from_run import trained_weights
     from aadkern_train.networks.folders import facts
+    from aadkern_train.networks.hub import hub_checkpoint
     from aadkern_train.networks.wan_parts import trained_parts
     from aadkern_train.vbench import vbench_export
 
-    given, weights = given_options(args), trained_weights(args.checkpoint)
+    given, weights = given_options(args), trained_weights(hub_checkpoint(args.checkpoint, args.parts))
     told = facts(weights)
     if "parts" not in given and trained_parts(told) is not None:
         given["parts"] = trained_parts(told)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,13 +17,9 @@ from aadkern.checks import boolean, choice, shown, whole
 from aadkern.checks import device as checked_device
 from aadkern.checks import dtype as checked_dtype
 from aadkern.plans import AttentionPlan, Window
+from aadkern.rotary.tables import axis_dims
 from aadkern.streaming.context import sink_shift
 from aadkern.streaming.passes import ReplayPass, RingPass
-from aadkern.streaming.rope import axis_dims
-from aadkern.ulysses.api import heads_held
-
-if TYPE_CHECKING:
-    from aadkern.wan.model import CausalWan
 
 ROPE_MODES = ("absolute", "relative")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -103,49 +99,17 @@ class StreamingCache:
         sink_tokens = window.sink * tokens_per_frame
         # The sink's keys at their own frames; ``keys`` holds them moved by ``_sink_at`` frames, and by ``_second_at`` behind the
         # ring (None: not known).
-        self._sink_keys = self.keys[:, :, :sink_tokens].clone() if rope == "relative" else None
+        self.sink_keys = self.keys[:, :, :sink_tokens].clone() if rope == "relative" else None
         self._second_at: int | None = None
         self.reset()
 
     @classmethod
-    def for_model(
-        cls,
-        model: CausalWan,
-        batch: int,
-        height: int,
-        width: int,
-        window: Window,
-        *,
-        max_chunk_frames: int,
-        capacity_frames: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        merged: bool = False,
-    ) -> StreamingCache:
-        """A cache that fits ``model`` and latents [batch, C, F, height, width]; dtype and device default to its own.
-
-        With a ``model.sequence`` it holds whole frames of this rank's heads.
-        """
-        for name in ("patch_embedding", "config", "tokens_per_frame"):
-            if not hasattr(model, name) or isinstance(model, type):
-                raise TypeError(f"model must be a CausalWan, got {shown(type(model))}")
-        weight = model.patch_embedding.weight
-        config: Any = model.config
-        return cls(
-            config.num_layers,
-            batch,
-            heads_held(config.num_attention_heads, getattr(model, "sequence", None)),
-            config.attention_head_dim,
-            model.tokens_per_frame(height, width),
-            window,
-            max_chunk_frames=max_chunk_frames,
-            capacity_frames=capacity_frames,
-            dtype=weight.dtype if dtype is None else dtype,
-            device=weight.device if device is None else device,
-            rope=config.rope,
-            frame_period=config.rope_periods[0] if config.rope_periods else None,
-            merged=merged,
-        )
+    def for_model(cls, model: Any, batch: int, height: int, width: int, window: Window, **options: Any) -> StreamingCache:
+        """``model.new_cache(batch, height, width, window, **options)``, by its older name."""
+        if not hasattr(model, "new_cache") or isinstance(model, type):
+            raise TypeError(f"model must be a CausalWan, got {shown(type(model))}")
+        cache: StreamingCache = model.new_cache(batch, height, width, window, **options)
+        return cache
 
     @property
     def frame(self) -> int:
@@ -160,7 +124,7 @@ class StreamingCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        sink = 0 if self._sink_keys is None else self._sink_keys.nbytes
+        sink = 0 if self.sink_keys is None else self.sink_keys.nbytes
         return self.keys.nbytes + self.values.nbytes + sink
 
     def reset(self) -> None:
@@ -210,6 +174,13 @@ class StreamingCache:
         self._frame = self._history = self._written[1]
         self._written = None
 
+    def written(self, chunk: tuple[int, int], places: tuple[int | None, int | None]) -> None:
+        """The passes' side: all layers of ``chunk`` are written; the sink's copies stand at ``places`` (None: where they stood)."""
+        sink, second = places
+        self._sink_at = self._sink_at if sink is None else sink
+        self._second_at = self._second_at if second is None else second
+        self._written = chunk
+
     def begin(self, frames: int, clean_frames: int = 0) -> RingPass | ReplayPass:
         """The model's side: one pass over a chunk of ``frames`` frames, or over ``clean_frames`` clean ones and the chunk after
         them; called with a layer it gives that one's attention."""
@@ -251,7 +222,7 @@ class StreamingCache:
 
     def _places(self, start: int, shifts: list[int]) -> tuple[int | None, int | None]:
         """Where the sink and its second copy are to be moved; until the pass has done it they stand nowhere."""
-        if self._sink_keys is None:
+        if self.sink_keys is None:
             return None, None
         if start < self.window.sink:  # the pass writes the sink anew
             self._second_at = None

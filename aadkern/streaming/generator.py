@@ -25,7 +25,7 @@ class StreamingGenerator:
 
     ::
 
-        cache = StreamingCache.for_model(model, 1, 60, 104, Window(9, sink=1), max_chunk_frames=4, merged=True)
+        cache = model.new_cache(1, 60, 104, Window(9, sink=1), max_chunk_frames=4, merged=True)
         generator = StreamingGenerator(model, cache, text=prompt_embeddings)
         noise = lambda chunk, step: torch.randn(1, 16, 4, 60, 104, device="cuda")
         decoder = aadkern.wan.vae.StreamingDecoder(vae)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from aadkern.plans import AttentionPlan
+from aadkern.plans import AttentionPlan, Window, full
 from aadkern.range_attention.api import attention
-from aadkern.streaming.context import everything
-from aadkern.streaming.rope import rotate, shift_table, table_dtype, upload
+from aadkern.rotary.tables import rotate, shift_table, table_dtype, upload
 
-if TYPE_CHECKING:
-    from aadkern.streaming.cache import StreamingCache
 
-LayerAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+class CachedKeys(Protocol):
+    """What a pass takes of its ``StreamingCache``."""
+
+    keys: Tensor  # [layers, B, slots' tokens, H, D]
+    values: Tensor
+    sink_keys: Tensor | None  # [layers, B, the sink's tokens, H, D], as turned at their own frames; with relative positions alone
+    layers: int
+    batch: int
+    heads: int
+    head_dim: int
+    tokens_per_frame: int
+    window: Window
+    frame_period: int | None
+
+    def written(self, chunk: tuple[int, int], places: tuple[int | None, int | None]) -> None:
+        """A pass has written all layers: ``chunk`` may be committed, and the sink's copies stand at ``places``."""
 
 
 @dataclass(eq=False)
@@ -29,7 +41,7 @@ class RingPass:
     sink and its copy behind the ring, None where that stands right already, and ``turns`` what moves them, on the device.
     """
 
-    cache: StreamingCache
+    cache: CachedKeys
     chunks: list[tuple[int, int]]
     own: list[tuple[int, int, int]]
     plan: AttentionPlan
@@ -58,12 +70,7 @@ class RingPass:
 
     def finish(self) -> None:
         """All layers are done: the first chunk may be committed."""
-        sink, second = self.places
-        if sink is not None:
-            self.cache._sink_at = sink
-        if second is not None:
-            self.cache._second_at = second
-        self.cache._written = self.chunks[0]
+        self.cache.written(self.chunks[0], self.places)
 
 
 @dataclass(eq=False)
@@ -99,18 +106,18 @@ class RingAttention:
         keys, values, n = cache.keys[layer], cache.values[layer], cache.tokens_per_frame
         sink = cache.window.sink * n
         turns = iter(ring.turns)
-        if cache._sink_keys is not None and ring.places[0] is not None:
-            keys[:, :sink] = rotate(cache._sink_keys[layer], next(turns))
+        if cache.sink_keys is not None and ring.places[0] is not None:
+            keys[:, :sink] = rotate(cache.sink_keys[layer], next(turns))
         for frame, slot, count in ring.own:
             source, slots = slice((frame - start) * n, (frame - start + count) * n), slice(slot * n, (slot + count) * n)
             if k is not self.slot:
                 keys[:, slots] = k[:, source]
             if v is not self.value_slot:
                 values[:, slots] = v[:, source]
-            if cache._sink_keys is not None and frame < cache.window.sink:
-                cache._sink_keys[layer, :, slots] = k[:, source]
-        if cache._sink_keys is not None and ring.places[1] is not None:
-            keys[:, -sink:] = rotate(cache._sink_keys[layer], next(turns))
+            if cache.sink_keys is not None and frame < cache.window.sink:
+                cache.sink_keys[layer, :, slots] = k[:, source]
+        if cache.sink_keys is not None and ring.places[1] is not None:
+            keys[:, -sink:] = rotate(cache.sink_keys[layer], next(turns))
             values[:, -sink:] = values[:, :sink]
         if layer == cache.layers - 1:
             ring.finish()
@@ -134,7 +141,7 @@ class ReplayPass:
     """A pass with gradient of a chunk of ``frames`` frames: those in view, ``past`` (frame, slot, count), are constants, copied;
     the chunk's own keys are not. ``shift`` is that of the sink."""
 
-    cache: StreamingCache
+    cache: CachedKeys
     frames: int
     past: list[tuple[int, int, int]]
     shift: int
@@ -144,8 +151,8 @@ class ReplayPass:
         keys, values = [], []
         for frame, slot, count in self.past:
             tokens = slice(slot * n, (slot + count) * n)
-            if cache._sink_keys is not None and frame < cache.window.sink:
-                keys.append(self._moved(cache._sink_keys[layer, :, tokens]))
+            if cache.sink_keys is not None and frame < cache.window.sink:
+                keys.append(self._moved(cache.sink_keys[layer, :, tokens]))
             else:
                 keys.append(cache.keys[layer, :, tokens])
             values.append(cache.values[layer, :, tokens])
@@ -163,7 +170,7 @@ class ReplayPass:
 class ReplayAttention:
     """One layer of a ``ReplayPass``; ``past`` are the keys and values in view, if any."""
 
-    cache: StreamingCache
+    cache: CachedKeys
     frames: int
     past: tuple[Tensor, Tensor] | None
     any_order: ClassVar[bool] = True
@@ -176,14 +183,14 @@ class ReplayAttention:
         return torch.cat((self.past[0], k), dim=1), torch.cat((self.past[1], v), dim=1)
 
     def plan_of(self, queries: int, keys: int) -> AttentionPlan:
-        return everything(queries, keys + (0 if self.past is None else self.past[0].shape[1]))
+        return full(queries, keys + (0 if self.past is None else self.past[0].shape[1]))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plan = self.plan_of(q.shape[1], k.shape[1])
         return attention(q, *self.seen(k, v), plan)
 
 
-def check_keys(cache: StreamingCache, k: Tensor, frames: int) -> None:
+def check_keys(cache: CachedKeys, k: Tensor, frames: int) -> None:
     expected = (cache.batch, frames * cache.tokens_per_frame, cache.heads, cache.head_dim)
     if tuple(k.shape) != expected:
         raise ValueError(f"keys must be {list(expected)} for this cache, got {list(k.shape)}")

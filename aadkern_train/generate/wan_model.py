@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadkern import StreamingCache, StreamingGenerator, Window
+from aadkern import StreamingGenerator, Window
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.generate.wan_decoder import check_decoder
 from aadkern_train.generate.wan_settings import WanSettings, lora_of
 from aadkern_train.networks.folders import facts
+from aadkern_train.networks.hub import ENCODERS, hub_checkpoint, hub_folder
 from aadkern_train.networks.wan_parts import FILES, WanParts, find_parts, load_part, transformer_shapes
 
 
@@ -27,6 +28,8 @@ def fitting_parts(checkpoint: Path, parts: Path | None, settings: WanSettings) -
 
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("prompt needs transformers: pip install 'aadkern[wan]'")
+    parts = None if parts is None else hub_folder(parts, "parts", ENCODERS)
+    checkpoint = hub_checkpoint(checkpoint, parts)
     if not checkpoint.exists():
         raise FileNotFoundError(f"checkpoint must be a Wan folder, {FILES}, found nothing at {checkpoint}")
     found = find_parts(checkpoint, parts)
@@ -56,7 +59,7 @@ def latent_frame(parts: WanParts, settings: WanSettings) -> tuple[int, int, int]
 def wan_stream(model: Any, frame: tuple[int, int, int], settings: WanSettings, cuda_graphs: bool) -> StreamingGenerator:
     """A stream of a model's, with a cache of its own."""
     window, most = Window(settings.window, sink=settings.sink), settings.chunk_frames
-    cache = StreamingCache.for_model(model, 1, *frame[1:], window, max_chunk_frames=most, merged=True)
+    cache = model.new_cache(1, *frame[1:], window, max_chunk_frames=most, merged=True)
     levels: dict[str, Any] = {"levels": settings.steps, "first_levels": settings.first_steps}
     # Weights that come and go under inference mode would be tensors of that mode ever after.
     return StreamingGenerator(model, cache, cuda_graphs=cuda_graphs, inference_mode=not model.is_offloaded(), **levels)

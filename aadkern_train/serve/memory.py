@@ -175,7 +175,7 @@ def of_wan(parts: WanParts, settings: WanSettings, sessions: int) -> Memory:
 def transformer_config(parts: WanParts, settings: WanSettings) -> dict[str, Any]:
     """The transformer's configuration, of a file as far as its weights tell it."""
     if parts.transformer.is_file():
-        from aadkern.compat.checkpoints import infer_config, open_checkpoint
+        from aadkern.weights.checkpoints import infer_config, open_checkpoint
 
         config: dict[str, Any] = infer_config(open_checkpoint(parts.transformer).shapes)
     else:
