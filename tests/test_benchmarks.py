@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import aadkern
 from aadkern import VideoLayout, Window, plans
-from aadkern.range_attention import reference
+from aadkern.range_attention import reference, sm90
 from aadkern.testing import Results, exact, make_gradients, make_inputs
-from benchmarks import checks, contenders, timing
+from benchmarks import checks, contenders, sweep, timing
 from benchmarks.cases import (
     HEAD_DIM,
     PLANS,
@@ -348,3 +348,17 @@ def test_summary_is_median_quartiles_and_rate():
     got = timing.summary([0.4, 0.1, 0.2, 0.3, 10.0], flops=6 * 10**11, ceiling=4.0)
     assert got.pop("rounds_ms") == [400.0, 100.0, 200.0, 300.0, 10000.0]
     assert got == {"median_ms": 300.0, "p25_ms": 200.0, "p75_ms": 400.0, "tflops": 2.0, "ceiling_share": 0.5}
+
+
+def test_the_sweep_of_hopper_variants_names_contenders_and_begins_with_what_is_in_use():
+    """Where there is no Hopper GPU each of them is left out with the reason."""
+    forwards, backwards = sweep.VARIANTS["sm90 forward"], sweep.VARIANTS["sm90 backward"]
+    assert forwards[0] == f"sm90 {sm90.DEFAULT_FORWARD[128]}" and set(forwards) | {"sm90 simple"} == {
+        f"sm90 {kernel}" for kernel in sm90.FORWARD_KERNELS
+    }
+    assert {*forwards, *backwards} <= set(CONTENDERS)
+    problem = sweep.problem_of(attention_case("7x3", 4, 1, 128), torch.bfloat16, torch.device("cpu"))
+    for kernel, names in sweep.VARIANTS.items():
+        records = sweep.swept(kernel, problem, truth(problem, seconds=0.1), 1.0, float("inf"))
+        assert [record["tile"] for record in records] == list(names)
+        assert all(record["reason"].startswith("Missing: ") for record in records)
