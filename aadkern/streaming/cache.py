@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from aadkern.checks import boolean, choice, shown, whole
 from aadkern.checks import device as checked_device
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from aadkern.wan.model import CausalWan
 
 ROPE_MODES = ("absolute", "relative")
+PRECISIONS = ("full", "fp8")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -58,6 +60,9 @@ class StreamingCache:
     (``streaming.context``). Frame indices are Python integers without a limit. ``nbytes`` tells the memory: twice
     layers * batch * capacity_frames * tokens_per_frame * heads * head_dim numbers.
 
+    ``precision`` "full" holds them in ``dtype``, the keys'; "fp8" in e4m3 with a scale for each frame and head, for generating
+    only: a pass with gradient is refused. A NaN or an infinity makes all of its frame and head NaN.
+
     Raises ValueError or TypeError naming the argument; RuntimeError from ``commit`` when nothing was written.
     """
 
@@ -77,6 +82,7 @@ class StreamingCache:
         rope: str = "absolute",
         frame_period: int | None = None,
         merged: bool = False,
+        precision: str = "full",
     ) -> None:
         sizes = {"layers": layers, "batch": batch, "heads": heads, "head_dim": head_dim}
         sizes |= {"tokens_per_frame": tokens_per_frame, "max_chunk_frames": max_chunk_frames}
@@ -86,6 +92,7 @@ class StreamingCache:
             raise TypeError(f"window must be a Window, got {shown(window)}")
         choice(rope, "rope", ROPE_MODES)
         boolean(merged, "merged")
+        choice(precision, "precision", PRECISIONS)
         if rope == "relative":
             axis_dims(head_dim)
         frame_period = None if frame_period is None else whole(frame_period, "frame_period", 1)
@@ -94,16 +101,19 @@ class StreamingCache:
         self.layers, self.batch, self.heads, self.head_dim = layers, batch, heads, head_dim
         self.tokens_per_frame, self.window, self.rope, self.frame_period = tokens_per_frame, window, rope, frame_period
         self.max_chunk_frames, self.capacity_frames, self.ring = max_chunk_frames, capacity, capacity - window.sink
-        self.merged = merged
+        self.merged, self.dtype, self.precision = merged, dtype, precision
         # A merged pass in relative mode sees the sink at two places: the second lies behind the ring.
         second = window.sink if merged and rope == "relative" else 0
-        shape = (layers, batch, (capacity + second) * tokens_per_frame, heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        sink_tokens = window.sink * tokens_per_frame
-        # The sink's keys at their own frames; ``keys`` holds them moved by ``_sink_at`` frames, and by ``_second_at`` behind the
-        # ring (None: not known).
-        self._sink_keys = self.keys[:, :, :sink_tokens].clone() if rope == "relative" else None
+        slots, held = capacity + second, dtype if precision == "full" else torch.float8_e4m3fn
+        shape = (layers, batch, slots * tokens_per_frame, heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=held, device=device)
+        self.values = torch.zeros(shape, dtype=held, device=device)
+        # Of each slot and head: [layers, B, slots, H].
+        self.scales = None if precision == "full" else torch.ones((2, layers, batch, slots, heads), device=device)
+        sink_shape = (layers, batch, window.sink * tokens_per_frame, heads, head_dim)
+        # The sink's keys at their own frames, in ``dtype``, as every move quantises them anew; ``keys`` holds them moved by
+        # ``_sink_at`` frames, and by ``_second_at`` behind the ring (None: not known).
+        self._sink_keys = torch.zeros(sink_shape, dtype=dtype, device=device) if rope == "relative" else None
         self._second_at: int | None = None
         self.reset()
 
@@ -121,6 +131,7 @@ class StreamingCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         merged: bool = False,
+        precision: str = "full",
     ) -> StreamingCache:
         """A cache that fits ``model`` and latents [batch, C, F, height, width]; dtype and device default to its own.
 
@@ -145,6 +156,7 @@ class StreamingCache:
             rope=config.rope,
             frame_period=config.rope_periods[0] if config.rope_periods else None,
             merged=merged,
+            precision=precision,
         )
 
     @property
@@ -159,9 +171,14 @@ class StreamingCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        sink = 0 if self._sink_keys is None else self._sink_keys.nbytes
-        return self.keys.nbytes + self.values.nbytes + sink
+        """Bytes of all keys and values, and of their scales."""
+        beside = sum(x.nbytes for x in (self._sink_keys, self.scales) if x is not None)
+        return self.keys.nbytes + self.values.nbytes + beside
+
+    def layer(self, layer: int) -> tuple[Tensor, ...]:
+        """A layer's keys and values [B, slots * tokens_per_frame, H, D] and, in FP8, the scales of each, [B, slots, H]."""
+        scales = () if self.scales is None else self.scales[:, layer].unbind()
+        return self.keys[layer], self.values[layer], *scales
 
     def reset(self) -> None:
         """Forget every frame; the next chunk starts at frame 0."""
@@ -215,6 +232,10 @@ class StreamingCache:
         them; called with a layer it gives that one's attention."""
         whole(frames, "frames", 1)
         whole(clean_frames, "clean_frames")
+        if self.precision == "fp8" and torch.is_grad_enabled():
+            raise ValueError(
+                "precision must be 'full' for a pass with gradient, got a cache in 'fp8': run it under torch.no_grad()"
+            )
         start, end = self._frame, self._frame + frames
         chunks = self._chunks(frames, clean_frames)
         views = [self._view(*chunk) for chunk in chunks]
