@@ -286,6 +286,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             rope="relative",
             frame_period=4,
             merged=False,
+            precision="full",
         ),
     ),
     "StreamingCache.for_model": (
@@ -301,6 +302,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             dtype=torch.float32,
             device="cpu",
             merged=True,
+            precision="fp8",
         ),
     ),
     "StreamingCache.rewind": (ready("rewind"), lambda: dict(frame=1)),

@@ -178,7 +178,7 @@ def latent_frame(parts: WanParts, settings: WanSettings) -> tuple[int, int, int]
 def wan_stream(model: Any, frame: tuple[int, int, int], settings: WanSettings, cuda_graphs: bool) -> StreamingGenerator:
     """A stream of a model's, with a cache of its own."""
     window, most = Window(settings.window, sink=settings.sink), settings.chunk_frames
-    cache = StreamingCache.for_model(model, 1, *frame[1:], window, max_chunk_frames=most, merged=True)
+    cache = StreamingCache.for_model(model, 1, *frame[1:], window, max_chunk_frames=most, merged=True, precision=settings.kv_cache)
     levels: dict[str, Any] = {"levels": settings.steps, "first_levels": settings.first_steps}
     return StreamingGenerator(model, cache, cuda_graphs=cuda_graphs, **levels)
 
