@@ -41,8 +41,8 @@ help:  ## this list
 
 env: $(STAMP)  ## make the environment (the other targets do it by themselves)
 
-# What is built; the host model and the ladder are the tests' own.
-BUILT_FROM := $(shell find csrc -type f -not -path '*/host_model/*' -not -path '*/primitives/host/*' -not -path '*/ladder/*')
+# What is built; the host model and the checks of primitives are the tests' own.
+BUILT_FROM := $(shell find csrc -type f -not -path '*/model_entries/*' -not -path '*/primitives/model/*' -not -path '*/primitive_checks/*')
 
 $(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(BUILT_FROM)
 	@command -v "$(PYTHON)" >/dev/null || { echo "No $(PYTHON) here; name a Python 3.10 or later: make PYTHON=..." >&2; exit 1; }

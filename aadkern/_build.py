@@ -47,8 +47,6 @@ def load_cuda() -> str | None:
         return f"not built: {_why_no_cuda(info)} ({file} is left from another build and not loaded; delete it or install again)"
     import torch
 
-    from aadkern import ops  # noqa: F401  the schemas that the library implements
-
     try:
         torch.ops.load_library(str(file))
     except (ImportError, OSError, RuntimeError) as error:

@@ -32,6 +32,7 @@ __all__ = [
     "bidirectional",
     "block_causal",
     "frame_isolated",
+    "full",
     "teacher_forcing",
 ]
 
@@ -345,11 +346,20 @@ def _tokens(frames: Iterable[Range], layout: VideoLayout, offset: int = 0) -> li
     return [(offset + a * n, offset + b * n) for a, b in frames]
 
 
+@lru_cache(maxsize=256)
+def _full(q_len: int, k_len: int) -> AttentionPlan:
+    return AttentionPlan.from_ranges(q_len, k_len, [((0, q_len), [(0, k_len)])])
+
+
+def full(q_len: int, k_len: int) -> AttentionPlan:
+    """All queries see all keys. Raises ValueError or TypeError for a length that is no whole number of at least 0."""
+    return _full(whole(q_len, "q_len"), whole(k_len, "k_len"))
+
+
 @_made_once
 def bidirectional(layout: VideoLayout) -> AttentionPlan:
     """All tokens see all tokens."""
-    tokens = layout.tokens
-    return AttentionPlan.from_ranges(tokens, tokens, [((0, tokens), [(0, tokens)])])
+    return full(layout.tokens, layout.tokens)
 
 
 @_made_once

@@ -1,17 +1,20 @@
-"""Which backend serves an operator on which device, and why the others do not. The one place that decides."""
+"""Which backend serves an operator on which device, and why the others do not: a record of each, and the one place that decides."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from aadkern import checks
 
-BACKENDS = ("reference", "sdpa", "triton", "sm90", "flash")
 AVAILABLE = "available"
 
 # Best first; "flash" is never picked. Triton serves CPU tensors only under its interpreter, for tests, and is never picked there.
@@ -20,9 +23,6 @@ PREFERENCE = {"cpu": ("sdpa", "reference"), "cuda": ("sm90", "triton", "sdpa", "
 # The other operators: their meaning in plain torch, the fast form of it in torch's own operations, fused kernels.
 FUSED_BACKENDS = ("reference", "torch", "triton")
 FUSED_PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "torch")}
-
-# Those of aadkern.attention that have a forward-mode derivative; "auto" passes over the others where one is wanted.
-FORWARD_MODE = ("reference", "sdpa", "triton")
 
 TRITON_MAX_HEAD_DIM = 256
 E4M3_CAPABILITY = (8, 9)  # the first whose conversions Triton can use; earlier GPUs, and AMD's, decode into a temporary tensor
@@ -64,29 +64,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def reason_against(backend: str, device: str) -> str | None:
-    """None if the backend serves tensors on that device ("cpu"; "cuda", the current one; "cuda:1"), else why not."""
+def _reason_against_triton(device: str) -> str | None:
     device_type = device.partition(":")[0]
-    if backend in ("reference", "sdpa", "torch"):
-        return None
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if device_type == "cpu" and not interpreting():
-            return "Triton kernels need a GPU; on the CPU only its interpreter runs them (TRITON_INTERPRET=1)"
-        if device_type == "cuda" and interpreting():
-            return "TRITON_INTERPRET=1 is set, and the interpreter takes CPU tensors only"
-        if device_type not in ("cpu", "cuda"):
-            return f"no Triton kernels for device type {device_type!r}"
-        return None
-    if backend == "sm90":
-        return _reason_against_sm90(device)
-    if backend == "flash":
-        from aadkern import flash_libraries
-
-        return flash_libraries.reason_against(device)
-    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cpu" and not interpreting():
+        return "Triton kernels need a GPU; on the CPU only its interpreter runs them (TRITON_INTERPRET=1)"
+    if device_type == "cuda" and interpreting():
+        return "TRITON_INTERPRET=1 is set, and the interpreter takes CPU tensors only"
+    if device_type not in ("cpu", "cuda"):
+        return f"no Triton kernels for device type {device_type!r}"
+    return None
 
 
 def _reason_against_sm90(device: str) -> str | None:
@@ -108,33 +96,85 @@ def _reason_against_sm90(device: str) -> str | None:
     return None
 
 
-def _is_for(backend: str, dtype: str, head_dim: int) -> bool:
-    """Whether "auto" may give the backend such tensors."""
-    if backend == "triton":
-        return dtype != "float64" and head_dim <= TRITON_MAX_HEAD_DIM
-    if backend == "sm90":
-        return bool(VERIFIED["sm90"]) and dtype in SM90_DTYPES and head_dim in SM90_HEAD_DIMS
-    return True
+def _reason_against_flash(device: str) -> str | None:
+    from aadkern import flash_libraries
+
+    return flash_libraries.reason_against(device)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute ``aadkern.attention``. ``VERIFIED`` says where it was seen to be right."""
+
+    name: str
+    file: str  # of range_attention, which has its kernels by direction: "forward", "backward", "jvp"
+    reason_against: Callable[[str], str | None] = lambda device: None  # why it cannot serve tensors on a device; None: it can
+    dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
+    head_dims: Container[int] | None = None  # None: any
+    forward_mode: bool = False  # whether it has a "jvp"
+    ordered: bool = False  # whether its backward has an order of sums to choose, and takes ``deterministic``
+    after_proof: bool = False  # whether "auto" takes it only once it has an entry in VERIFIED
+
+    def kernel(self, direction: str) -> Callable[..., Any]:
+        """Its "forward", "backward" or "jvp", of a file that is imported now."""
+        file = importlib.import_module(f"aadkern.range_attention.{self.file.format(direction)}")
+        kernel: Callable[..., Any] = getattr(file, direction)
+        return kernel
+
+    def is_for(self, dtype: str, head_dim: int) -> bool:
+        """Whether "auto" may give it such tensors."""
+        fits = dtype in self.dtypes and (self.head_dims is None or head_dim in self.head_dims)
+        return fits and (not self.after_proof or bool(VERIFIED[self.name]))
+
+
+TRITON_DTYPES = ("float32", "float16", "bfloat16")
+RECORDS = {
+    backend.name: backend
+    for backend in (
+        Backend("reference", "reference", forward_mode=True),
+        Backend("sdpa", "sdpa", forward_mode=True),
+        Backend(
+            "triton",
+            "triton_{}",
+            _reason_against_triton,
+            dtypes=TRITON_DTYPES,
+            head_dims=range(1, TRITON_MAX_HEAD_DIM + 1),
+            forward_mode=True,
+        ),
+        Backend("sm90", "sm90", _reason_against_sm90, SM90_DTYPES, SM90_HEAD_DIMS, ordered=True, after_proof=True),
+        Backend("flash", "flash", _reason_against_flash, ordered=True),
+    )
+}
+BACKENDS = tuple(RECORDS)
+
+
+@functools.cache
+def reason_against(backend: str, device: str) -> str | None:
+    """None if the backend serves tensors on that device ("cpu"; "cuda", the current one; "cuda:1"), else why not."""
+    if backend == "torch":  # of the other operators
+        return None
+    if backend not in RECORDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return RECORDS[backend].reason_against(device)
 
 
 def choose_backend(requested: str, device: str, dtype: str = "float32", head_dim: int = 64, *, forward_mode: bool = False) -> str:
     """The backend that serves such tensors: the requested one or, for "auto", the first of ``PREFERENCE`` that can.
 
     Raises ValueError, with the reason, where the requested one cannot serve; a named backend never falls back. ``forward_mode``
-    asks for one of ``FORWARD_MODE``.
+    asks for one that has it.
     """
     if requested != "auto":
-        if forward_mode and requested in BACKENDS and requested not in FORWARD_MODE:
-            served = ", ".join(FORWARD_MODE)
+        if forward_mode and requested in RECORDS and not RECORDS[requested].forward_mode:
+            served = ", ".join(name for name, backend in RECORDS.items() if backend.forward_mode)
             raise ValueError(f"attention: backend {requested!r} has no forward-mode derivative (torch.func.jvp); {served} have one")
         reason = reason_against(requested, device)
         if reason is not None:
             raise ValueError(f"attention: backend {requested!r} cannot serve tensors on {device!r}: {reason}")
         return requested
     for backend in PREFERENCE.get(device.partition(":")[0], ("reference",)):
-        if forward_mode and backend not in FORWARD_MODE:
-            continue
-        if _is_for(backend, dtype, head_dim) and reason_against(backend, device) is None:
+        record = RECORDS[backend]
+        if (record.forward_mode or not forward_mode) and record.is_for(dtype, head_dim) and reason_against(backend, device) is None:
             return backend
     return "reference"
 
@@ -148,7 +188,7 @@ def decodes_in_loads(requested: str, device: str, dtype: str, head_dim: int) -> 
     reason = reason_against("triton", device) or _reason_against_e4m3(device)
     if requested == "triton" and reason is not None:
         raise ValueError(f"attention_e4m3: backend 'triton' cannot serve tensors on {device!r}: {reason}")
-    wanted = requested == "auto" and device.startswith("cuda") and _is_for("triton", dtype, head_dim)
+    wanted = requested == "auto" and device.startswith("cuda") and RECORDS["triton"].is_for(dtype, head_dim)
     return requested == "triton" or (wanted and reason is None)
 
 
@@ -176,7 +216,7 @@ def choose_fused_backend(operator: str, requested: str, device_type: str, dtype:
 def _fused_backend(operator: str, requested: str, device_type: str, dtype: str) -> str:
     if requested == "auto":
         served = (b for b in FUSED_PREFERENCE.get(device_type, ("torch",)) if reason_against(b, device_type) is None)
-        return next(b for b in served if not (b == "triton" and dtype == "float64"))
+        return next(b for b in served if b != "triton" or dtype in TRITON_DTYPES)
     if requested not in FUSED_BACKENDS:
         raise ValueError(f"{operator}: backend must be one of {', '.join(FUSED_BACKENDS)}, or None, got {requested!r}")
     reason = reason_against(requested, device_type)

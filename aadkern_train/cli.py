@@ -136,8 +136,14 @@ def add_generate_options(generate: argparse.ArgumentParser) -> None:
  RUN/weights/STAGE",
     )
     add("--image", type=Path, help="first frame: an image file (RUN: a video too; default: one held out of training)")
+    add("--video", type=Path, help="a video file that the video is made from, no longer than it")
+    add(
+        "--strength",
+        type=float,
+        help="with --video, how much noise it gets, in (0, 1]: from the video as it is to none of it (0.6)",
+    )
     add("--out", type=Path, default=Path("video.mp4"), help="an mp4 file (RUN: a gif too)")
-    add("--chunks", type=int, help="chunks to generate (Wan 7, RUN 12)")
+    add("--chunks", type=int, help="chunks to generate (Wan 7, RUN 12; with --video all that it has)")
     add("--seed", type=int, default=0, help="seed of the noise")
     add("--fps", type=float, help="frames per second of the file (Wan 16, RUN 8)")
     add("--index", type=int, help="RUN: which held-out first frame, without --image (0)")
@@ -151,6 +157,7 @@ def add_generate_options(generate: argparse.ArgumentParser) -> None:
     )
     wan = generate.add_argument_group("Wan models", "Frames here are latent frames, of four video frames each.")
     wan.add_argument("--parts", type=Path, help="a Wan folder to take vae, text_encoder and tokenizer from (default: --checkpoint)")
+    wan.add_argument("--offload", action="store_true", default=None, help="blocks' weights wait in the host's memory: small cards")
     add_wan_settings(wan.add_argument)
 
 
@@ -271,17 +278,19 @@ def switch(name: str, text: str) -> bool:
 def run_generate(args: argparse.Namespace) -> None:
     from aadkern_train.generate.from_run import find_weights, generate, trained_weights
     from aadkern_train.networks.folders import facts
+    from aadkern_train.networks.hub import hub_checkpoint
     from aadkern_train.networks.wan_parts import is_wan, trained_parts
 
-    weights = trained_weights(args.checkpoint)
+    weights = trained_weights(hub_checkpoint(args.checkpoint, args.parts))
     wan = is_wan(weights)
     if not wan:
         find_weights(args.checkpoint)  # there is a run at all
     given = given_options(args)
+    refuse_options(given, () if "video" in given else ("strength",), "there is no --video")
     kind = "a Wan model, not a run" if wan else "a run, not a Wan model"
     refuse_options(given, ("index",) if wan else WAN_ONLY, f"{args.checkpoint} is {kind}")
     if not wan:
-        run_options = ("prompt", "then", "turn", "image", "index", "chunks", "seed", "fps")
+        run_options = ("prompt", "then", "turn", "image", "video", "strength", "index", "chunks", "seed", "fps")
         passes = {name: step_count(name, given[name]) for name in RUN_STEPS if name in given}
         generate(args.checkpoint, args.out, **passes, **{name: given[name] for name in run_options if name in given})
         return
@@ -290,7 +299,7 @@ def run_generate(args: argparse.Namespace) -> None:
     told = facts(weights)
     parts = args.parts or trained_parts(told)
     settings = wan_settings(given, told)
-    generate_wan(weights, args.out, prompt=args.prompt, image=args.image, parts=parts, settings=settings)
+    generate_wan(weights, args.out, prompt=args.prompt, image=args.image, video=args.video, parts=parts, settings=settings)
 
 
 def run_serve(args: argparse.Namespace) -> None:
@@ -302,10 +311,11 @@ def run_serve(args: argparse.Namespace) -> None:
 def run_vbench_export(args: argparse.Namespace) -> None:
     from aadkern_train.generate.from_run import trained_weights
     from aadkern_train.networks.folders import facts
+    from aadkern_train.networks.hub import hub_checkpoint
     from aadkern_train.networks.wan_parts import trained_parts
     from aadkern_train.vbench import vbench_export
 
-    given, weights = given_options(args), trained_weights(args.checkpoint)
+    given, weights = given_options(args), trained_weights(hub_checkpoint(args.checkpoint, args.parts))
     told = facts(weights)
     if "parts" not in given and trained_parts(told) is not None:
         given["parts"] = trained_parts(told)

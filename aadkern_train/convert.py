@@ -19,12 +19,13 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from aadkern import compat
-from aadkern.compat.checkpoints import open_checkpoint, open_safetensors
-from aadkern.compat.tensor_files import WIDE
 from aadkern.wan import CausalWan
+from aadkern.weights.checkpoints import open_checkpoint, open_safetensors
+from aadkern.weights.tensor_files import WIDE
 from aadkern_train.engine.files import atomic_path, read_json, save_tensors
 from aadkern_train.engine.video import check_place
 from aadkern_train.networks.folders import STEM, TRANSFORMERS, check_shapes, facts, weight_files, write_folder
+from aadkern_train.networks.hub import hub_folder
 from aadkern_train.networks.wan_parts import PICKLES, transformer_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,6 +65,7 @@ def convert(
         raise ValueError(f"rope must be left out: {out.name} would hold no configuration; give it where the file is read")
     if key is not None and file != ".pt" and source.suffix.lower() not in PICKLES:
         raise ValueError(f"key must be left out: neither {source} nor {out} is a .pt, got {key!r}")
+    source = hub_folder(source, "source")
     weights = open_weights(source, key if source.suffix.lower() in PICKLES else None)
     if out.resolve() in (weights.path.resolve(), *weights.path.resolve().parents):
         raise ValueError(f"out must be another place than the source, got {out}")

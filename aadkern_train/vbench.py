@@ -26,14 +26,16 @@ from typing import Any
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.files import naming, read_json, sync
 from aadkern_train.engine.video import GrowingVideo, frame_rate, has_h264
-from aadkern_train.generate.from_wan import WanStreamer, embed_prompts, fitting_parts, read_image
+from aadkern_train.generate.from_wan import WanStreamer
+from aadkern_train.generate.pictures import read_image
 from aadkern_train.generate.wan_decoder import tiny_file
+from aadkern_train.generate.wan_model import embed_prompts, fitting_parts
 from aadkern_train.generate.wan_settings import WanSettings, lora_of
 from aadkern_train.networks.wan_parts import PICKLES, WanParts
 
 CRF = 10  # as VBench's README writes videos
 SAMPLE = 1 << 20  # bytes at either end of a weights file that its fingerprint reads
-NOT_IN_THE_VIDEO = ("device", "compile", "cuda_graphs", "then", "turn")  # settings that change no more than rounding
+NOT_IN_THE_VIDEO = ("device", "compile", "cuda_graphs", "then", "turn", "offload")  # settings that change no more than rounding
 BY_FILE = ("decoder", "tiny_decoder")  # told by the fingerprint of the tiny decoder's file
 
 

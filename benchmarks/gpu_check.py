@@ -1,12 +1,12 @@
 """All that a GPU is needed for, in one command: ``python -m benchmarks.gpu_check --out DIR``.
 
-Builds the CUDA kernels, or takes those that were brought along, runs the tests marked ``gpu`` (the ladder of Hopper primitives
-first), times every case of attention against its rivals, then streaming and the other rooms, in order of importance until the time
-is over, and prints a table. ``--plan`` names one of the calls of benchmarks.calls, for a GPU that is lent for minutes. Needs torch,
-Triton, numpy and pytest, no network and no installed aadkern: a test or room that needs more is skipped by name. Every stage runs
-in processes of its own under a time limit, so that nothing one of them does can stop the rest, and DIR/results.json is written anew
-after every item: whatever ends this command, what was found stays. Without a GPU, ``--device cpu`` walks the same path at sizes
-that mean nothing.
+Builds the CUDA kernels, or takes those that were brought along, runs the tests marked ``gpu`` (checks of single Hopper
+primitives first), times every case of attention against its rivals, then streaming and the other rooms, in order of importance
+until the time is over, and prints a table. ``--plan`` names one of the calls of benchmarks.calls, for a GPU that is lent for
+minutes. Needs torch, Triton, numpy and pytest, no network and no installed aadkern: a test or room that needs more is skipped by
+name. Every stage runs in processes of its own under a time limit, so that nothing one of them does can stop the rest, and
+DIR/results.json is written anew after every item: whatever ends this command, what was found stays. Without a GPU,
+``--device cpu`` walks the same path at sizes that mean nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHARE = {
 }
 LAST_SECONDS = 15.0  # kept back for the table, and for a supervisor's last look
 MOST_LOG_BYTES = 2 << 20  # of one stage
-FIRST = ("test_sm90_ladder", "test_sm90_gpu", "sm90", "test_attention", "triton")
+FIRST = ("test_primitive_checks", "test_sm90_gpu", "sm90", "test_attention", "triton")
 DRY_CASES = ["7x3_window9_sink3/3x2x16", "ring_chunk/3x2x16", "teacher_forcing/2x2x16"]
 
 
@@ -242,7 +242,7 @@ class Check:
 
 
 def marked_files() -> list[str]:
-    """Test files that have tests for a GPU, the ladder first, then what is named sm90, attention and Triton."""
+    """Test files that have tests for a GPU, checks of single primitives first, then what is named sm90, attention and Triton."""
     files = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").rglob("test_*.py"))

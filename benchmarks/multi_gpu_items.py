@@ -16,7 +16,6 @@ from torch import Tensor
 from aadkern import (
     AttentionPlan,
     SequenceGroup,
-    StreamingCache,
     StreamingGenerator,
     VideoLayout,
     Window,
@@ -281,7 +280,7 @@ class Bench:
         videos = []
         for name, group in (("shared", self.group(n)), ("one rank", None)):
             model.sequence = group
-            cache = StreamingCache.for_model(model, 1, size.height, size.width, WINDOW, max_chunk_frames=CHUNK, merged=True)
+            cache = model.new_cache(1, size.height, size.width, WINDOW, max_chunk_frames=CHUNK, merged=True)
             stream = StreamingGenerator(model, cache, text=text, cuda_graphs=graphs)
             chunks = stream.chunks(lambda chunk, step: noises[(chunk + step) % len(noises)])
             videos.append(torch.cat([chunk.clone() for chunk in islice(chunks, warm)], dim=2))

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from aadkern import StreamingCache, StreamingGenerator, Window
+from aadkern import StreamingGenerator, Window
 from benchmarks import results, table
 from benchmarks.journal import Journal, supervise
 from benchmarks.streaming_lineage import ClonedCache, lineage
@@ -75,7 +75,7 @@ HOW_TO_BRING = "docs/results.md tells how to bring it to a machine without netwo
 def ours(model: Any, merged: bool, noise: Tensor, first: Tensor, text: Tensor | None) -> Iterator[Tensor]:
     """The video by StreamingGenerator."""
     height, width = first.shape[-2:]
-    cache = StreamingCache.for_model(model, 1, height, width, WINDOW, max_chunk_frames=CHUNK, merged=merged)
+    cache = model.new_cache(1, height, width, WINDOW, max_chunk_frames=CHUNK, merged=merged)
     return StreamingGenerator(model, cache, text=text).chunks(lambda chunk, step: noise, first_frame=first)
 
 

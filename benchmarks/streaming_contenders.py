@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aadkern
-from aadkern import StreamingCache, StreamingGenerator, runtime
+from aadkern import StreamingGenerator, runtime
 from aadkern.streaming.graphs import PassGraphs
 from aadkern.wan.fp8 import quantise
 from aadkern.wan.vae import StreamingDecoder
@@ -139,7 +139,7 @@ class Bench:
             with torch.no_grad():
                 text = model.text_cache(self.text)
             return lambda: lineage(model, cache, self.noise, self.first, text, LEVELS[nfe])
-        cache = StreamingCache.for_model(model, 1, size.height, size.width, WINDOW, max_chunk_frames=size.chunk, merged=way.merged)
+        cache = model.new_cache(1, size.height, size.width, WINDOW, max_chunk_frames=size.chunk, merged=way.merged)
         options: dict[str, Any] = {"cuda_graphs": True} if way.graphs else {}
         generator = StreamingGenerator(model, cache, levels=LEVELS[nfe], text=self.text, **options)
         self.graphs = generator.graphs

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aadkern import Window
 from aadkern.blocks import Turns, api
-from aadkern.blocks.rotary import spread
+from aadkern.rotary.grid import spread
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, Lq, H, D], k and v [B, Lk, H, D] -> [B, Lq, H, D], all visible
 

@@ -24,7 +24,7 @@ WITHOUT_A_GPU = {"cpu", "the CPU interpreter"}
 ENTRY = re.compile(r"(?P<gpu>.+): (?P<file>benchmarks/results/[\w.-]+\.json)")
 # The files whose tests on a GPU prove a backend or room, and nothing else does.
 PROOF = {
-    "sm90": ("tests/test_sm90_gpu.py", "tests/test_sm90_ladder.py"),
+    "sm90": ("tests/test_sm90_gpu.py", "tests/test_primitive_checks.py"),
     "triton": ("tests/test_triton_attention_gpu.py", "tests/test_bad_input.py"),
     "flash": ("tests/test_flash_gpu.py",),
     "pooling": ("tests/test_pooling_gpu.py",),

@@ -7,7 +7,7 @@
 #include <memory>
 #include <optional>
 
-#include "attention/backward_parameters.h"
+#include "attention/sm90/backward_parameters.h"
 #include "attention/launch.h"
 
 // Weak, so that the library loads into a torch without CUDA too: there its schemas and arguments are still tested.
@@ -81,21 +81,22 @@ void forward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor tiles,
 
 constexpr int64_t workspace_alignment = 256;  // torch's CUDA allocator gives 512, but there are others
 
-int64_t workspace_bytes(Tensor q, Tensor k, int64_t query_tiles) {
-    return backward_workspace_bytes(shape(q, k), int32_t(query_tiles)) + workspace_alignment - 1;
+int64_t workspace_bytes(Tensor q, Tensor k, int64_t query_rows, int64_t query_tiles) {
+    return backward_workspace_bytes(shape(q, k), int32_t(query_rows), int32_t(query_tiles)) + workspace_alignment - 1;
 }
 
-void* aligned_workspace(const Tensor& workspace, const Shape& shape, int32_t query_tiles) {
+void* aligned_workspace(const Tensor& workspace, const BackwardArguments& arguments) {
     void* start = contiguous<void>(workspace);
     size_t room = size_t(workspace.numel() * 4);
-    start = std::align(workspace_alignment, size_t(backward_workspace_bytes(shape, query_tiles)), start, room);
+    const int64_t bytes = backward_workspace_bytes(arguments.shape, arguments.query_rows, arguments.tables.query_tile_count);
+    start = std::align(workspace_alignment, size_t(bytes), start, room);
     STD_TORCH_CHECK(start != nullptr, "the workspace is smaller than sm90_workspace_bytes");
     return start;
 }
 
 void backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dq, Tensor dk,
-              Tensor dv, Tensor workspace, Tensor query_tiles, Tensor key_tiles, Tensor spans, double scale, int64_t head_group,
-              bool deterministic) {
+              Tensor dv, Tensor workspace, Tensor query_tiles, Tensor key_tiles, Tensor spans, int64_t query_rows, double scale,
+              int64_t head_group, bool deterministic) {
     const Place place(q);
     BackwardArguments arguments{};
     arguments.shape = shape(q, k);
@@ -111,10 +112,11 @@ void backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tenso
     arguments.dlse = dlse.has_value() ? contiguous<float>(*dlse) : nullptr;
     arguments.tables = {contiguous<int32_t>(query_tiles), contiguous<int32_t>(key_tiles), contiguous<int32_t>(spans),
                         int32_t(query_tiles.size(0)), int32_t(key_tiles.size(0))};
+    arguments.query_rows = int32_t(query_rows);
     arguments.scale = float(scale);
     arguments.head_group = int32_t(head_group);
     arguments.deterministic = deterministic;
-    arguments.workspace = aligned_workspace(workspace, arguments.shape, arguments.tables.query_tile_count);
+    arguments.workspace = aligned_workspace(workspace, arguments);
     require_no(launch_backward(arguments, place.stream()));
 }
 

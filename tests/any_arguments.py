@@ -289,10 +289,9 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             precision="full",
         ),
     ),
-    "StreamingCache.for_model": (
-        StreamingCache.for_model,
+    "CausalWan.new_cache": (
+        lambda **given: model().new_cache(**given),
         lambda: dict(
-            model=model(),
             batch=1,
             height=2,
             width=2,

@@ -13,9 +13,9 @@ from aadkern.range_attention.tiles import cut
 from aadkern.testing import assert_close_to_reference, eager, exact
 from tests.hopper_host import Library, Options, Report, model
 
-SIMPLE, SPECIALISED, PING_PONG, WIDE = range(4)  # ForwardKernel of csrc/attention/launch.h
-TILE_ROWS = {SIMPLE: 64, SPECIALISED: 128, PING_PONG: 128, WIDE: 128}
-TILE_KEYS = {SIMPLE: 128, SPECIALISED: 128, PING_PONG: 128, WIDE: 176}
+SIMPLE, SPECIALISED, PING_PONG, WIDE, PERSISTENT = range(5)  # ForwardKernel of csrc/attention/launch.h
+TILE_ROWS = {SIMPLE: 64, SPECIALISED: 128, PING_PONG: 128, WIDE: 128, PERSISTENT: 128}
+TILE_KEYS = {SIMPLE: 128, SPECIALISED: 128, PING_PONG: 128, WIDE: 176, PERSISTENT: 176}
 DATA_TYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
@@ -49,6 +49,7 @@ def run_forward(
     head_group: int = 2,
     out: Tensor | None = None,
     tables: tuple[list, list] | None = None,
+    persistent_ctas: int = 2,
 ) -> Run:
     """One launch. ``out`` may be any strided tensor; it and the lse are NaN before. ``tables`` stand for those of the plan."""
     batch, q_len, heads, head_dim = q.shape
@@ -65,6 +66,7 @@ def run_forward(
         tables=model().Tables(tiles.data_ptr(), ranges.data_ptr(), len(tiles)),
         scale=scale,
         head_group=head_group,
+        persistent_ctas=persistent_ctas,
     )
     report = library.reported(model().forward, arguments, kernel, len(ranges), options=options)
     return Run(out, lse, report)

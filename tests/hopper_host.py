@@ -1,9 +1,9 @@
-"""Builds what runs the Hopper kernels: on the host model (g++, no GPU) for every test, and by nvcc for the ladder on a GPU.
+"""Builds what runs the Hopper kernels: on the host model (g++, no GPU) for every test, by nvcc for the checks of primitives.
 
-    library = build("forward")                      # csrc/host_model/forward.cpp with the model, loaded; cached by content
+    library = build("forward")                      # csrc/model_entries/forward.cpp with the model, loaded; cached by content
     report = library.reported(model().forward, ..., options=Options(completion=LAZY))
     assert report.clean, report
-    library = build("forward", faults=[Fault("attention/sm90_forward.cuh", "old text", "new text")])   # a planted fault
+    library = build("forward", faults=[Fault("attention/sm90/forward.cuh", "old text", "new text")])   # a planted fault
 
 An entry is extern "C" and ends in (const Options*, char* report, int size); it gives the report to `write_report`.
 """
@@ -36,7 +36,7 @@ FLAGS = ["-std=c++17", "-march=native", "-fPIC", "-DAADKERN_HOST_MODEL", "-U_FOR
 
 
 class Options(ctypes.Structure):
-    """csrc/primitives/host/launch.h says what they mean."""
+    """csrc/primitives/model/launch.h says what they mean."""
 
     _fields_ = (
         ("completion", ctypes.c_int),
@@ -96,6 +96,15 @@ class Fault:
     new: str
 
 
+def without(text: str, *parts: str) -> str:
+    """The text less these parts of it, each of which occurs once."""
+    for part in parts:
+        if text.count(part) != 1:
+            raise ValueError(f"{part!r} occurs {text.count(part)} times, not once, in {text!r}")
+        text = text.replace(part, "")
+    return text
+
+
 def compiler() -> str:
     found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if found is None:
@@ -134,7 +143,7 @@ def model_objects(sources: Path) -> list[Path]:
     """The model itself, compiled once: faults in kernels leave it as it is."""
     flags = [*FLAGS, "-O2", f"-I{sources}"]
     key = digest(FLAGS, folders=[sources / "primitives"])
-    parts = sorted((sources / "primitives" / "host").glob("*.cpp"))
+    parts = sorted((sources / "primitives" / "model").glob("*.cpp"))
     return [compile_to(BUILD / f"{part.stem}-{key}.o", [compiler(), *flags, "-c", str(part)]) for part in parts]
 
 
@@ -161,8 +170,8 @@ def planted(faults: Iterable[Fault]) -> Path:
 
 
 class Library(ctypes.CDLL):
-    """A library of the host model. The ladder's entries are plain C and called as they are, on a GPU machine too, where no pybind11
-    is; attention's take structs, which ``model()`` makes."""
+    """A library of the host model. The entries for checks of primitives are plain C and called as they are, on a GPU machine too,
+    where no pybind11 is; attention's take structs, which ``model()`` makes."""
 
     @property
     def file(self) -> str:
@@ -175,12 +184,12 @@ class Library(ctypes.CDLL):
 
 @functools.cache
 def model() -> ModuleType:
-    """csrc/host_model/module.cpp: arguments of the attention kernels, and calls, bound by pybind11."""
+    """csrc/model_entries/module.cpp: arguments of the attention kernels, and calls, bound by pybind11."""
     pybind11 = pytest.importorskip("pybind11")
     sources = [
-        SOURCES / "host_model" / "module.cpp",
+        SOURCES / "model_entries" / "module.cpp",
         SOURCES / "attention" / "launch.h",
-        SOURCES / "primitives" / "host" / "launch.h",
+        SOURCES / "primitives" / "model" / "launch.h",
     ]
     key = digest([path.read_text() for path in sources], pybind11.__version__, sys.version)
     includes = [f"-I{SOURCES}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
@@ -194,7 +203,7 @@ def model() -> ModuleType:
 
 
 def build(name: str, faults: Iterable[Fault] = (), optimise: str = "-O2") -> Library:
-    """csrc/host_model/<name>.cpp and the model, as a loaded library."""
+    """csrc/model_entries/<name>.cpp and the model, as a loaded library."""
     faults = list(faults)
     sources = planted(faults) if faults else SOURCES
     objects = model_objects(sources)
@@ -203,7 +212,7 @@ def build(name: str, faults: Iterable[Fault] = (), optimise: str = "-O2") -> Lib
         name,
         optimise,
         [str(path.name) for path in objects],
-        folders=[sources / part for part in ("attention", "ladder", "host_model")],
+        folders=[sources / part for part in ("attention", "primitive_checks", "model_entries")],
     )
     command = [
         compiler(),
@@ -211,7 +220,7 @@ def build(name: str, faults: Iterable[Fault] = (), optimise: str = "-O2") -> Lib
         optimise,
         f"-I{sources}",
         "-shared",
-        str(sources / "host_model" / f"{name}.cpp"),
+        str(sources / "model_entries" / f"{name}.cpp"),
         *map(str, objects),
     ]
     return Library(str(compile_to(BUILD / f"{name}-{key}.so", command)))
@@ -225,8 +234,8 @@ def nvcc() -> str:
     return found
 
 
-def build_ladder() -> Library:
-    """The ladder's rungs as the GPU runs them: the same entries as build("primitives"). Loading it needs no GPU."""
+def build_primitive_checks() -> Library:
+    """The checks of primitives as the GPU runs them: the same entries as build("primitive_checks"). Loading it needs no GPU."""
     flags = [
         "-std=c++17",
         "-O3",
@@ -238,7 +247,7 @@ def build_ladder() -> Library:
         "all-warnings",
         f"-I{SOURCES}",
     ]
-    parts = [SOURCES / "ladder" / "primitives.cu", SOURCES / "primitives" / "device" / "tensor_map.cu"]
+    parts = [SOURCES / "primitive_checks" / "checks.cu", SOURCES / "primitives" / "device" / "tensor_map.cu"]
     version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
-    key = digest(version, flags, folders=[SOURCES / "primitives", SOURCES / "ladder"])
-    return Library(str(compile_to(BUILD / f"ladder-{key}.so", [nvcc(), *flags, "-shared", *map(str, parts)])))
+    key = digest(version, flags, folders=[SOURCES / "primitives", SOURCES / "primitive_checks"])
+    return Library(str(compile_to(BUILD / f"primitive_checks-{key}.so", [nvcc(), *flags, "-shared", *map(str, parts)])))

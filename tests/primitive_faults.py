@@ -1,18 +1,18 @@
-"""Faults to plant in the ladder's kernels, and what the host model must report of each."""
+"""Faults to plant in the kernels of csrc/primitive_checks, and what the host model must report of each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-KERNELS, WGMMA, ENTRIES = "ladder/primitives.cuh", "ladder/wgmma.cuh", "ladder/entries.h"
+KERNELS, WGMMA, ENTRIES = "primitive_checks/checks.cuh", "primitive_checks/wgmma.cuh", "primitive_checks/entries.h"
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A fault, the rung that must show it, and what must be reported in at least one schedule: a kind, or "wrong" results."""
+    """A fault, the check that must show it, and what must be reported in at least one schedule: a kind, or "wrong" results."""
 
     name: str
-    rung: str
+    check: str
     kinds: str
     file: str
     old: str

@@ -46,6 +46,16 @@ def test_a_cell_of_other_levels_or_windows_shares_the_stages_before_them():
     assert widest.window == 1 + sum(widest.chunks[1:]) * widest.evaluate.long
 
 
+def test_the_cells_of_feedback_share_all_that_comes_before_it():
+    """A broad teacher too: the shared stages learn from web clips alone."""
+    shared, cells = cells_of(GRIDS["afd"], 0)
+    assert {cell.shared for cell in cells} == {3} and len({cell.folder(Path("out")) for cell in (shared, *cells)}) == len(cells) + 1
+    of = {cell.name: cell.recipe for cell in cells}
+    assert of["broad teacher, AFD"].data.curated_keep == 0.9 and of["AFD"].data.curated_keep == 1.0
+    assert [name for name, recipe in of.items() if recipe.stages["adversarial"].steps] == ["stage III (GAN, real gradients)"]
+    assert {recipe.stages["afd"].steps for name, recipe in of.items() if not recipe.stages["adversarial"].steps} == {60}
+
+
 @pytest.mark.parametrize("word", ["data.blur=0.1", "chunks=[2,2]", "network.layers=3", "seed=8"])
 def test_a_cell_that_changes_what_is_shared_is_refused(word):
     says = f"cell odd must leave what shared stages depend on as it is, it sets {word.split('=')[0]}"
@@ -56,9 +66,9 @@ def test_a_cell_that_changes_what_is_shared_is_refused(word):
 @pytest.mark.parametrize(
     "words, says",
     [
-        ([], "grid must be one of asd, aad1, got none"),
-        (["asd2"], "grid must be one of asd, aad1, got asd2"),
-        (["asd", "aad1"], "grid must be one of asd, aad1, got asd aad1"),
+        ([], "grid must be one of asd, aad1, afd, got none"),
+        (["asd2"], "grid must be one of asd, aad1, afd, got asd2"),
+        (["asd", "aad1"], "grid must be one of asd, aad1, afd, got asd aad1"),
         (["asd", "seeds=0,x"], "seeds must be different whole numbers, say seeds=0,1,2, got '0,x'"),
         (["asd", "seeds=1,1"], "seeds must be different whole numbers"),
         (["asd", "seeds="], "seeds must be different whole numbers"),

@@ -12,7 +12,7 @@ from diffusers.models.transformers import transformer_wan
 import aadkern
 from aadkern import StreamingCache, VideoLayout, Window, blocks, ops
 from aadkern.blocks import RotaryGrid, rotary
-from aadkern.streaming.rope import rotation_table
+from aadkern.rotary.tables import rotation_table
 from aadkern.wan import CausalContext
 from tests.block_cases import (
     BATCH,

@@ -91,7 +91,7 @@ def test_which_weights_are_taken(path, caplog):
     generator, ema, critic = (random_state() for _ in range(3))
     in_wan = {name: compat.to_wan_names(s) for name, s in {"critic": critic, "generator": generator, "generator_ema": ema}.items()}
     torch.save(in_wan, path)
-    with caplog.at_level(logging.INFO, "aadkern.compat"):
+    with caplog.at_level(logging.INFO, "aadkern.weights"):
         assert_same(compat.load_checkpoint(path), ema)
     assert "taking 'generator_ema'" in caplog.text
     assert_same(compat.load_checkpoint(path, weights="generator"), generator)
@@ -119,7 +119,7 @@ def test_a_file_becomes_a_causal_wan(path, caplog, cross_attn_norm):
         for parameter in made.parameters():
             parameter.normal_(std=0.3)
     compat.save_checkpoint(made.state_dict(), path)
-    with caplog.at_level(logging.INFO, "aadkern.compat"):
+    with caplog.at_level(logging.INFO, "aadkern.weights"):
         model = compat.load_model(path, head_dim=16)
     assert "head_dim and eps are assumed" in caplog.text and "'num_layers': 2" in caplog.text
     assert {name: model.config[name] for name in CONFIG} == CONFIG and model.config["cross_attn_norm"] is cross_attn_norm

@@ -253,7 +253,9 @@ def test_the_first_call_is_compared_with_the_mask_at_full_size():
     q, k, v = torch.randn(3, 1, 2, 50, 8)
     for end, agrees in ((20, True), (21, False)):
         original = aadkern.compat.flex.Original(lambda b, h, i, j, end=end: (i >= 20) | (j < end), 50)
-        ours = aadkern.compat.flex.flex_attention_for(flex_attention, {plan: original}, notes := [])
+        first_calls = aadkern.compat.flex.FirstCalls(notes := [])
+        first_calls.expect(plan, original)
+        ours = aadkern.compat.flex.flex_attention_for(flex_attention, first_calls)
         if agrees:
             ours(q, k, v, block_mask=plan)
             assert len(notes) == 1

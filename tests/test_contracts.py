@@ -41,7 +41,7 @@ PUBLIC = {
 
 # Beside the standard library; the first match counts. `import aadkern` needs torch alone: the others are imported late.
 MAY_IMPORT = {
-    "aadkern/compat/tensor_files.py": {"torch", "safetensors"},
+    "aadkern/weights/tensor_files.py": {"torch", "safetensors"},
     "aadkern/wan/text.py": {"torch", "tokenizers", "transformers", "ftfy"},
     "aadkern/wan/tiny_vae.py": {"torch", "safetensors"},
     "aadkern/wan/": {"torch", "diffusers"},

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from aadkern import compat
 from aadkern.wan import CausalWan
+from aadkern.weights import names
 from aadkern_train.cli import main
 from aadkern_train.networks import folders
 from tests.tiny_wan import TRANSFORMER
@@ -130,7 +131,7 @@ def test_shards_wans_own_folder_and_a_pipelines(tmp_path, monkeypatch):
     for file in own.glob("*.safetensors"):  # as Wan-Video publishes its models: shards in its own names
         save_file(compat.to_wan_names(load_file(file)), file)
     index = json.loads((own / f"{folders.STEM}.safetensors.index.json").read_text())
-    index["weight_map"] = {compat.names.translated([n], "wan")[n]: file for n, file in index["weight_map"].items()}
+    index["weight_map"] = {names.translated([n], "wan")[n]: file for n, file in index["weight_map"].items()}
     (own / f"{folders.STEM}.safetensors.index.json").write_text(json.dumps(index))
     (own / "config.json").write_text(json.dumps({"_class_name": "WanModel", "dim": 128, "num_heads": 1}))
     assert convert(own, "--out", tmp_path / "from_own") == 0

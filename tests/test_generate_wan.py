@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -282,8 +283,8 @@ def test_bad_settings(wan, words, says, capsys, monkeypatch, tmp_path):
 
 def test_a_prompt_must_be_given_and_transformers_be_there(wan, capsys, monkeypatch, tmp_path):
     refused([], "prompt must be given for a Wan model", capsys, monkeypatch, tmp_path, wan[0] / "pipeline", prompt=None)
-    real = module.importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "transformers" else real(name))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else real(name))
     refused([], "pip install 'aadkern[wan]'", capsys, monkeypatch, tmp_path, wan[0] / "pipeline")
 
 

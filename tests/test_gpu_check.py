@@ -205,7 +205,7 @@ def test_who_crashed_twice_is_not_tried_a_third_time():
     assert given_up(lost, second, ["flex"])[step(second, "flex")] == "SIGSEGV"
 
 
-def test_files_with_tests_for_a_gpu_the_ladder_first():
+def test_files_with_tests_for_a_gpu_the_checks_of_primitives_first():
     files = gpu_check.marked_files()
     assert "tests/test_bad_input.py" in files and "tests/test_plans.py" not in files
     assert all("mark.gpu" in (ROOT / file).read_text() for file in files)

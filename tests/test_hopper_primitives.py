@@ -10,65 +10,65 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import ladder
+from tests import primitive_checks
 from tests.hopper_host import EAGER, LAZY, RANDOM, Fault, Options, build, planted, schedules
-from tests.ladder import RUNGS
+from tests.primitive_checks import CHECKS
 from tests.primitive_faults import FAULTS, KERNELS, RING_WAIT_FULL, Planted
 
 
 @pytest.fixture(scope="module")
 def library():
-    return build("primitives")
+    return build("primitive_checks")
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_each_rung_gives_what_it_must_and_is_clean_on_every_schedule(library, rung):
+@pytest.mark.parametrize("check", CHECKS)
+def test_each_check_gives_what_it_must_and_is_clean_on_every_schedule(library, check):
     for options in schedules(random=4):
-        report, found = RUNGS[rung](library, options)
+        report, found = CHECKS[check](library, options)
         assert report.clean and found == "", f"{options}: {found}{report}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rung", RUNGS)
-def test_no_false_alarm_on_many_schedules(library, rung):
+@pytest.mark.parametrize("check", CHECKS)
+def test_no_false_alarm_on_many_schedules(library, check):
     for options in schedules(random=100, resident_ctas=3):
-        report, found = RUNGS[rung](library, options)
+        report, found = CHECKS[check](library, options)
         assert report.clean and found == "", f"{options}: {found}{report}"
 
 
 def test_resident_ctas_share_global_memory_and_nothing_else(library):
     for resident in (1, 2, 7):
         for options in schedules(random=3, resident_ctas=resident):
-            for rung in (ladder.semaphore, ladder.reduce):
-                report, found = rung(library, options)
+            for check in (primitive_checks.semaphore, primitive_checks.reduce):
+                report, found = check(library, options)
                 assert report.clean and found == "", f"{options}: {found}{report}"
 
 
 @st.composite
-def boxes(draw) -> ladder.Box:
+def boxes(draw) -> primitive_checks.Box:
     """Any type and swizzle, a box of whole swizzle spans that may begin before a tensor and reach past its end."""
     kind, swizzle = draw(st.sampled_from([0, 1, 2])), draw(st.sampled_from([0, 1, 2, 3]))
-    unit = 4 if kind == ladder.FLOAT32 else 8  # elements in 16 bytes
+    unit = 4 if kind == primitive_checks.FLOAT32 else 8  # elements in 16 bytes
     width = unit * (draw(st.integers(1, 8)) if swizzle == 0 else 1 << swizzle)
     box = (1, draw(st.integers(1, 2)), draw(st.integers(1, 12)), width)
     size = (*(draw(st.integers(1, most)) for most in (3, 3, 30)), unit * draw(st.integers(1, 12)))
     reach = [st.integers(-extent, length) for extent, length in zip(box, size, strict=True)]
-    return ladder.Box(
+    return primitive_checks.Box(
         kind, swizzle, size, box, draw(st.tuples(*reach)), draw(st.tuples(*reach)), row_gap=unit * draw(st.integers(0, 2))
     )
 
 
 @given(case=boxes(), seed=st.integers(1, 1000), completion=st.sampled_from([EAGER, LAZY, RANDOM]))
 def test_any_tensor_box(case, seed, completion):
-    report, found = ladder.tensor(build("primitives"), Options(completion, seed=seed), case)
+    report, found = primitive_checks.tensor(build("primitive_checks"), Options(completion, seed=seed), case)
     assert report.clean and found == "", f"{found}{report}"
 
 
 def test_without_the_race_check_values_are_the_same(library):
-    for rung in ("ring", "reduce", "turns", "wgmma-bf16-registers-MN-128"):
+    for check in ("ring", "reduce", "turns", "wgmma-bf16-registers-MN-128"):
         for options in schedules(random=2, check_races=False):
-            report, found = RUNGS[rung](library, options)
-            assert report.clean and found == "", f"{rung} {options}: {found}{report}"
+            report, found = CHECKS[check](library, options)
+            assert report.clean and found == "", f"{check} {options}: {found}{report}"
 
 
 @pytest.mark.parametrize(
@@ -81,18 +81,18 @@ def test_without_the_race_check_values_are_the_same(library):
     ],
 )
 def test_what_the_driver_would_refuse_of_a_tensor_map(library, change, message):
-    good = ladder.Box(ladder.BFLOAT16, 3, (1, 1, 32, 64), (1, 1, 8, 64), (0, 0, 0, 0), (0, 0, 0, 0))
-    report, _ = ladder.tensor(library, Options(), replace(good, **change))
+    good = primitive_checks.Box(primitive_checks.BFLOAT16, 3, (1, 1, 32, 64), (1, 1, 8, 64), (0, 0, 0, 0), (0, 0, 0, 0))
+    report, _ = primitive_checks.tensor(library, Options(), replace(good, **change))
     assert message in report.kinds["tensor map"][1]
 
 
 def seen(fault: Planted) -> Counter[str]:
     """Kinds of report, and "wrong" for a wrong result, over a few schedules."""
-    library = build("primitives", faults=[Fault(fault.file, fault.old, fault.new)], optimise="-O0")
+    library = build("primitive_checks", faults=[Fault(fault.file, fault.old, fault.new)], optimise="-O0")
     kinds: Counter[str] = Counter()
     for options in schedules(random=4, resident_ctas=fault.resident_ctas, max_switches=1_000_000):
         torch.manual_seed(0)
-        report, found = RUNGS[fault.rung](library, options)
+        report, found = CHECKS[fault.check](library, options)
         kinds.update([*report.kinds, *(["wrong"] if found else [])])
     return kinds
 
@@ -123,15 +123,15 @@ def test_a_fault_that_matches_nothing_is_an_error():
 
 
 def test_a_deadlock_says_who_waits_on_what(library):
-    broken = build("primitives", faults=[Fault(KERNELS, "(use & 1) ^ 1)", "use & 1)")], optimise="-O0")
+    broken = build("primitive_checks", faults=[Fault(KERNELS, "(use & 1) ^ 1)", "use & 1)")], optimise="-O0")
     for completion in (EAGER, LAZY, RANDOM):
-        report, _ = ladder.ring(broken, Options(completion))
+        report, _ = primitive_checks.ring(broken, Options(completion))
         message = report.kinds["deadlock"][1]
         assert "96 threads 32..127: mbarrier at shared+" in message and "3 of 3 arrivals" in message, message
 
 
 def test_the_same_seed_is_the_same_run(library):
     """The report's first message carries thread and address, so that it changes with the schedule."""
-    broken = build("primitives", faults=[Fault(KERNELS, RING_WAIT_FULL, "")], optimise="-O0")
-    texts = [str(ladder.ring(broken, Options(RANDOM, seed=seed))[0]) for seed in (5, 5, 6, 7, 8)]
+    broken = build("primitive_checks", faults=[Fault(KERNELS, RING_WAIT_FULL, "")], optimise="-O0")
+    texts = [str(primitive_checks.ring(broken, Options(RANDOM, seed=seed))[0]) for seed in (5, 5, 6, 7, 8)]
     assert texts[0] == texts[1] and len(set(texts)) > 2

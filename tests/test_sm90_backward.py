@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aadkern.plans import AttentionPlan, VideoLayout, Window, block_causal, frame_isolated, teacher_forcing
-from aadkern.range_attention.sm90_tables import cut_backward
+from aadkern.range_attention.sm90_tables import QUERY_ROWS, cut_backward
 from aadkern.testing import Results, assert_results_close, eager, exact, make_gradients, make_inputs, plans, random_plan
 from tests.hopper_backward import run_backward
 from tests.hopper_device import beside_products, compile_kernels, touched_in_flight
@@ -25,6 +26,7 @@ RAGGED = AttentionPlan.from_ranges(
     205, 300, [((0, 5), []), ((5, 133), [(3, 4), (17, 290)]), ((133, 134), [(120, 260)]), ((134, 205), [(0, 128), (299, 300)])]
 )
 LAYOUT = VideoLayout(chunks=(1, 2, 2), tokens_per_frame=45)
+ROWS = pytest.mark.parametrize(("head_dim", "queries"), [(64, 128), (128, 64), (128, 80)])
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +53,15 @@ def check(library, q, k, v, dout, dlse, plan, scale=None, **options):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_ragged_plan(library, head_dim, dtype, deterministic):
-    check(library, *draw(RAGGED, 1, head_dim, dtype), RAGGED, deterministic=deterministic)
+@ROWS
+def test_a_ragged_plan(library, head_dim, queries, dtype, deterministic):
+    check(library, *draw(RAGGED, 1, head_dim, dtype), RAGGED, deterministic=deterministic, queries=queries)
 
 
 @given(plan=plans(max_q=250, max_k=250), data=st.data())
 def test_random_plans(plan, data):
     head_dim, dtype = data.draw(st.sampled_from([64, 128])), data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
+    queries = data.draw(st.sampled_from(QUERY_ROWS[head_dim]))
     batch, heads = data.draw(st.sampled_from([(1, 1), (1, 2), (2, 1)]))
     random.seed(data.draw(st.integers(0, 1 << 30)))
     inputs = draw(plan, heads, head_dim, dtype, batch=batch)
@@ -68,7 +71,8 @@ def test_random_plans(plan, data):
         resident_ctas=data.draw(st.integers(1, 3)),
     )
     group = data.draw(st.integers(1, batch * heads))
-    check(build("backward"), *inputs, plan, deterministic=data.draw(st.booleans()), options=options, head_group=group)
+    deterministic = data.draw(st.booleans())
+    check(build("backward"), *inputs, plan, deterministic=deterministic, options=options, head_group=group, queries=queries)
 
 
 # ---- order ------------------------------------------------------------------------------------------------------------------
@@ -78,15 +82,15 @@ def bits(result):
     return torch.cat([result.sums.view(torch.int32), *(x.flatten().view(torch.int16) for x in (result.dq, result.dk, result.dv))])
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_deterministic_gives_the_same_bits_in_every_order_of_events(library, head_dim):
+@ROWS
+def test_deterministic_gives_the_same_bits_in_every_order_of_events(library, head_dim, queries):
     """However many CTAs run at once, to the last bit of the fp32 sums, none of which depends on the other mode's luck."""
     plan = block_causal(VideoLayout(chunks=(2, 1, 2), tokens_per_frame=70))
     q, k, v, dout, dlse = draw(plan, 1, head_dim, torch.bfloat16)
-    first = check(library, q, k, v, dout, dlse, plan, deterministic=True, options=Options(EAGER))
+    first = check(library, q, k, v, dout, dlse, plan, deterministic=True, options=Options(EAGER), queries=queries)
     truth = exact(q, k, v, plan, head_dim**-0.5, dout, dlse)
     again = functools.partial(
-        run_backward, library, dout, dlse, q, k, v, truth.out.to(q.dtype), truth.lse.float(), plan, head_dim**-0.5
+        run_backward, library, dout, dlse, q, k, v, truth.out.to(q.dtype), truth.lse.float(), plan, head_dim**-0.5, queries=queries
     )
     for options in (
         Options(LAZY, resident_ctas=2),
@@ -120,13 +124,15 @@ def test_every_tile_is_done_once_whatever_the_order_of_heads(library, head_group
 # ---- memory -----------------------------------------------------------------------------------------------------------------
 
 
+@ROWS
 @pytest.mark.parametrize("layout", ["bhsd", "fused", "sliced"])
-def test_strides(library, layout):
+def test_strides(library, layout, head_dim, queries):
     plan = AttentionPlan.from_ranges(150, 150, [((0, 70), [(0, 150)]), ((70, 150), [(3, 90), (100, 140)])])
-    inputs = draw(plan, 2, 64, torch.bfloat16, batch=2, layout=layout)
-    canaries = [torch.full((2, 3, 156, 72), float("nan"), dtype=torch.bfloat16) for _ in range(3)]  # gradients inside, NaN around
-    gradients = tuple(canary[:, :2, 3:153, :64].transpose(1, 2) for canary in canaries)
-    check(library, *inputs, plan, gradients=gradients)
+    inputs = draw(plan, 2, head_dim, torch.bfloat16, batch=2, layout=layout)
+    around = (2, 3, 156, head_dim + 8)
+    canaries = [torch.full(around, float("nan"), dtype=torch.bfloat16) for _ in range(3)]  # gradients inside, NaN around
+    gradients = tuple(canary[:, :2, 3:153, :head_dim].transpose(1, 2) for canary in canaries)
+    check(library, *inputs, plan, gradients=gradients, queries=queries)
     for canary in canaries:
         assert canary.isnan().sum() == canary.numel() - gradients[0].numel()
 
@@ -143,20 +149,20 @@ def test_offsets_beyond_32_bits(library):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@ROWS
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
-def test_rows_that_are_not_seen_have_no_effect(library, garbage, head_dim):
+def test_rows_that_are_not_seen_have_no_effect(library, garbage, head_dim, queries):
     """Keys between and after ranges, queries that see no key and lie in the same tiles as others: NaN in all their tensors."""
     plan = AttentionPlan.from_ranges(200, 300, [((0, 70), [(0, 100), (130, 210)]), ((90, 181), [(0, 100)]), ((181, 200), [])])
     q, k, v, dout, dlse = draw(plan, 1, head_dim, torch.bfloat16)
-    clean = check(library, q, k, v, dout, dlse, plan)
+    clean = check(library, q, k, v, dout, dlse, plan, queries=queries)
     truth = exact(q, k, v, plan, head_dim**-0.5, dout, dlse)
     out, lse = truth.out.to(q.dtype), truth.lse.float()
     for unseen in (slice(70, 90), slice(181, 200)):
         q[:, unseen], dout[:, unseen], out[:, unseen], dlse[:, :, unseen] = garbage, garbage, garbage, garbage
     for unseen in (slice(100, 130), slice(210, 300)):
         k[:, unseen], v[:, unseen] = garbage, garbage
-    result = run_backward(library, dout, dlse, q, k, v, out, lse, plan, head_dim**-0.5)
+    result = run_backward(library, dout, dlse, q, k, v, out, lse, plan, head_dim**-0.5, queries=queries)
     assert result.report.clean, str(result.report)
     for ours, before in ((result.dq, clean.dq), (result.dk, clean.dk), (result.dv, clean.dv)):
         assert torch.equal(ours, before)
@@ -190,10 +196,11 @@ def test_infinite_scores_give_nan_only_where_the_reference_does(library):
 # ---- numbers ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("queries", QUERY_ROWS[128])
 @pytest.mark.parametrize("factor", [0.1, 8.0, 30.0])
-def test_the_size_of_the_scores(library, factor):
+def test_the_size_of_the_scores(library, factor, queries):
     q, k, v, dout, dlse = draw(RAGGED, 1, 128, torch.bfloat16)
-    check(library, factor * q, factor * k, v, dout, dlse, RAGGED)
+    check(library, factor * q, factor * k, v, dout, dlse, RAGGED, queries=queries)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.2, 1.0])
@@ -206,14 +213,15 @@ def test_no_gradient_of_lse(library):
     check(library, q, k, v, dout, None, RAGGED)
 
 
-@pytest.mark.parametrize("sizes", [(1, 300), (300, 1), (1, 1), (64, 128), (65, 129)])
-def test_few_queries_or_keys(library, sizes):
+@pytest.mark.parametrize("queries", QUERY_ROWS[128])
+@pytest.mark.parametrize("sizes", [(1, 300), (300, 1), (1, 1), (64, 128), (65, 129), (80, 128), (81, 65)])
+def test_few_queries_or_keys(library, sizes, queries):
     """One query over many keys is a query-token discriminator, with lse far below -88."""
     q_len, k_len = sizes
     plan = AttentionPlan.from_ranges(q_len, k_len, [((0, q_len), [(0, k_len)])])
     q, k, v, dout, dlse = draw(plan, 1, 128, torch.bfloat16)
     q[..., 0], k[..., 0] = 100.0, -100.0  # all scores are near -880
-    result = check(library, q, k, v, dout, dlse, plan)
+    result = check(library, q, k, v, dout, dlse, plan, queries=queries)
     assert all(x.isfinite().all() for x in result[:3])
 
 
@@ -231,21 +239,22 @@ def test_no_queries_at_all(library):
         ({"scale": math.nan}, "scale must be finite"),
         ({"layout": "misaligned"}, "base must be 16-byte aligned"),
         ({"head_group": 0}, "head_group must be at least 1"),
+        ({"queries": 80}, "query_rows must be 64 or 80 at head_dim 128, 128 at head_dim 64"),
+        ({"queries": 128, "head_dim": 128}, "query_rows must be 64 or 80 at head_dim 128, 128 at head_dim 64"),
     ],
 )
 def test_what_is_not_served_is_refused(library, wrong, message):
     plan = AttentionPlan.from_ranges(64, 64, [((0, 64), [(0, 64)])])
     q, k, v, dout, dlse = draw(plan, 1, wrong.get("head_dim", 64), torch.bfloat16, layout=wrong.get("layout", "bshd"))
-    result = run_backward(
-        library, dout, dlse, q, k, v, q, dlse, plan, wrong.get("scale", 0.125), head_group=wrong.get("head_group", 1)
-    )
+    options = {"head_group": wrong.get("head_group", 1), "queries": wrong.get("queries")}
+    result = run_backward(library, dout, dlse, q, k, v, q, dlse, plan, wrong.get("scale", 0.125), **options)
     assert message in str(result.report) and all(x.isnan().all() for x in result[:3])
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------------------
 
 
-@given(plan=plans(max_q=400, max_k=400), queries=st.sampled_from([64, 128]))
+@given(plan=plans(max_q=400, max_k=400), queries=st.sampled_from([64, 80, 128]))
 def test_tables_hold_each_visible_pair_once_and_number_what_a_query_tile_is_given(plan, queries):
     query_tiles, key_tiles, spans = cut_backward(plan, queries)
     assert [row for start, end in query_tiles for row in range(start, end)] == list(range(plan.q_len))
@@ -266,11 +275,12 @@ def test_tables_hold_each_visible_pair_once_and_number_what_a_query_tile_is_give
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("queries", QUERY_ROWS[128])
 @pytest.mark.parametrize("window", [Window(), Window(frames=3, sink=1)], ids=str)
 @pytest.mark.parametrize("make", [block_causal, teacher_forcing, lambda layout, _: frame_isolated(layout)])
-def test_the_masks_of_video(library, make, window):
-    plan = make(LAYOUT, window)
-    check(library, *draw(plan, 2, 128, torch.bfloat16), plan, deterministic=True, options=Options(RANDOM, resident_ctas=4))
+def test_the_masks_of_video(library, make, window, queries):
+    plan, options = make(LAYOUT, window), Options(RANDOM, resident_ctas=4)
+    check(library, *draw(plan, 2, 128, torch.bfloat16), plan, deterministic=True, options=options, queries=queries)
 
 
 @pytest.mark.slow
@@ -278,10 +288,10 @@ def test_the_masks_of_video(library, make, window):
 def test_many_plans_in_many_orders(library, seed):
     rng = random.Random(seed)
     plan, random_dtype, head_dim = random_plan(rng, 500, 700), rng.choice([torch.bfloat16, torch.float16]), rng.choice([64, 128])
-    inputs = draw(plan, 2, head_dim, random_dtype, batch=rng.randint(1, 2))
+    inputs, queries = draw(plan, 2, head_dim, random_dtype, batch=rng.randint(1, 2)), rng.choice(QUERY_ROWS[head_dim])
     for deterministic in (False, True):
         results = [
-            check(library, *inputs, plan, deterministic=deterministic, options=o)
+            check(library, *inputs, plan, deterministic=deterministic, options=o, queries=queries)
             for o in schedules(3, resident_ctas=rng.randint(1, 6))
         ]
         assert all(torch.equal(bits(result)[-result.dk.numel() :], bits(results[0])[-result.dk.numel() :]) for result in results)
@@ -295,38 +305,45 @@ def test_many_plans_in_many_orders(library, seed):
 @pytest.fixture(scope="module")
 def compiled():
     BUILD.mkdir(parents=True, exist_ok=True)
-    return compile_kernels("attention/sm90_backward.cu", BUILD)
+    return compile_kernels("attention/sm90/backward.cu", BUILD)
+
+
+def tile_of(kernel):
+    """head_dim and queries."""
+    found = re.search(r"BackwardTileILi(\d+)ELi(\d+)E", kernel.name)
+    return int(found[1]), int(found[2])
 
 
 def test_nvcc_makes_every_instance_without_spills_or_serialised_products(compiled):
     kernels, complaints = compiled
     assert complaints == []
-    assert len(kernels) == 3 * 4  # three launches; two types, two head_dims
+    assert len(kernels) == 3 * 2 * 3  # three launches; two types; 64 and 80 queries at head_dim 128, 128 at 64
     assert {kernel.spilled_bytes for kernel in kernels} == {0}
 
 
 def test_the_main_kernel_keeps_to_its_registers_and_uses_the_units_it_is_written_for(compiled):
     main = [kernel for kernel in compiled[0] if "attention_backward" in kernel.name]
-    assert len(main) == 4
+    assert len(main) == 6
     for kernel in main:
-        wide = "ELi128E" in kernel.name
+        head_dim, queries = tile_of(kernel)
+        wide = head_dim == 128
         assert kernel.setmaxnreg == {"producer": 24, "consumer": 240}
         assert 128 * (kernel.setmaxnreg["producer"] + 2 * kernel.setmaxnreg["consumer"]) <= 128 * 3 * kernel.registers <= 65536
         assert kernel.highest["producer"] < 24 and kernel.highest["consumer"] < 240
         # S^T, dP^T, dV, dQ, dK; K, V, Q, dO panels; lse and delta; dQ
-        assert kernel.opcodes["HGMMA"] == (8 + 8 + 4 + 8 + 4 if wide else 4 + 4 + 8 + 8 + 8)
+        assert kernel.opcodes["HGMMA"] == 2 * head_dim // 16 + queries // 16 + 8 + queries // 16
         assert kernel.opcodes["UTMALDG"] == (8 if wide else 4)
         assert kernel.opcodes["UBLKCP"] == 1 and kernel.opcodes["UBLKRED"] == 1
         assert kernel.stores == [16] * (16 if wide else 8)  # dk and dv, 16 rows a warp
 
 
 def test_what_a_step_computes_stands_beside_products(compiled):
-    """All exponentials under dP^T, dS^T and its way out under dV, dQ's way out under dK."""
+    """All exponentials under dP^T, dS^T (not with 80 queries) and its way out under dV, dQ's way out under dK."""
     for kernel in (kernel for kernel in compiled[0] if "attention_backward" in kernel.name):
-        queries = 64 if "ELi128E" in kernel.name else 128
+        _, queries = tile_of(kernel)
         assert beside_products(kernel, "MUFU.EX2") == (queries // 2, queries // 2)
         assert beside_products(kernel, "STSM") == (queries // 16, queries // 16)
-        assert beside_products(kernel, "FMUL")[0] >= queries // 2
+        assert queries == 80 or beside_products(kernel, "FMUL")[0] >= queries // 2
 
 
 def test_ptxas_moves_nothing_into_the_flight_of_a_product(compiled):

@@ -15,9 +15,9 @@ import torch
 from aadkern.plans import AttentionPlan
 from aadkern.testing import Results, assert_results_close, eager, exact, make_gradients, make_inputs
 from tests.hopper_backward import run_backward
-from tests.hopper_host import LAZY, RANDOM, Fault, Options, build
+from tests.hopper_host import LAZY, RANDOM, SOURCES, Fault, Options, build, without
 
-KERNEL, TILES, ROWS = "attention/sm90_backward.cuh", "attention/backward_tiles.cuh", "attention/sm90_backward_rows.cuh"
+KERNEL, TILES, ROWS = "attention/sm90/backward.cuh", "attention/sm90/backward_tiles.cuh", "attention/sm90/backward_rows.cuh"
 # More query tiles than stages, with a tail in both; key tiles with and without a tail, and one that nobody sees.
 PLAN = AttentionPlan.from_ranges(
     330, 320, [((0, 200), [(0, 160), (170, 290)]), ((200, 240), [(0, 160)]), ((240, 320), [(170, 290)])]
@@ -32,12 +32,13 @@ class Planted(NamedTuple):
     new: str
     shows: str  # the kind of report, "wrong" for a wrong result, or "order" for one that depends on the order of events
     head_dim: int = 128
+    queries: int | None = None
 
 
 WAIT_EMPTY = "        mbarrier_wait(shared.empty(ring.stage), ring.parity ^ 1);\n"
 ORDERED_WAIT = "                semaphore_wait(unpublished, query.rank);\n"
 DS_BARRIER = "        named_barrier_sync(backward_all_consumers, Tile::consumer_threads);  // then,"
-STORED_DS = "        store_packed(all_ds, Tile::key_panel, 64 * half, ds);\n        fence_proxy_async();\n"
+STORED_DS = "            store_packed(all_ds, Tile::key_panel, 64 * half, ds);\n        }\n        fence_proxy_async();\n"
 CLEARED = "        fence_proxy_async();\n        named_barrier_sync(backward_all_consumers, Tile::consumer_threads);\n    }\n"
 STORED_DQ = "        fence_proxy_async();\n        named_barrier_arrive(backward_dq_full"
 DQ_EMPTY = "        named_barrier_sync(backward_dq_empty + half, backward_dq_threads);\n"
@@ -49,6 +50,19 @@ AFTER_STEP = """            wgmma_wait<0>();
             keep(ds);
             release(stage);
 """
+EARLY_RELEASE = """            release(stage);
+            wgmma_wait<0>();
+            keep(dk);
+            keep(ds);
+"""
+FENCED_DV = """            wgmma_fence();
+            add_product(dv, packed, shared.dout(stage));
+            wgmma_wait<1>();"""
+LATE_DV = """            wgmma_fence();
+            add_product(dv, packed, shared.dout(stage));
+        } else {"""
+DQ_TURNED = """(panel * Tile::query_panel + inside) / 16,
+                                              step != 0);"""
 FAULTS = [
     # the pipeline of query tiles
     Planted("keys not waited for", KERNEL, "        mbarrier_wait(shared.keys_full(), 0);\n", "", "race"),
@@ -70,8 +84,7 @@ FAULTS = [
         "released before dK is made",
         KERNEL,
         AFTER_STEP,
-        "            release(stage);\n"
-        + AFTER_STEP.replace("release(stage);\n            ", "").replace("            release(stage);\n", ""),
+        EARLY_RELEASE,
         "race",
         64,
     ),
@@ -89,9 +102,7 @@ FAULTS = [
     ),
     Planted("dQ used in flight", KERNEL, "wgmma_wait<1>();  // for dV and dQ", "wgmma_wait<2>();  // for dV and dQ", "wrong"),
     Planted("dK used in flight", KERNEL, "        if constexpr (overlap) wgmma_wait<0>();\n", "", "wrong"),
-    Planted(
-        "no wgmma fence before dV", KERNEL, "        wgmma_fence();\n        add_product(dv", "        add_product(dv", "wgmma"
-    ),
+    Planted("no wgmma fence before dV", KERNEL, FENCED_DV, without(FENCED_DV, "            wgmma_fence();\n"), "wgmma"),
     Planted("first product not told from the others", KERNEL, "step != 0 || !first);", "true);", "wrong"),
     Planted("halves of dQ from the same columns", KERNEL, "half % Tile::head_panels * Tile::key_panel, 0)", "0, 0)", "wrong"),
     Planted("halves of dQ from the same queries", KERNEL, "half % Tile::query_panels * Tile::key_panel, 0)", "0, 0)", "wrong", 64),
@@ -176,12 +187,56 @@ FAULTS = [
     Planted("lse in base e", ROWS, "sees ? lse * log2_of_e : infinity", "sees ? lse : infinity", "wrong"),
     Planted("delta of a lane", ROWS, "for (int mask = chunks / 2; mask > 0;", "for (int mask = chunks / 2; mask > 1;", "wrong"),
 ]
+# With 80 queries: dS before dV, dS and not dS^T in shared memory, dQ^T and not dQ.
+FAULTS += [
+    fault._replace(name=f"80 queries: {fault.name}", queries=80)
+    for fault in (
+        Planted("released before dK is made", KERNEL, AFTER_STEP, EARLY_RELEASE, "race"),
+        Planted(
+            "dK used in flight",
+            KERNEL,
+            AFTER_STEP,
+            "            keep(dk);\n            keep(ds);\n            release(stage);\n",
+            "wgmma",
+        ),
+        Planted("dP used in flight", KERNEL, "wgmma_wait<0>();  // for dP^T", "wgmma_wait<1>();  // for dP^T", "wgmma"),
+        Planted("no wgmma fence before dV", KERNEL, LATE_DV, without(LATE_DV, "            wgmma_fence();\n"), "wgmma"),
+        Planted("no proxy fence after dS", KERNEL, STORED_DS, without(STORED_DS, "        fence_proxy_async();\n"), "race"),
+        Planted("no barrier after dS", KERNEL, DS_BARRIER, "        //", "race"),
+        Planted("one buffer of dS", KERNEL, "all_ds = shared.ds(stage);", "all_ds = shared.ds(0);", "race"),
+        Planted("dS^T as it is", TILES, "store_matrix_x4_transposed(", "store_matrix_x4(", "wrong"),
+        Planted(
+            "dS not swizzled", TILES, "swizzle_128(own + step * 16 * panel_row_bytes)", "own + step * 16 * panel_row_bytes", "wrong"
+        ),
+        Planted("keys of dS exchanged", TILES, "lane / 8 % 2 * 8) * 2;", "(1 - lane / 8 % 2) * 8) * 2;", "wrong"),
+        Planted("queries of dS exchanged", TILES, "(lane / 16 * 8 + lane % 8)", "((1 - lane / 16) * 8 + lane % 8)", "wrong"),
+        Planted(
+            "halves of dS exchanged",
+            KERNEL,
+            "all_ds + half * Tile::query_panel",
+            "all_ds + (1 - half) * Tile::query_panel",
+            "wrong",
+        ),
+        Planted(
+            "halves of dQ^T from the same columns", KERNEL, "shared.k() + half * Tile::key_panel, 0)", "shared.k(), 0)", "wrong"
+        ),
+        Planted("the same keys in each step", KERNEL, "(dq, a + step * 16 * panel_row_bytes / 16,", "(dq, a,", "wrong"),
+        Planted("dQ^T not started anew", KERNEL, DQ_TURNED, DQ_TURNED.replace("step != 0", "true"), "wrong"),
+        Planted("the other column's query", ROWS, "lane) + odd;", "lane);", "global"),
+        Planted("the wrong query given", ROWS, "odd ? values[j] : values[j + 1], 4", "odd ? values[j + 1] : values[j], 4", "wrong"),
+        Planted("rows of other queries written", ROWS, "            if (row >= own.rows) continue;\n", "", "global"),
+        Planted("queries after the tail not cleared", KERNEL, CLEAR_QUERIES, "", "wrong"),
+        Planted("turn not waited for", KERNEL, ORDERED_WAIT, "", "order"),
+    )
+]
 DAILY = {
     "released too early",
     "one buffer of dS",
     "turn not waited for",
     "queries after the tail not cleared",
     "halves of dQ from the same columns",
+    "80 queries: dP used in flight",
+    "80 queries: dS^T as it is",
 }
 
 
@@ -202,12 +257,12 @@ def case(head_dim):
     return (dout, dlse, q, k, v, out, lse, PLAN, scale), truth, plain
 
 
-def symptoms(library, head_dim, until=None):
+def symptoms(library, head_dim, queries=None, until=None):
     """The kinds of error reported, "wrong" and "order", in several orders of events, or in as many as it takes to see ``until``."""
     arguments, truth, plain = case(head_dim)
     found, first = set(), None
     for options in (Options(LAZY), Options(RANDOM, 1, 3), Options(RANDOM, 2, 2), Options(RANDOM, 3, 6)):
-        result = run_backward(library, *arguments, deterministic=True, options=options)
+        result = run_backward(library, *arguments, deterministic=True, options=options, queries=queries)
         found |= set(result.report.kinds)
         try:
             assert_results_close(Results(truth.out.to(result.dq.dtype), truth.lse.float(), *result[:3]), truth, plain)
@@ -222,12 +277,19 @@ def symptoms(library, head_dim, until=None):
     return found
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_without_a_fault_there_is_no_symptom(head_dim):
-    assert symptoms(build("backward"), head_dim) == set()
+def test_every_fault_has_its_place():
+    """The ordinary run plants few, but must notice when a kernel has moved on from the others."""
+    counts = {fault.name: (SOURCES / fault.file).read_text().count(fault.old) for fault in FAULTS}
+    assert set(counts.values()) == {1}, {name: count for name, count in counts.items() if count != 1}
+    assert len(counts) == len(FAULTS) and set(counts) >= DAILY
+
+
+@pytest.mark.parametrize(("head_dim", "queries"), [(64, 128), (128, 64), (128, 80)])
+def test_without_a_fault_there_is_no_symptom(head_dim, queries):
+    assert symptoms(build("backward"), head_dim, queries) == set()
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, id=f.name, marks=() if f.name in DAILY else pytest.mark.slow) for f in FAULTS])
 def test_a_planted_fault_shows(fault):
     library = build("backward", [Fault(fault.file, fault.old, fault.new)], optimise="-O1")
-    assert fault.shows in symptoms(library, fault.head_dim, until=fault.shows)
+    assert fault.shows in symptoms(library, fault.head_dim, fault.queries, until=fault.shows)

@@ -1,6 +1,6 @@
 """The whole of backend "sm90" but its device, on the host model: aadkern.attention, tables, copies, torch's stable ABI, kernels.
 
-csrc/bindings.cpp is built with csrc/host_model/launches.cpp behind it, so that the kernels take CPU tensors. A race, a deadlock
+csrc/bindings.cpp is built with csrc/model_entries/launches.cpp behind it, so that the kernels take CPU tensors. A race, a deadlock
 or a wrong access in a kernel raises; the numbers are held to fp64.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ HEAD_DIMS = pytest.mark.parametrize("head_dim", [128, 64])
 def operators() -> Path:
     """The torch operators over the host model, and its kernels, as one loaded library."""
     kernels = [hopper_host.build(name)._name for name in ("forward", "backward")]
-    source, launches = hopper_host.SOURCES / "bindings.cpp", hopper_host.SOURCES / "host_model" / "launches.cpp"
+    source, launches = hopper_host.SOURCES / "bindings.cpp", hopper_host.SOURCES / "model_entries" / "launches.cpp"
     key = hopper_host.digest(source.read_text(), launches.read_text(), kernels, torch.__version__)
     flags = [*hopper_host.FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{hopper_host.SOURCES}"]
     torch_flags = ["-isystem", str(TORCH / "include"), *(str(TORCH / "lib" / name) for name in ("libtorch.so", "libtorch_cpu.so"))]
@@ -43,7 +44,7 @@ def schedule():
     """Host model instead of device; its Options, which say how launches are scheduled."""
     library = operators()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "_reason_against_sm90", lambda device: None)
+        patch.setitem(runtime.RECORDS, "sm90", replace(runtime.RECORDS["sm90"], reason_against=lambda device: None))
         patch.setattr(sm90, "check_device", lambda q: None)
         runtime.reason_against.cache_clear()
         torch.ops.load_library(str(library))
@@ -185,10 +186,10 @@ def test_a_kernels_complaint_reaches_the_caller(schedule):
         sm90.launch_forward(q, k, v, torch.empty_like(q), lse, *tables, 0.1, 0, 2)
     with pytest.raises(RuntimeError, match="expected a contiguous tensor"):
         sm90.launch_forward(q, k, v, torch.empty_like(q), lse.expand(3, 2, 150), *tables, 0.1, 1, 2)
-    workspace = torch.empty(sm90.workspace_bytes(q, k, 3) // 4 - 64)
-    tables = sm90.backward_tables(SPARSE, 64, q.device)
+    workspace = torch.empty(sm90.workspace_bytes(q, k, 128, 3) // 4 - 64)
+    tables = sm90.backward_tables(SPARSE, 128, q.device)
     with pytest.raises(RuntimeError, match="workspace is smaller than"):
-        sm90.launch_backward(q, None, q, k, v, q, lse, q, k, v, workspace, *tables, 0.1, 1, False)
+        sm90.launch_backward(q, None, q, k, v, q, lse, q, k, v, workspace, *tables, 128, 0.1, 1, False)
 
 
 def test_opcheck(schedule):

@@ -146,7 +146,7 @@ def configure(sources: Path, cuda: str, CUDA_HOME: str, **definitions: str) -> s
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_kernels_that_do_not_compile_cost_only_themselves(sources):
     """11 s each."""
-    with (sources / "csrc" / "attention" / "sm90_forward.cu").open("a") as file:
+    with (sources / "csrc" / "attention" / "sm90" / "forward.cu").open("a") as file:
         file.write('#error "planted"\n')
     done = build(sources, AADKERN_BUILD_CUDA="1")
     assert done.returncode != 0 and "planted" in done.stdout + done.stderr

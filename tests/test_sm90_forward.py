@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from aadkern.plans import AttentionPlan, VideoLayout, Window, block_causal
 from aadkern.testing import exact, make_inputs, plans, random_plan
 from tests.hopper_device import beside_products, compile_kernels, touched_in_flight
-from tests.hopper_forward import PING_PONG, SIMPLE, SPECIALISED, WIDE, assert_right, run_forward
+from tests.hopper_forward import PERSISTENT, PING_PONG, SIMPLE, SPECIALISED, WIDE, assert_right, run_forward
 from tests.hopper_host import EAGER, LAZY, RANDOM, SOURCES, Fault, Options, build, schedules
 
-KERNELS = {"simple": SIMPLE, "specialised": SPECIALISED, "ping_pong": PING_PONG, "wide": WIDE}
+KERNELS = {"simple": SIMPLE, "specialised": SPECIALISED, "ping_pong": PING_PONG, "wide": WIDE, "persistent": PERSISTENT}
 # A run of several tiles, whole key tiles and tails, a run without a tail, one key alone, no key, the last key of the tensor.
 RAGGED = AttentionPlan.from_ranges(
     430,
@@ -65,16 +65,18 @@ def test_random_plans(plan, data):
     batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
     q, k, v = make_inputs(plan, heads, head_dim, dtype, batch=batch, seed=data.draw(st.integers(0, 1 << 30)))
     options = Options(data.draw(st.sampled_from([EAGER, LAZY, RANDOM])), seed=data.draw(st.integers(1, 1 << 30)))
-    check(build("forward"), q, k, v, plan, kernel, options=options, head_group=data.draw(st.integers(1, batch * heads)))
+    group, ctas = data.draw(st.integers(1, batch * heads)), data.draw(st.integers(1, 5))
+    check(build("forward"), q, k, v, plan, kernel, options=options, head_group=group, persistent_ctas=ctas)
 
 
+@pytest.mark.parametrize("kernel", [PING_PONG, PERSISTENT], ids=["ping_pong", "persistent"])
 @pytest.mark.parametrize("layout", ["bhsd", "fused", "sliced"])
-def test_strides(library, layout):
+def test_strides(library, layout, kernel):
     plan = AttentionPlan.from_ranges(200, 200, [((0, 70), [(0, 200)]), ((70, 200), [(3, 90), (100, 150)])])
     q, k, v = make_inputs(plan, 3, 64, torch.bfloat16, batch=2, layout=layout, seed=random.randrange(1 << 30))
     canary = torch.full((2, 4, 208, 72), float("nan"), dtype=torch.bfloat16)  # out lies inside, and all around it stays NaN
     out = canary[:, :3, 2:202, :64].transpose(1, 2)
-    check(library, q, k, v, plan, PING_PONG, out=out)
+    check(library, q, k, v, plan, kernel, out=out)
     assert canary.isnan().sum() == canary.numel() - out.numel()
 
 
@@ -126,6 +128,20 @@ def test_infinite_scores_give_nan_only_where_the_reference_does(library):
         rows = [row for row in range(130) if row not in (7, 9)]
         assert (result.out - truth.out)[:, rows].abs().max() < 0.02
         assert (result.lse - truth.lse)[:, :, rows].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("ctas", [1, 3, 7, 100])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_persistent_launch_gives_the_same_bits_however_many_ctas_it_has(library, head_dim, ctas):
+    """Among their tiles are some without keys, at the beginning, at the end and between others."""
+    plan = AttentionPlan.from_ranges(
+        520, 420, [((0, 130), []), ((130, 270), [(0, 176), (180, 401)]), ((270, 390), []), ((390, 520), [(5, 6)])]
+    )
+    q, k, v = make_inputs(plan, 2, head_dim, torch.bfloat16, batch=2, seed=random.randrange(1 << 30))
+    wide = run_forward(library, q, k, v, plan, head_dim**-0.5, WIDE)
+    options = Options(RANDOM, seed=random.randrange(1 << 30), resident_ctas=min(ctas, 2))
+    result = check(library, q, k, v, plan, PERSISTENT, options=options, head_group=3, persistent_ctas=ctas)
+    assert torch.equal(result.out, wide.out) and torch.equal(result.lse, wide.lse)
 
 
 def test_more_than_four_ranges(library):
@@ -198,25 +214,30 @@ def test_many_plans_in_many_orders(library, seed):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    kernels, complaints = compile_kernels("attention/sm90_forward.cu", tmp_path_factory.mktemp("sm90_forward"))
+    kernels, complaints = compile_kernels("attention/sm90/forward.cu", tmp_path_factory.mktemp("sm90_forward"))
     assert complaints == []  # ptxas would make every wgmma wait
     return {kernel.name: kernel for kernel in kernels}
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", ["8BFloat16", "7Float16"])
-@pytest.mark.parametrize(("keys", "ping_pong"), [(128, False), (128, True), (176, True)])
-def test_the_specialised_kernels_compile_to_what_they_say(compiled, dtype, head_dim, keys, ping_pong):
-    instance = f"14forward_kernelINS_{dtype}ELi{head_dim}ELi{keys}ELb{int(ping_pong)}E"
+@pytest.mark.parametrize(
+    ("keys", "ping_pong", "persistent"), [(128, False, False), (128, True, False), (176, True, False), (176, True, True)]
+)
+def test_the_specialised_kernels_compile_to_what_they_say(compiled, dtype, head_dim, keys, ping_pong, persistent):
+    instance = f"14forward_kernelINS_{dtype}ELi{head_dim}ELi{keys}ELb{int(ping_pong)}ELb{int(persistent)}E"
     (kernel,) = [k for name, k in compiled.items() if instance in name]
     assert kernel.spilled_bytes == 0
     assert kernel.registers * 384 <= 65536
-    assert kernel.setmaxnreg == {"producer": 24, "consumer": 240}
-    assert kernel.highest["producer"] < 24 and kernel.highest["consumer"] < 240
+    most = {"producer": 32, "consumer": 232} if persistent else {"producer": 24, "consumer": 240}
+    assert kernel.setmaxnreg == most and most["producer"] + 2 * most["consumer"] <= 3 * kernel.registers
+    assert kernel.highest["producer"] < most["producer"] and kernel.highest["consumer"] < most["consumer"]
     # q k and p v, each before the loop or after it and once in it; 16 columns, or 16 keys, a step
     assert kernel.opcodes["HGMMA"] == 2 * (head_dim // 16 + keys // 16)
     assert kernel.opcodes["UTMALDG"] == 4 * (head_dim // 64)  # q, k at two places, v
-    assert kernel.opcodes["BAR"] == 2 + 5 * ping_pong  # the start, before the way out; turns begun, and taken and passed twice
+    assert (
+        kernel.opcodes["BAR"] == 1 + (not persistent) + 6 * ping_pong
+    )  # the start, before the way out; turns begun and ended, taken and passed twice
     assert touched_in_flight(kernel) == []
     beside, exponentials = beside_products(kernel, "MUFU.EX2")
     assert exponentials >= keys // 2 and beside > 0.9 * exponentials  # the softmax stands between q k's end and p v's
@@ -226,7 +247,7 @@ def test_the_specialised_kernels_compile_to_what_they_say(compiled, dtype, head_
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_a_wait_for_the_next_k_anywhere_else_leaves_the_softmax_alone(head_dim, tmp_path):
     """The order that suggests itself: k is waited for where it is used. ptxas then moves the wait for p v above the softmax."""
-    file = "attention/sm90_forward.cuh"
+    file = "attention/sm90/forward.cuh"
     text = (SOURCES / file).read_text()
     early = text[
         text.index("            // The next k is waited for here") : text.index(
@@ -235,7 +256,7 @@ def test_a_wait_for_the_next_k_anywhere_else_leaves_the_softmax_alone(head_dim, 
     ]
     late = "            scale_rows(o, decay);\n"
     faults = [Fault(file, early, ""), Fault(file, late, late + early)]
-    instance = f"forward_kernel<BFloat16, {head_dim}, 128, true>(AADKERN_GRID_CONSTANT ForwardParameters)"
+    instance = f"forward_kernel<BFloat16, {head_dim}, 128, true, false>(AADKERN_GRID_CONSTANT ForwardParameters)"
     ((kernel,), complaints) = compile_kernels(file, tmp_path, instance=instance, faults=faults)
     beside, exponentials = beside_products(kernel, "MUFU.EX2")
     assert complaints == [] and exponentials >= 64 and beside == 0
@@ -243,9 +264,9 @@ def test_a_wait_for_the_next_k_anywhere_else_leaves_the_softmax_alone(head_dim, 
 
 def test_a_limit_to_spins_leaves_the_products_in_flight(tmp_path):
     """A debug build must hang where the real one does: the same pipeline, and a look at the clock in every spin."""
-    instance = "forward_kernel<BFloat16, 128, 176, true>(AADKERN_GRID_CONSTANT ForwardParameters)"
+    instance = "forward_kernel<BFloat16, 128, 176, true, false>(AADKERN_GRID_CONSTANT ForwardParameters)"
     ((kernel,), complaints) = compile_kernels(
-        "attention/sm90_forward.cuh", tmp_path, instance=instance, defines=["AADKERN_SPIN_SECONDS=2"]
+        "attention/sm90/forward.cuh", tmp_path, instance=instance, defines=["AADKERN_SPIN_SECONDS=2"]
     )
     beside, exponentials = beside_products(kernel, "MUFU.EX2")
     assert complaints == [] and beside == exponentials >= 88

@@ -13,11 +13,11 @@ import torch
 
 from aadkern.plans import AttentionPlan
 from aadkern.testing import make_inputs
-from tests.hopper_forward import PING_PONG, SIMPLE, WIDE, assert_right, run_forward
-from tests.hopper_host import SOURCES, Fault, build, schedules
+from tests.hopper_forward import PERSISTENT, PING_PONG, SIMPLE, WIDE, assert_right, run_forward
+from tests.hopper_host import SOURCES, Fault, build, schedules, without
 
-KERNEL, PARTS, TILES = "attention/sm90_forward.cuh", "attention/forward_parts.cuh", "attention/tiles.cuh"
-SIMPLE_KERNEL = "attention/sm90_forward_simple.cuh"
+KERNEL, PARTS, TILES = "attention/sm90/forward.cuh", "attention/sm90/forward_parts.cuh", "attention/sm90/tiles.cuh"
+SIMPLE_KERNEL = "attention/sm90/forward_simple.cuh"
 # More tiles than stages, tails that meet the same stage twice, no tail, few keys; runs that end inside a tile.
 PLAN = AttentionPlan.from_ranges(
     330,
@@ -63,19 +63,37 @@ LOOP_QK = """            turns.take();
             wgmma_commit();
 """
 WAY_OUT = "        named_barrier_sync(3 + consumer, 128);  // no warp's part of q k reads q any more\n"
-CLEAR_END = """            fence_proxy_async();
-            warp_sync();
-            if (lane_index() == 0) mbarrier_arrive"""
+WAIT_FOR_EMPTY_Q = "            mbarrier_wait(shared.q_empty(), q_parity);\n"
+Q_RELEASED = "        release(shared.q_empty());\n"
+Q_WAITED = "        mbarrier_wait(shared.q_full(), q_parity);\n        q_parity ^= 1;\n"
+LAST_PV = """        wgmma_wait<0>();
+        keep(o);
+        release(shared.v_empty(v_at.stage));
+        v_at.advance();
+    }
+"""
+LAST_PV_EARLY = """        release(shared.v_empty(v_at.stage));
+        wgmma_wait<0>();
+        keep(o);
+        v_at.advance();
+    }
+"""
+LAST_V = """        keep(o);
+        release(shared.v_empty(v_at.stage));
+        v_at.advance();
+    }
+"""
+K_LOADED = "                if (more) load_k(work, tiles, k_stage);\n"
+K_LEFT = "                k_stage.advance();\n" + K_LOADED
+CLEAR_WALK = """        Stage at;
+        for_each_tile<Persistent>(parameters, [&](int tile) {
+            for (KeyTiles<Keys> tiles(parameters.tables, forward"""
+CLEAR_END = """                fence_proxy_async();
+                warp_sync();
+                if (lane_index() == 0) mbarrier_arrive"""
 BASE = """    const ForwardShared<HeadDim, Keys> shared{(shared_base() + 1023) & ~1023u};
     if (thread_index() == 0) {
         tma_prefetch"""
-
-
-def lines(text: str, *without: str) -> str:
-    for part in without:
-        assert text.count(part) == 1, part
-        text = text.replace(part, "")
-    return text
 
 
 FAULTS = [
@@ -86,7 +104,7 @@ FAULTS = [
     Planted("half the bytes of k expected", KERNEL, EXPECT_K, EXPECT_K.replace("tile_bytes", "tile_bytes / 2"), "race"),
     Planted("twice the bytes of q expected", KERNEL, "q_full(), Shared::q_bytes);", "q_full(), 2 * Shared::q_bytes);", "deadlock"),
     Planted("key count after the arrival", KERNEL, COUNT_K + EXPECT_K, EXPECT_K + COUNT_K, "race"),
-    Planted("v of the tile after", KERNEL, "load_v(v_start, v_count", "load_v(tiles.start, v_count", "wrong"),
+    Planted("v of the tile after", KERNEL, "load_v(work, v_start, v_count", "load_v(work, tiles.start, v_count", "wrong"),
     Planted(
         "head and batch exchanged",
         TILES,
@@ -94,7 +112,7 @@ FAULTS = [
         "first_row, work.batch, work.head, hint",
         "wrong",
     ),
-    Planted("tensor map without swizzle", "attention/maps.h", "Swizzle::Bytes128", "Swizzle::None", "swizzle"),
+    Planted("tensor map without swizzle", "attention/sm90/maps.h", "Swizzle::Bytes128", "Swizzle::None", "swizzle"),
     # tails
     Planted(
         "tail's keys not masked",
@@ -121,8 +139,10 @@ FAULTS = [
         "panel < 1; ++panel) {\n        const SharedAddress end",
         "wrong",
     ),
-    Planted("no proxy fence after clearing", KERNEL, CLEAR_END, lines(CLEAR_END, "            fence_proxy_async();\n"), "race"),
-    Planted("arrival before all lanes cleared", KERNEL, CLEAR_END, lines(CLEAR_END, "            warp_sync();\n"), "race"),
+    Planted(
+        "no proxy fence after clearing", KERNEL, CLEAR_END, without(CLEAR_END, "                fence_proxy_async();\n"), "race"
+    ),
+    Planted("arrival before all lanes cleared", KERNEL, CLEAR_END, without(CLEAR_END, "                warp_sync();\n"), "race"),
     Planted(
         "tail of v told to be full at once",
         KERNEL,
@@ -139,12 +159,16 @@ FAULTS = [
         "wrong",
     ),
     # what the consumers wait for
-    Planted("q not waited for", KERNEL, "        mbarrier_wait(shared.q_full(), 0);\n", "", "race"),
+    Planted("q not waited for", KERNEL, "        mbarrier_wait(shared.q_full(), q_parity);\n", "", "race"),
     Planted("k not waited for", KERNEL, "        mbarrier_wait(shared.k_full(at.stage), at.parity);\n", "", "race"),
     Planted("v not waited for", KERNEL, LOOP_PV, "            wgmma_fence();", "race"),
     Planted("v's parity", KERNEL, LOOP_PV, LOOP_PV.replace("v_at.parity", "v_at.parity ^ 1"), "deadlock"),
     Planted(
-        "k released before its product", KERNEL, LOOP_QK_DONE, "".join(LOOP_QK_DONE.splitlines(True)[i] for i in (2, 0, 1)), "race"
+        "k released before its product",
+        KERNEL,
+        LOOP_QK_DONE,
+        "".join(LOOP_QK_DONE.splitlines(True)[i] for i in (2, 0, 1)),
+        "race",
     ),
     Planted(
         "v released before its product",
@@ -168,14 +192,20 @@ FAULTS = [
         "wgmma",
     ),
     Planted("s read before it is there", KERNEL, LOOP_QK_DONE, LOOP_QK_DONE.replace("<1>", "<2>"), "wgmma"),
-    Planted("no fence before the products", KERNEL, LOOP_QK, lines(LOOP_QK, "            wgmma_fence();\n"), "wgmma"),
-    Planted("no commit after q k", KERNEL, LOOP_QK, lines(LOOP_QK, "            wgmma_commit();\n"), "wgmma"),
+    Planted("no fence before the products", KERNEL, LOOP_QK, without(LOOP_QK, "            wgmma_fence();\n"), "wgmma"),
+    Planted("no commit after q k", KERNEL, LOOP_QK, without(LOOP_QK, "            wgmma_commit();\n"), "wgmma"),
     # turns, registers, start and end
     Planted("nobody begins", KERNEL, "        turns.begin();\n", "", "deadlock"),
-    Planted("a turn passed to nobody", KERNEL, "!(last && consumer == 1)", "true", "exit"),
-    Planted("turn not passed", KERNEL, "            turns.pass(tile == tiles - 1);\n", "", "deadlock"),
-    Planted("producer keeps too many registers", KERNEL, "registers_decrease<24>", "registers_decrease<40>", "deadlock"),
-    Planted("barriers not yet there", KERNEL, "    cta_sync();\n    const Work work", "    const Work work", "mbarrier"),
+    Planted("a turn passed to nobody", KERNEL, "        turns.end();\n", "", "exit"),
+    Planted("turn not passed", KERNEL, "            turns.pass();\n", "", "deadlock"),
+    Planted(
+        "producer keeps too many registers",
+        KERNEL,
+        "registers_decrease<Persistent ? 32 : 24>",
+        "registers_decrease<40>",
+        "deadlock",
+    ),
+    Planted("barriers not yet there", KERNEL, "    cta_sync();\n    if (warpgroup_index", "    if (warpgroup_index", "mbarrier"),
     Planted("initialised barriers not fenced", KERNEL, "        fence_mbarrier_init();\n", "", "race"),
     Planted(
         "shared memory not aligned", KERNEL, BASE, BASE.replace("(shared_base() + 1023) & ~1023u", "shared_base()"), "alignment"
@@ -210,10 +240,56 @@ FAULTS = [
     Planted("no guard for -inf", PARTS, "above == minus_infinity() ? 0.f : above;", "above;", "wrong"),
     Planted(
         "scores in base e",
-        "attention/forward_parameters.h",
+        "attention/sm90/forward_parameters.h",
         "arguments.scale * 1.44269504088896340736f",
         "arguments.scale",
         "wrong",
+    ),
+    # from tile to tile
+    *(
+        fault._replace(kernel=PERSISTENT)
+        for fault in (
+            Planted("persistent: q loaded while it is read", KERNEL, WAIT_FOR_EMPTY_Q, "", "race"),
+            Planted("persistent: parity of empty q", KERNEL, "int q_parity = 1;", "int q_parity = 0;", "deadlock"),
+            Planted("persistent: q never released", KERNEL, Q_RELEASED, "", "deadlock"),
+            Planted("persistent: q released before its product", KERNEL, Q_WAITED, Q_WAITED + Q_RELEASED, "race"),
+            Planted("persistent: q released by one warp", KERNEL, "init(q_empty(), 4 * consumers)", "init(q_empty(), 1)", "race"),
+            Planted("persistent: q of the tile before", KERNEL, Q_WAITED, without(Q_WAITED, "        q_parity ^= 1;\n"), "race"),
+            Planted(
+                "persistent: last v never released",
+                KERNEL,
+                LAST_V,
+                without(LAST_V, "        release(shared.v_empty(v_at.stage));\n"),
+                "deadlock",
+            ),
+            Planted("persistent: v's stage stays", KERNEL, LAST_V, without(LAST_V, "        v_at.advance();\n"), "race"),
+            Planted("persistent: last v released before its product", KERNEL, LAST_PV, LAST_PV_EARLY, "race"),
+            Planted(
+                "persistent: k's stage stays", KERNEL, K_LEFT, "                if (more) k_stage.advance();\n" + K_LOADED, "race"
+            ),
+            Planted(
+                "persistent: clearing begins anew",
+                KERNEL,
+                CLEAR_WALK,
+                CLEAR_WALK.replace("        Stage at;\n", "").replace("tile) {\n", "tile) {\n            Stage at;\n"),
+                "race",
+            ),
+            Planted("persistent: turns begun in each tile", KERNEL, "{ run(tile); }", "{ turns.begin(); run(tile); }", "race"),
+            Planted("persistent: tiles left out", KERNEL, "tile += grid_size_x();", "tile += 2 * grid_size_x();", "wrong"),
+            Planted("persistent: tiles done twice", KERNEL, "tile += grid_size_x();", "tile += 1;", "global"),
+            Planted("persistent: one tile too many", KERNEL, "Persistent && tile < all", "Persistent && tile <= all", "global"),
+            Planted(
+                "persistent: pieces of half a quad", PARTS, "distance < 4; distance *= 2", "distance < 2; distance *= 2", "wrong"
+            ),
+            Planted(
+                "persistent: pieces to the wrong lane",
+                PARTS,
+                "upper ? low : high, distance",
+                "upper ? high : low, distance",
+                "wrong",
+            ),
+            Planted("persistent: rows of the next run written", PARTS, "if (row < count) store_global", "store_global", "global"),
+        )
     ),
     # the simple kernel
     Planted("simple: no proxy fence after clearing", SIMPLE_KERNEL, "            fence_proxy_async();\n", "", "race", SIMPLE),
@@ -268,7 +344,7 @@ def test_every_fault_has_its_place():
     assert len(counts) == len(FAULTS) and set(counts) >= DAILY
 
 
-@pytest.mark.parametrize("kernel", [SIMPLE, PING_PONG, WIDE])
+@pytest.mark.parametrize("kernel", [SIMPLE, PING_PONG, WIDE, PERSISTENT])
 def test_without_a_fault_there_is_no_symptom(inputs, kernel):
     assert symptoms(build("forward"), inputs, kernel) == set()
 

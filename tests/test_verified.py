@@ -45,7 +45,7 @@ def test_what_does_not_prove_anything_is_found():
         (lambda d: d["environment"]["backends"].update(sm90="not built"), "sm90 was 'not built'"),
         (lambda d: d["tests"][0].update(outcome="skipped"), "no test of tests/test_sm90_gpu.py passed"),
         (lambda d: d["tests"].append({"id": "tests/test_bad_input.py::x[1-sm90-cuda-64]", "outcome": "failed"}), "failed"),
-        (lambda d: d["tests"].append({"id": "tests/test_sm90_ladder.py::y", "outcome": "lost"}), "lost"),
+        (lambda d: d["tests"].append({"id": "tests/test_primitive_checks.py::y", "outcome": "lost"}), "lost"),
         (lambda d: d["cases"][0]["contenders"]["aadkern sm90"].update(status="refused", reason="wrong dq"), "wrong dq"),
         (lambda d: d["cases"].clear(), "no case compared"),
     ):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
 from aadkern import AttentionPlan, StreamingCache, VideoLayout, Window, plans
-from aadkern.streaming import rope
+from aadkern.rotary import tables as rope
 from aadkern.wan import CausalContext, CausalWan
 
 CONFIG = dict(

@@ -13,8 +13,8 @@ pytest.importorskip("diffusers")
 from diffusers import WanTransformer3DModel
 
 from aadkern import compat
-from aadkern.compat import tensor_files
 from aadkern.wan import CausalWan
+from aadkern.weights import tensor_files
 from tests.tiny_wan import TRANSFORMER
 
 LINEAR = "blocks.1.self_attn.q.weight"

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 
-from aadkern.wan.vae import StreamingDecoder, denormalised, encode_image, encode_video, pixels_per_latent
+from aadkern.wan.vae import StreamingDecoder, StreamingEncoder, denormalised, encode_image, encode_video, pixels_per_latent
 
 WAN21 = dict(base_dim=4, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1)
 # Wan 2.2's: residual blocks, 2 x 2 pixels as channels.
@@ -135,6 +135,66 @@ def test_videos(config):
             encode_video(vae, wrong)
     with pytest.raises(TypeError, match="vae must be diffusers' AutoencoderKLWan, got NoneType"):
         encode_video(None, video)
+
+
+@pytest.mark.parametrize("config", [WAN21, WAN22], ids=["wan2.1", "wan2.2"])
+@pytest.mark.parametrize("lengths", [(1, 8, 4), (5, 8), (13,)], ids=str)
+def test_encoded_chunks_give_the_whole_clip(config, lengths):
+    """What diffusers makes of it at once, and whatever the chunks the same bits."""
+    vae = random_vae(config)
+    side = pixels_per_latent(vae)
+    video = 2 * torch.rand(2, 3, 13, 2 * side, 3 * side) - 1
+    encoder = StreamingEncoder(vae)
+    made = torch.cat([encoder.encode(part) for part in video.split(lengths, dim=2)], dim=2)
+    assert made.shape == (2, vae.config.z_dim, 4, 2, 3) and made.dtype == torch.float32
+    with torch.no_grad():
+        expected = vae.encode(video).latent_dist.mean
+    torch.testing.assert_close(denormalised(made, vae), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(StreamingEncoder(vae).encode(video), made)
+    exact, at_once = random_vae(config).double(), random_vae(config).double()
+    encoder = StreamingEncoder(exact)
+    made = torch.cat([encoder.encode(part.double()) for part in video.split(lengths, dim=2)], dim=2)
+    torch.testing.assert_close(made, encode_video(at_once, video.double()), atol=1e-11, rtol=1e-11)
+
+
+def test_an_encoder_s_memory_streams_and_reset():
+    vae = random_vae()
+    encoder, other = StreamingEncoder(vae), StreamingEncoder(vae)
+    begins, goes_on = (2 * torch.rand(1, 3, n, 16, 24) - 1 for n in (5, 4))
+    first, sizes = encoder.encode(begins), set()
+    for _ in range(4):
+        after = encoder.encode(goes_on)
+        other.encode(begins)
+        vae.encode(goes_on)
+        other.reset()
+        sizes.add(encoder.nbytes)
+    assert len(sizes) == 1 and sizes.pop() > 0
+    encoder.reset()
+    assert encoder.nbytes == 0 and torch.equal(encoder.encode(begins), first)
+    assert not torch.equal(encoder.encode(goes_on), after)  # the past is seen
+    half = StreamingEncoder(random_vae().bfloat16()).encode(begins)
+    assert half.dtype == torch.float32 and (half - first).abs().mean() < 0.05 * first.std()
+
+
+def test_what_cannot_be_encoded():
+    vae = random_vae()
+    encoder, video = StreamingEncoder(vae), torch.rand(1, 3, 5, 16, 24)
+    with pytest.raises(ValueError, match="video must have 4f - 3 frames, got 4"):
+        encoder.encode(video[:, :, :4])
+    encoder.encode(video)
+    with pytest.raises(ValueError, match="video must have 4f frames after the first, got 5"):
+        encoder.encode(video)
+    with pytest.raises(ValueError, match=r"video must be \[1, 3, T, 16, 24\] as before, got \[1, 3, 4, 16, 16\]"):
+        encoder.encode(video[:, :, :4, :, :16])
+    for wrong in (video[..., :-1], video[:, :2], video[:, :, :0]):
+        with pytest.raises(ValueError, match=r"video must be \[B, 3, T, H, W\] with H and W multiples of 8"):
+            encoder.encode(wrong)
+    for wrong in (video.byte(), video.numpy()):
+        with pytest.raises(TypeError, match=r"video must be a floating tensor in \[-1, 1\]"):
+            encoder.encode(wrong)
+    vae.enable_tiling()
+    with pytest.raises(ValueError, match="vae must not be tiled"):
+        StreamingEncoder(vae)
 
 
 def test_bf16_stays_near():

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from aadkern.blocks.api import gated_residual, modulated_norm, qk_norm_rope
-from aadkern.blocks.rotary import RotaryGrid, Turns
+from aadkern.rotary.grid import RotaryGrid, Turns
 
 __all__ = ["RotaryGrid", "Turns", "gated_residual", "modulated_norm", "qk_norm_rope"]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from aadkern.blocks import ops, reference, torch_path
-from aadkern.blocks.rotary import RotaryGrid, Turns
 from aadkern.checks import choice, overlap, overlaps_itself, real, tensor
+from aadkern.rotary.grid import RotaryGrid, Turns
+from aadkern.rotary.tables import axis_dims
 from aadkern.runtime import FUSED_BACKENDS, choose_fused_backend
-from aadkern.streaming.rope import axis_dims
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TRITON_MAX_CHANNELS = 16384

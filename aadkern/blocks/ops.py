@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadkern.blocks.rotary import Turns
 from aadkern.library import differentiable, library
+from aadkern.rotary.grid import Turns
 from aadkern.spans import span
 
 library.define(

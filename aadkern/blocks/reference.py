@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aadkern.blocks.rotary import Turns, spread
+from aadkern.rotary.grid import Turns, spread
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

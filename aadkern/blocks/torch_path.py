@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aadkern.blocks.rotary import Turns, spread
-from aadkern.streaming.rope import rotate
+from aadkern.rotary.grid import Turns, spread
+from aadkern.rotary.tables import rotate
 
 
 def norm_rope(x: Tensor, weight: Tensor, turns: Turns, eps: float) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from aadkern.compat.block_mask import plan_of_block_mask
-from aadkern.compat.checkpoints import from_wan_names, infer_config, load_checkpoint, load_model, save_checkpoint, to_wan_names
 from aadkern.compat.handle import Handle
+from aadkern.compat.models import load_model
 from aadkern.compat.patching import PROJECTS, patch
 from aadkern.compat.processor import AadWanProcessor, set_processor
+from aadkern.weights.checkpoints import from_wan_names, infer_config, load_checkpoint, save_checkpoint, to_wan_names
 
 __all__ = [
     "PROJECTS",

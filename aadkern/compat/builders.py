@@ -7,11 +7,40 @@ Queries of the padding see nothing: their output is 0, and the models cut it off
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from aadkern.plans import AttentionPlan
 
 PADDING = 128  # these models pad every sequence to a multiple of it
 Frames = tuple[int, int]
+INTERLEAVED = "_prepare_teacher_forcing_mask_natural"  # LongLive 2's, for tokens shared among ranks
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """A plan over [clean, noisy] for tokens that lie as [clean, noisy] of each of ``ranks`` ranks in turn.
+
+    As they lie, a query would see the clean tokens of each rank apart; put together they are one range, at any number of ranks.
+    """
+
+    plan: AttentionPlan
+    tokens: int
+    ranks: int
+
+    def together(self, x: Tensor, dim: int) -> Tensor:
+        """``x`` with its tokens in the plan's order."""
+        return self._turned(x, (self.ranks, 2), dim)
+
+    def apart(self, x: Tensor, dim: int) -> Tensor:
+        """``x`` with its tokens as the ranks have them."""
+        return self._turned(x, (2, self.ranks), dim)
+
+    def _turned(self, x: Tensor, sizes: tuple[int, int], dim: int) -> Tensor:
+        real = x.narrow(dim, 0, self.tokens).unflatten(dim, (*sizes, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)
+        return torch.cat([real, x.narrow(dim, self.tokens, x.shape[dim] - self.tokens)], dim)
 
 
 def padded(tokens: int) -> int:
@@ -83,4 +112,5 @@ BUILDERS: dict[str, Callable[..., AttentionPlan]] = {
     "_prepare_blockwise_causal_attn_mask": block_causal,
     "_prepare_blockwise_causal_attn_mask_i2v": block_causal_i2v,
     "_prepare_teacher_forcing_mask": teacher_forcing,
+    INTERLEAVED: teacher_forcing,
 }

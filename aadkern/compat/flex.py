@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aadkern.compat.block_mask import MaskMod, evaluate, plan_of_block_mask
+from aadkern.compat.builders import Interleaved
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.api import attention
 
@@ -50,13 +51,43 @@ def _is_all_but_nothing(index: Any) -> bool:
     )
 
 
-def flex_attention_for(
-    original: Callable[..., Any], unchecked: dict[AttentionPlan, Original], notes: list[str]
-) -> Callable[..., Any]:
-    """``original``'s replacement. Its first call under each plan of ``unchecked`` and each BlockMask is compared with
+class FirstCalls:
+    """Compares attention's first call under each plan with the mask that it stands for; what was checked goes to ``notes``."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+        self._expected: dict[AttentionPlan, Original] = {}
+        self._seen: set[AttentionPlan] = set()
+
+    def expect(self, plan: AttentionPlan, mask: Original) -> None:
+        """Calls under ``plan`` stand for ``mask``."""
+        self._expected[plan] = mask
+
+    def check(
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: AttentionPlan,
+        mask: Original | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """``out`` [B, L, H, D] of query, key and value [B, H, L, D]; ``mask`` None: the expected one. Raises RuntimeError where
+        they differ. Does nothing while compiling or capturing a CUDA graph."""
+        capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or type(query) is not Tensor or capturing:
+            return
+        mask = self._expected.pop(plan, None) if mask is None else mask
+        if mask is not None and plan not in self._seen:
+            self._seen.add(plan)
+            self.notes.append(_compare(out, query, key, value, plan, mask, scale))
+
+
+def flex_attention_for(original: Callable[..., Any], first_calls: FirstCalls) -> Callable[..., Any]:
+    """``original``'s replacement. Its first call under each plan that ``first_calls`` expects and each BlockMask is compared with
     the mask itself.
     """
-    seen: set[AttentionPlan] = set()
 
     @functools.wraps(original)
     def flex_attention(
@@ -71,6 +102,9 @@ def flex_attention_for(
         kernel_options: Any = None,
         **others: Any,
     ) -> Any:
+        if isinstance(block_mask, Interleaved):
+            given = {"score_mod": score_mod, "scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse, **others}
+            return _put_together(flex_attention, (query, key, value), block_mask, given)
         ours = isinstance(block_mask, AttentionPlan)
         beyond = {"score_mod": score_mod, "enable_gqa": enable_gqa, **others}
         asked = [name for name, given in beyond.items() if given not in (None, False)]
@@ -87,19 +121,22 @@ def flex_attention_for(
                 f"key {list(key.shape)}; these models keep the mask of their first clip: set model.block_mask = None for another"
             )
         out, lse = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), plan, scale=scale, return_lse=True)
-        if not torch.compiler.is_compiling() and type(query) is Tensor and not _capturing(query):
-            mask = unchecked.pop(plan, None) if ours else Original(block_mask.mask_mod, plan.q_len)
-            if mask is not None and plan not in seen:
-                seen.add(plan)
-                notes.append(_compare(out, query, key, value, plan, mask, scale))
+        first_calls.check(out, query, key, value, plan, None if ours else Original(block_mask.mask_mod, plan.q_len), scale)
         heads_first = out.transpose(1, 2).as_subclass(Unpadded)
         return (heads_first, lse) if return_lse else heads_first
 
     return flex_attention
 
 
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def _put_together(flex_attention: Callable[..., Any], tensors: tuple[Tensor, ...], mask: Interleaved, given: dict[str, Any]) -> Any:
+    """``flex_attention`` of tensors [B, H, L, D] whose tokens lie as the ranks have them."""
+    if any(x.shape[2] != mask.plan.q_len for x in tensors):
+        shapes = " and ".join(str(list(x.shape)) for x in tensors[:2])
+        raise ValueError(f"flex_attention: block_mask is for {mask.plan.q_len} queries and as many keys, got {shapes}")
+    out = flex_attention(*(mask.together(x, 2) for x in tensors), block_mask=mask.plan, **given)
+    if isinstance(out, tuple):
+        return tuple(mask.apart(x, 2) for x in out)
+    return mask.apart(out, 2).as_subclass(Unpadded)
 
 
 @torch.no_grad()

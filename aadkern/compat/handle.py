@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+NOTHING = object()  # stood there: the attribute is the class's
+
 
 class Handle:
     """Attributes replaced on foreign objects, in order, with a line on each."""
@@ -15,8 +17,8 @@ class Handle:
         self._replaced: list[tuple[Any, str, Any, Any]] = []  # owner, attribute, what stood there, what was put there
 
     def replace(self, owner: Any, attribute: str, new: Any, note: str) -> None:
-        """Put ``new`` in ``owner``'s own dictionary under ``attribute``, and remember what stood there."""
-        self._replaced.append((owner, attribute, vars(owner)[attribute], new))
+        """Put ``new`` in ``owner``'s own dictionary under ``attribute``, and remember what stood there, if anything."""
+        self._replaced.append((owner, attribute, vars(owner).get(attribute, NOTHING), new))
         setattr(owner, attribute, new)
         self.notes.append(note)
 
@@ -32,7 +34,10 @@ class Handle:
                 where = getattr(owner, "__name__", type(owner).__name__)
                 raise RuntimeError(f"undo: {where}.{attribute} has been replaced by something else since; undo that first")
         for owner, attribute, old, _ in reversed(self._replaced):
-            setattr(owner, attribute, old)
+            if old is NOTHING:
+                delattr(owner, attribute)
+            else:
+                setattr(owner, attribute, old)
         self.active = False
 
     def __enter__(self) -> Handle:

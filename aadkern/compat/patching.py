@@ -20,8 +20,8 @@ import torch
 
 from aadkern.checks import shown
 from aadkern.compat.block_mask import evaluate
-from aadkern.compat.builders import BUILDERS, PADDING
-from aadkern.compat.flex import Original, flex_attention_for
+from aadkern.compat.builders import BUILDERS, INTERLEAVED, PADDING, Interleaved
+from aadkern.compat.flex import FirstCalls, Original, flex_attention_for
 from aadkern.compat.handle import Handle
 from aadkern.plans import AttentionPlan
 
@@ -29,12 +29,15 @@ PROJECTS = {
     "self_forcing": "wan.modules.causal_model",
     "causal_forcing": "wan.modules.causal_model",
     "longlive": "wan.modules.causal_model",
+    "longlive2": "wan_5b.modules.causal_model",
+    "krea": "wan.modules.causal_model",
     "causvid": "causvid.models.wan.causal_model",
     "fastvideo": "fastvideo.models.dits.causal_wanvideo",
 }
 FLEX_PARAMETERS = ("query", "key", "value", "block_mask")
 BUILDER_PARAMETERS = ("device", "num_frames", "frame_seqlen", "num_frame_per_block")
-FURTHER_PARAMETERS = {"local_attn_size", "batch_size"}  # a plan serves every batch size
+FURTHER_PARAMETERS = {"local_attn_size", "batch_size", "sp_size"}  # a plan serves every batch size
+GETTER = "_get_compiled_flex_attention"  # of LongLive 2's module for tokens shared among ranks
 
 
 def patch(target: ModuleType | str) -> Handle:
@@ -50,9 +53,10 @@ def patch(target: ModuleType | str) -> Handle:
     module = _module(target)
     flex = _flex_of(module)
     builders = _builders_of(module)
+    sharing = _sharing_of(module, builders)
     handle = Handle(f"aadkern.compat.patch of {module.__name__}")
-    unchecked: dict[AttentionPlan, Original] = {}
-    shim = flex_attention_for(flex, unchecked, handle.notes)
+    first_calls = FirstCalls(handle.notes)
+    shim = flex_attention_for(flex, first_calls)
     shim._aadkern_handle = handle  # type: ignore[attr-defined]
     handle.replace(
         module,
@@ -60,8 +64,13 @@ def patch(target: ModuleType | str) -> Handle:
         shim,
         f"{module.__name__}.flex_attention: plans and BlockMasks go to aadkern.attention, calls without a mask to the original",
     )
+    if sharing is not None:
+        get = vars(sharing)[GETTER]
+        shared = flex_attention_for(lambda *args, **kwargs: get()(*args, **kwargs), first_calls)
+        note = f"{sharing.__name__}.{GETTER}: the same, for tokens shared among ranks"
+        handle.replace(sharing, GETTER, lambda: shared, note)
     for cls, name, original in builders:
-        build = _building(original, name, unchecked, handle.notes)
+        build = _building(original, name, first_calls)
         handle.replace(cls, name, staticmethod(build), f"{cls.__name__}.{name}: gives a plan of key ranges, no BlockMask")
     return handle
 
@@ -128,6 +137,22 @@ def _builders_of(module: ModuleType) -> list[tuple[type, str, Callable[..., Any]
     return found
 
 
+def _sharing_of(module: ModuleType, builders: list[tuple[type, str, Callable[..., Any]]]) -> ModuleType | None:
+    """LongLive 2's module of attention over tokens shared among ranks, where a class builds masks for it."""
+    if not any(name == INTERLEAVED for _, name, _ in builders):
+        return None
+    name = f"{module.__name__.rpartition('.modules.')[0]}.distributed.sp_training"
+    try:
+        sharing = importlib.import_module(name)
+    except ModuleNotFoundError:
+        sharing = None
+    if not callable(getattr(sharing, GETTER, None)):
+        raise ValueError(
+            f"patch: target {module.__name__} has {INTERLEAVED}, and {name} must be there with its {GETTER}, and is not"
+        )
+    return sharing
+
+
 def _parameters(function: Callable[..., Any]) -> list[str]:
     try:
         return list(inspect.signature(function).parameters)
@@ -135,58 +160,70 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
         return []
 
 
-def _building(
-    original: Callable[..., Any], name: str, unchecked: dict[AttentionPlan, Original], notes: list[str]
-) -> Callable[..., AttentionPlan]:
+def _building(original: Callable[..., Any], name: str, first_calls: FirstCalls) -> Callable[..., AttentionPlan | Interleaved]:
     """The builder ``name``, giving a plan; each new combination of its arguments is compared with ``original`` first."""
     rule, signature = BUILDERS[name], inspect.signature(original)
     halves = 2 if "teacher_forcing" in name else 1
     checked: dict[tuple[int, ...], bool] = {}
 
     @functools.wraps(original)
-    def build(*args: Any, **kwargs: Any) -> AttentionPlan:
+    def build(*args: Any, **kwargs: Any) -> AttentionPlan | Interleaved:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = {key: int(value) for key, value in bound.arguments.items() if key not in ("device", "batch_size")}
-        tokens_per_frame = given.pop("frame_seqlen")
+        setting = tuple(value for key, value in given.items() if key != "frame_seqlen")
+        tokens_per_frame, ranks = given.pop("frame_seqlen"), given.pop("sp_size", 1)
         frames = halves * given["num_frames"]
-        setting = tuple(given.values())
         if setting not in checked:
             # Small frames make the whole mask small. Not a length without padding, which is part of the comparison.
             small = next(n for n in (2, 3) if frames * n % PADDING)
-            theirs = _recorded(original, {**bound.arguments, "device": "cpu", "frame_seqlen": small})
+            theirs = recorded(original, {**bound.arguments, "device": "cpu", "frame_seqlen": small})
             plans = [rule(frame_seqlen=small, padding_seen=seen, **given) for seen in (False, True)]
+            theirs = (_in_order(theirs[0], plans[0], frames * small, ranks, "cpu"), *theirs[1:])
             checked[setting] = _equal_plan(name, plans, theirs, frames * small, small)
             described = ", ".join(f"{key}={value}" for key, value in given.items())
-            notes.append(f"{name}({described}): equals the model's own mask, compared whole at {small} tokens a frame")
+            described += f", sp_size={ranks}" if ranks > 1 else ""
+            first_calls.notes.append(f"{name}({described}): equals the model's own mask, compared whole at {small} tokens a frame")
             if plans[0] != plans[1] and checked[setting]:
-                notes.append("  its last, partial block sees zero keys of the padding, as in the original")
-        plan = rule(frame_seqlen=tokens_per_frame, padding_seen=checked[setting], **given)
-        unchecked[plan] = Original(_recorded(original, bound.arguments)[0], frames * tokens_per_frame)
-        return plan
+                first_calls.notes.append("  its last, partial block sees zero keys of the padding, as in the original")
+        plan, tokens = rule(frame_seqlen=tokens_per_frame, padding_seen=checked[setting], **given), frames * tokens_per_frame
+        mask_mod = _in_order(recorded(original, bound.arguments)[0], plan, tokens, ranks, bound.arguments["device"])
+        first_calls.expect(plan, Original(mask_mod, tokens))
+        return plan if ranks == 1 else Interleaved(plan, tokens, ranks)
 
     return build
 
 
-def _recorded(original: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Callable[..., Any], int, int]:
+def _in_order(mask_mod: Callable[..., Any], plan: AttentionPlan, tokens: int, ranks: int, device: Any) -> Callable[..., Any]:
+    """``mask_mod`` for tokens in the plan's order, where they lie apart on several ranks."""
+    if ranks == 1:
+        return mask_mod
+    places = Interleaved(plan, tokens, ranks).together(torch.arange(plan.q_len, device=device), 0)
+    return lambda b, h, q, k: mask_mod(b, h, places[q], places[k])
+
+
+def recorded(original: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Callable[..., Any], int, int]:
     """The mask_mod, q_len and k_len that ``original`` would make a BlockMask of; none is made."""
-    recorded: list[tuple[Callable[..., Any], int, int]] = []
+    made: list[tuple[Callable[..., Any], int, int]] = []
 
     def record(mask_mod: Any, B: Any = None, H: Any = None, Q_LEN: Any = None, KV_LEN: Any = None, **_: Any) -> str:
-        recorded.append((mask_mod, int(Q_LEN), int(KV_LEN)))
+        made.append((mask_mod, int(Q_LEN), int(KV_LEN)))
         return "a plan of aadkern"
 
     names = original.__globals__
-    create = names["create_block_mask"]
-    names["create_block_mask"] = record
+    # Krea's builder calls a function that keeps its masks: without that, none is kept from here nor taken from there.
+    kept = {name: x.__wrapped__ for name, x in names.items() if isinstance(x, functools._lru_cache_wrapper)}
+    replaced = {"create_block_mask": record, **kept}
+    before = {name: names[name] for name in replaced}
+    names.update(replaced)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # they print the mask
             original(**arguments)
     finally:
-        names["create_block_mask"] = create
-    if len(recorded) != 1:
-        raise RuntimeError(f"patch: {original.__name__} made {len(recorded)} masks, not one; undo the patch")
-    return recorded[0]
+        names.update(before)
+    if len(made) != 1:
+        raise RuntimeError(f"patch: {original.__name__} made {len(made)} masks, not one; undo the patch")
+    return made[0]
 
 
 def _equal_plan(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aadkern.checks import choice, shown
+from aadkern.compat import anyflow
 from aadkern.compat.handle import Handle
 from aadkern.plans import AttentionPlan, VideoLayout, Window, block_causal
 from aadkern.range_attention.api import attention
@@ -76,6 +77,8 @@ def set_processor(
     ``plan``: an ``AttentionPlan`` over the clip's tokens; a ``VideoLayout``, block-causal under ``window``; None,
     bidirectional. Returns a handle that undoes it.
 
+    An ``AnyFlowFARTransformer3DModel`` takes no ``plan``: it gets plans in place of the masks that it makes (``compat.anyflow``).
+
     Raises ValueError or TypeError, having set nothing, for what is no such model or an argument that does not fit.
     """
     if isinstance(plan, VideoLayout):
@@ -91,13 +94,19 @@ def set_processor(
     attentions: list[Any] = [getattr(block, "attn1", None) for block in getattr(model, "blocks", ())]
     if not attentions or not all(hasattr(attn, "set_processor") and hasattr(attn, "processor") for attn in attentions):
         raise ValueError(f"model must have blocks with a self-attention attn1 that takes processors, got {type(model).__name__}")
+    if any(getattr(attn.processor, "_parallel_config", None) is not None for attn in attentions):
+        raise ValueError("model must not be under diffusers' context parallelism, which aadkern's processors do not serve")
+    if {type(attn.processor).__name__ for attn in attentions} <= {"AnyFlowCausalAttnProcessor", "AadAnyFlowProcessor"}:
+        if plan is not None:
+            raise ValueError(
+                f"plan must be None for {type(model).__name__}, whose calls say which mask they want, got {shown(plan)}"
+            )
+        return anyflow.serve(model, attentions, choice(backend, "backend", BACKENDS, none=True))
     processor = AadWanProcessor(plan, backend)
     for old in (attn.processor for attn in attentions):
         kind = type(old).__name__
         if kind not in ("WanAttnProcessor", "AadWanProcessor"):
             raise ValueError(f"model's processors must be diffusers' WanAttnProcessor, got {kind}: it may do more than attention")
-        if getattr(old, "_parallel_config", None) is not None:
-            raise ValueError("model must not be under diffusers' context parallelism, which AadWanProcessor does not serve")
     under = "bidirectional" if plan is None else f"a plan of {plan.q_len} queries and {plan.k_len} keys"
     handle = Handle(f"aadkern.compat.set_processor of {type(model).__name__}: {under}")
     for i, attn in enumerate(attentions):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from aadkern.fp8.frames import decoded_frames
 from aadkern.library import batched_by_folding, differentiable, dtypes_as_given, library, pack, unpack
 from aadkern.plans import AttentionPlan
-from aadkern.runtime import choose_backend, decodes_in_loads
+from aadkern.runtime import RECORDS, choose_backend, decodes_in_loads
 from aadkern.spans import span
 
 # p = exp(scale q.k - lse) over the keys in the ranges of q's run. Scores that are no numbers follow from that formula and one rule:
@@ -45,11 +45,11 @@ library.define(
     "sm90_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, Tensor tiles, Tensor ranges, "
     "float scale, int head_group, int kernel) -> ()"
 )
-library.define("sm90_workspace_bytes(Tensor q, Tensor k, int query_tiles) -> int")
+library.define("sm90_workspace_bytes(Tensor q, Tensor k, int query_rows, int query_tiles) -> int")
 library.define(
     "sm90_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) workspace, Tensor query_tiles, Tensor key_tiles, Tensor spans, "
-    "float scale, int head_group, bool deterministic) -> ()"
+    "int query_rows, float scale, int head_group, bool deterministic) -> ()"
 )
 
 
@@ -61,10 +61,8 @@ def _kernel(direction: str, backend: str, q: Tensor, deterministic: bool = False
     """The "forward", "backward" or "jvp" of the backend that serves q."""
     dtype = str(q.dtype).removeprefix("torch.")
     chosen = choose_backend(backend, str(q.device), dtype, q.shape[-1], forward_mode=direction == "jvp")
-    file = f"triton_{direction}" if chosen == "triton" else chosen
-    kernel = getattr(importlib.import_module(f"aadkern.range_attention.{file}"), direction)
-    # Only these have an order to choose; the others always sum in the same.
-    ordered = direction == "backward" and chosen in ("sm90", "flash")
+    kernel = RECORDS[chosen].kernel(direction)
+    ordered = direction == "backward" and RECORDS[chosen].ordered
     return partial(kernel, deterministic=deterministic) if ordered else kernel
 
 

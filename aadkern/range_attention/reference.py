@@ -14,7 +14,7 @@ from aadkern.plans import AttentionPlan
 from aadkern.range_attention.ranges import gather, scatter_add
 
 
-def _exact(x: Tensor) -> Tensor:
+def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -28,15 +28,15 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
     """q [B, Lq, H, D], k and v [B, Lk, H, D] -> out [B, Lq, H, D] in q's dtype, lse [B, H, Lq]."""
     batch, q_len, heads, head_dim = q.shape
-    q64, k64, v64 = _exact(q), _exact(k), _exact(v)
-    out = q64.new_zeros(batch, q_len, heads, head_dim)
-    lse = q64.new_full((batch, heads, q_len), float("-inf"))
+    q_wide, k_wide, v_wide = _wide(q), _wide(k), _wide(v)
+    out = q_wide.new_zeros(batch, q_len, heads, head_dim)
+    lse = q_wide.new_full((batch, heads, q_len), float("-inf"))
     for (q0, q1), ranges in plan.runs:
         if not ranges:
             continue
-        scores = scale * torch.einsum("bqhd,bkhd->bhqk", q64[:, q0:q1], gather(k64, ranges))
+        scores = scale * torch.einsum("bqhd,bkhd->bhqk", q_wide[:, q0:q1], gather(k_wide, ranges))
         p, lse[:, :, q0:q1] = _softmax(scores)
-        out[:, q0:q1] = torch.einsum("bhqk,bkhd->bqhd", p, gather(v64, ranges))
+        out[:, q0:q1] = torch.einsum("bhqk,bkhd->bqhd", p, gather(v_wide, ranges))
     return out.to(q.dtype), lse
 
 
@@ -55,23 +55,23 @@ def jvp(
     A tangent that is None is 0. A query that sees no key has tangents 0.
     """
     out, lse = forward(q, k, v, plan, scale)
-    q64, k64, v64 = _exact(q), _exact(k), _exact(v)
-    out_tangent, lse_tangent = torch.zeros_like(q64), torch.zeros_like(lse)
+    q_wide, k_wide, v_wide = _wide(q), _wide(k), _wide(v)
+    out_tangent, lse_tangent = torch.zeros_like(q_wide), torch.zeros_like(lse)
     for (q0, q1), ranges in plan.runs:
         if not ranges:
             continue
-        q_run, k_run, v_run = q64[:, q0:q1], gather(k64, ranges), gather(v64, ranges)
+        q_run, k_run, v_run = q_wide[:, q0:q1], gather(k_wide, ranges), gather(v_wide, ranges)
         p = torch.softmax(scale * torch.einsum("bqhd,bkhd->bhqk", q_run, k_run), dim=-1)
         ds = torch.zeros_like(p)
         if q_tangent is not None:
-            ds = ds + scale * torch.einsum("bqhd,bkhd->bhqk", _exact(q_tangent)[:, q0:q1], k_run)
+            ds = ds + scale * torch.einsum("bqhd,bkhd->bhqk", _wide(q_tangent)[:, q0:q1], k_run)
         if k_tangent is not None:
-            ds = ds + scale * torch.einsum("bqhd,bkhd->bhqk", q_run, gather(_exact(k_tangent), ranges))
+            ds = ds + scale * torch.einsum("bqhd,bkhd->bhqk", q_run, gather(_wide(k_tangent), ranges))
         mean = (p * ds).sum(dim=-1, keepdim=True)
         lse_tangent[:, :, q0:q1] = mean[..., 0]
         out_tangent[:, q0:q1] = torch.einsum("bhqk,bkhd->bqhd", p * (ds - mean), v_run)
         if v_tangent is not None:
-            out_tangent[:, q0:q1] += torch.einsum("bhqk,bkhd->bqhd", p, gather(_exact(v_tangent), ranges))
+            out_tangent[:, q0:q1] += torch.einsum("bhqk,bkhd->bqhd", p, gather(_wide(v_tangent), ranges))
     return out, lse, out_tangent.to(q.dtype), lse_tangent
 
 
@@ -87,13 +87,13 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With p = softmax: dv = p^T dout, ds = p (dout v^T - rowsum(dout out) + dlse), dq = scale ds k, dk = scale ds^T q."""
-    do64, q64, k64, v64 = _exact(dout), _exact(q), _exact(k), _exact(v)
-    dq, dk, dv = torch.zeros_like(q64), torch.zeros_like(k64), torch.zeros_like(v64)
+    do_wide, q_wide, k_wide, v_wide = _wide(dout), _wide(q), _wide(k), _wide(v)
+    dq, dk, dv = torch.zeros_like(q_wide), torch.zeros_like(k_wide), torch.zeros_like(v_wide)
     for (q0, q1), ranges in plan.runs:
         if not ranges:
             continue
-        q_run, do_run = q64[:, q0:q1], do64[:, q0:q1]
-        k_run, v_run = gather(k64, ranges), gather(v64, ranges)
+        q_run, do_run = q_wide[:, q0:q1], do_wide[:, q0:q1]
+        k_run, v_run = gather(k_wide, ranges), gather(v_wide, ranges)
         p, lse_run = _softmax(scale * torch.einsum("bqhd,bkhd->bhqk", q_run, k_run))
         dp = torch.einsum("bqhd,bkhd->bhqk", do_run, v_run)
         ds = dp - (p * dp).sum(dim=-1, keepdim=True)

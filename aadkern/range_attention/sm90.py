@@ -14,7 +14,7 @@ import torch
 from aadkern.plans import AttentionPlan
 from aadkern.range_attention.ranges import merged
 from aadkern.range_attention.sm90_split import Split, best_split
-from aadkern.range_attention.sm90_tables import backward_tables
+from aadkern.range_attention.sm90_tables import QUERY_ROWS, backward_tables
 from aadkern.range_attention.tiles import TileTable, heads_per_group, tile_table
 from aadkern.runtime import SM90_CAPABILITY, SM90_DTYPES, SM90_HEAD_DIMS
 
@@ -27,12 +27,13 @@ class ForwardKernel(NamedTuple):
     step: int
 
 
-# They compute the same. The first two are for finding faults, the last two to be timed against each other on a GPU.
+# They compute the same. The first two are for finding faults, the others to be timed against each other on a GPU.
 FORWARD_KERNELS = {
     "simple": ForwardKernel(0, 64, 128),
     "specialised": ForwardKernel(1, 128, 128),
     "pingpong": ForwardKernel(2, 128, 128),
     "wide": ForwardKernel(3, 128, 176),
+    "persistent": ForwardKernel(4, 128, 176),
 }
 
 # At head_dim 128 a step of 176 keys keeps shared memory busy for 0.84 of the tensor cores' time, one of 128 keys for 0.875; it
@@ -148,13 +149,18 @@ def backward(
     plan: AttentionPlan,
     scale: float,
     deterministic: bool = False,
+    rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv), contiguous, of ``forward``'s out and lse (``dlse`` None: lse was not used).
 
     dk and dv are bitwise the same at every run. dq is summed in fp32 in the order in which tiles of keys finish; in one fixed
-    order, somewhat slower, if ``deterministic`` or torch.use_deterministic_algorithms asks for it. Raises as ``forward``.
+    order, somewhat slower, if ``deterministic`` or torch.use_deterministic_algorithms asks for it. ``rows`` of queries are taken at
+    a time: 64 (None) or 80 at D 128, 128 at D 64. Raises as ``forward``.
     """
     check_served(q)
+    rows = QUERY_ROWS[q.shape[3]][0] if rows is None else rows
+    if rows not in QUERY_ROWS[q.shape[3]]:
+        raise ValueError(f"rows must be one of {QUERY_ROWS[q.shape[3]]} at head_dim {q.shape[3]}, got {rows!r}")
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     batch, q_len, heads, head_dim = q.shape
     if batch * heads == 0 or plan.area == 0:
@@ -162,11 +168,11 @@ def backward(
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     dout, q, k, v, out = (loadable(x) for x in (dout, q, k, v, out))
     dlse = None if dlse is None else dlse.contiguous()
-    tables = backward_tables(plan, head_dim, q.device)
+    tables = backward_tables(plan, rows, q.device)
     # q, dout and the fp32 accumulator of dq are what every key tile walks over.
     ordered = min(batch * heads, ORDERED_HEADS)
     group = ordered if deterministic else heads_per_group(8 * q_len * head_dim, batch * heads)
-    words = -(-workspace_bytes(q, k, len(tables.query_tiles)) // 4)
+    words = -(-workspace_bytes(q, k, rows, len(tables.query_tiles)) // 4)
     workspace = torch.empty(words, dtype=torch.float32, device=q.device)
-    launch_backward(dout, dlse, q, k, v, out, lse.contiguous(), dq, dk, dv, workspace, *tables, scale, group, deterministic)
+    launch_backward(dout, dlse, q, k, v, out, lse.contiguous(), dq, dk, dv, workspace, *tables, rows, scale, group, deterministic)
     return dq, dk, dv

@@ -18,9 +18,9 @@ from aadkern.plans import AttentionPlan
 KEYS = 128  # rows of a key tile
 
 
-def query_rows(head_dim: int) -> int:
-    """Rows of a query tile: as many as make the fp32 accumulator of dq 32 KB (csrc/attention/sm90_backward.cuh)."""
-    return 8192 // head_dim
+# Rows of a query tile at each head_dim, the one in use first: 64 x 128 and 128 x 64 sums of dq take a thread 32 registers. 80 rows
+# read less shared memory for their products and hide less behind them (csrc/attention/sm90/backward.cuh).
+QUERY_ROWS = {64: (128,), 128: (64, 80)}
 
 
 class BackwardCut(NamedTuple):
@@ -69,10 +69,11 @@ def cut_backward(plan: AttentionPlan, queries: int, keys: int = KEYS) -> Backwar
 
 
 @cache
-def backward_tables(plan: AttentionPlan, head_dim: int, device: torch.device) -> BackwardTables:
-    """The device tables of a plan, made once and never freed: a captured CUDA graph reads them at their address."""
+def backward_tables(plan: AttentionPlan, queries: int, device: torch.device) -> BackwardTables:
+    """The device tables of a plan for tiles of ``queries`` rows, made once and never freed: a captured CUDA graph reads them at
+    their address."""
     columns = (2, 4, 4)
-    rows = cut_backward(plan, query_rows(head_dim))
+    rows = cut_backward(plan, queries)
     return BackwardTables(
         *(torch.tensor(table, dtype=torch.int32).reshape(-1, n).to(device) for table, n in zip(rows, columns, strict=True))
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,9 @@ from aadkern.checks import boolean, choice, shown, whole
 from aadkern.checks import device as checked_device
 from aadkern.checks import dtype as checked_dtype
 from aadkern.plans import AttentionPlan, Window
+from aadkern.rotary.tables import axis_dims
 from aadkern.streaming.context import sink_shift
 from aadkern.streaming.passes import ReplayPass, RingPass
-from aadkern.streaming.rope import axis_dims
-from aadkern.ulysses.api import heads_held
-
-if TYPE_CHECKING:
-    from aadkern.wan.model import CausalWan
 
 ROPE_MODES = ("absolute", "relative")
 PRECISIONS = ("full", "fp8")
@@ -108,56 +104,23 @@ class StreamingCache:
         shape = (layers, batch, slots * tokens_per_frame, heads, head_dim)
         self.keys = torch.zeros(shape, dtype=held, device=device)
         self.values = torch.zeros(shape, dtype=held, device=device)
-        # Of each slot and head: [layers, B, slots, H].
-        self.scales = None if precision == "full" else torch.ones((2, layers, batch, slots, heads), device=device)
+        # Of keys and of values: [layers, B, slots, H] each.
+        of_slots = (2, layers, batch, slots, heads)
+        self.scales = None if precision == "full" else torch.ones(of_slots, dtype=torch.float32, device=device)
         sink_shape = (layers, batch, window.sink * tokens_per_frame, heads, head_dim)
         # The sink's keys at their own frames, in ``dtype``, as every move quantises them anew; ``keys`` holds them moved by
         # ``_sink_at`` frames, and by ``_second_at`` behind the ring (None: not known).
-        self._sink_keys = torch.zeros(sink_shape, dtype=dtype, device=device) if rope == "relative" else None
+        self.sink_keys = torch.zeros(sink_shape, dtype=dtype, device=device) if rope == "relative" else None
         self._second_at: int | None = None
         self.reset()
 
     @classmethod
-    def for_model(
-        cls,
-        model: CausalWan,
-        batch: int,
-        height: int,
-        width: int,
-        window: Window,
-        *,
-        max_chunk_frames: int,
-        capacity_frames: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        merged: bool = False,
-        precision: str = "full",
-    ) -> StreamingCache:
-        """A cache that fits ``model`` and latents [batch, C, F, height, width]; dtype and device default to its own.
-
-        With a ``model.sequence`` it holds whole frames of this rank's heads.
-        """
-        for name in ("patch_embedding", "config", "tokens_per_frame"):
-            if not hasattr(model, name) or isinstance(model, type):
-                raise TypeError(f"model must be a CausalWan, got {shown(type(model))}")
-        weight = model.patch_embedding.weight
-        config: Any = model.config
-        return cls(
-            config.num_layers,
-            batch,
-            heads_held(config.num_attention_heads, getattr(model, "sequence", None)),
-            config.attention_head_dim,
-            model.tokens_per_frame(height, width),
-            window,
-            max_chunk_frames=max_chunk_frames,
-            capacity_frames=capacity_frames,
-            dtype=weight.dtype if dtype is None else dtype,
-            device=weight.device if device is None else device,
-            rope=config.rope,
-            frame_period=config.rope_periods[0] if config.rope_periods else None,
-            merged=merged,
-            precision=precision,
-        )
+    def for_model(cls, model: Any, batch: int, height: int, width: int, window: Window, **options: Any) -> StreamingCache:
+        """``model.new_cache(batch, height, width, window, **options)``, by its older name."""
+        if not hasattr(model, "new_cache") or isinstance(model, type):
+            raise TypeError(f"model must be a CausalWan, got {shown(type(model))}")
+        cache: StreamingCache = model.new_cache(batch, height, width, window, **options)
+        return cache
 
     @property
     def frame(self) -> int:
@@ -172,7 +135,7 @@ class StreamingCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values, and of their scales."""
-        beside = sum(x.nbytes for x in (self._sink_keys, self.scales) if x is not None)
+        beside = sum(x.nbytes for x in (self.sink_keys, self.scales) if x is not None)
         return self.keys.nbytes + self.values.nbytes + beside
 
     def layer(self, layer: int) -> tuple[Tensor, ...]:
@@ -227,6 +190,13 @@ class StreamingCache:
         self._frame = self._history = self._written[1]
         self._written = None
 
+    def written(self, chunk: tuple[int, int], places: tuple[int | None, int | None]) -> None:
+        """The passes' side: all layers of ``chunk`` are written; the sink's copies stand at ``places`` (None: where they stood)."""
+        sink, second = places
+        self._sink_at = self._sink_at if sink is None else sink
+        self._second_at = self._second_at if second is None else second
+        self._written = chunk
+
     def begin(self, frames: int, clean_frames: int = 0) -> RingPass | ReplayPass:
         """The model's side: one pass over a chunk of ``frames`` frames, or over ``clean_frames`` clean ones and the chunk after
         them; called with a layer it gives that one's attention."""
@@ -272,7 +242,7 @@ class StreamingCache:
 
     def _places(self, start: int, shifts: list[int]) -> tuple[int | None, int | None]:
         """Where the sink and its second copy are to be moved; until the pass has done it they stand nowhere."""
-        if self._sink_keys is None:
+        if self.sink_keys is None:
             return None, None
         if start < self.window.sink:  # the pass writes the sink anew
             self._second_at = None

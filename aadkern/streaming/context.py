@@ -16,7 +16,7 @@ from torch import Tensor
 from aadkern import plans
 from aadkern.plans import AttentionPlan, VideoLayout, Window
 from aadkern.range_attention.api import attention
-from aadkern.streaming.rope import rotate, shift_table, table_dtype
+from aadkern.rotary.tables import rotate, shift_table, table_dtype
 
 
 def sink_shift(window: Window, start: int, end: int) -> int:
@@ -45,12 +45,6 @@ class CausalContext:
             seen = sum(min(b, end) - max(a, start) for a, b in self.window.visible_frames(start, end) if b > start)
             if seen < end - start:
                 raise ValueError(f"window must leave chunks whole: chunk {chunk} has {end - start} frames, it would see {seen}")
-
-
-@lru_cache(maxsize=256)
-def everything(q_len: int, k_len: int) -> AttentionPlan:
-    """All queries see all keys."""
-    return AttentionPlan.from_ranges(q_len, k_len, [((0, q_len), [(0, k_len)])])
 
 
 @lru_cache(maxsize=256)

@@ -14,6 +14,8 @@ from aadkern.streaming.cache import StreamingCache
 from aadkern.streaming.graphs import PassGraphs
 
 Noise = Callable[[int, int], Tensor]
+Source = Callable[[int], Tensor]
+After = Callable[[int, int, float, Tensor], "Tensor | None"]
 
 PREDICTS = ("flow", "x0")
 
@@ -23,7 +25,7 @@ class StreamingGenerator:
 
     ::
 
-        cache = StreamingCache.for_model(model, 1, 60, 104, Window(9, sink=1), max_chunk_frames=4, merged=True)
+        cache = model.new_cache(1, 60, 104, Window(9, sink=1), max_chunk_frames=4, merged=True)
         generator = StreamingGenerator(model, cache, text=prompt_embeddings)
         noise = lambda chunk, step: torch.randn(1, 16, 4, 60, 104, device="cuda")
         decoder = aadkern.wan.vae.StreamingDecoder(vae)
@@ -156,7 +158,15 @@ class StreamingGenerator:
         self._clean = None
         self._clean_text = None  # the text that the last chunk was made from
 
-    def chunks(self, noise: Noise, count: int | None = None, *, first_frame: Tensor | None = None) -> Iterator[Tensor]:
+    def chunks(
+        self,
+        noise: Noise,
+        count: int | None = None,
+        *,
+        first_frame: Tensor | None = None,
+        source: Source | None = None,
+        after: After | None = None,
+    ) -> Iterator[Tensor]:
         """Yield the next ``count`` chunks [B, C, f, H, W], or chunks without end; a later call goes on where this one stopped.
 
         ``noise(chunk, step)`` gives standard normal noise [B, C, f, H, W] of chunk 1, 2, ... and its denoising step 0, 1,
@@ -164,11 +174,17 @@ class StreamingGenerator:
         chunk of its own, and it is not yielded. It is copied when this is called, and the video starts with the first chunk that
         is asked for: chunks that nobody asks for leave no trace.
 
+        ``source(chunk)``: the clean latents of another video that the chunk is made from, as large as its noise. They are noised to
+        the first level, (1 - level) source + level noise: at level 1 nothing of them is left. ``after(chunk, step, level, x)`` is
+        told the clean estimate x after each denoising pass, and may return another in its place.
+
         Raises ValueError for a negative count, a first frame of another length, after the start or for no chunk, and for noise of
-        another shape than the chunk before it or the step before it; TypeError for noise that is no floating-point tensor.
+        another shape than the chunk before it or the step before it, or than its source; TypeError for what is no floating-point
+        tensor.
         """
-        if not callable(noise):
-            raise TypeError(f"noise must be a function of chunk and step, got {shown(noise)}")
+        for name, given in (("noise", noise), ("source", source), ("after", after)):
+            if not callable(given) and (given is not None or name == "noise"):
+                raise TypeError(f"{name} must be a function{' of chunk and step' * (name == 'noise')}, got {shown(given)}")
         if count is not None:
             whole(count, "count")
         if first_frame is not None:
@@ -179,12 +195,14 @@ class StreamingGenerator:
             if count == 0:
                 raise ValueError("first_frame must be None for no chunk, got one with count 0")
             first_frame = first_frame.detach().clone()
-        return self._chunks(noise, count, first_frame)
+        return self._chunks(noise, count, first_frame, source, after)
 
-    def _chunks(self, noise: Noise, count: int | None, first_frame: Tensor | None) -> Iterator[Tensor]:
+    def _chunks(
+        self, noise: Noise, count: int | None, first_frame: Tensor | None, source: Source | None, after: After | None
+    ) -> Iterator[Tensor]:
         for _ in itertools.count() if count is None else range(count):
             with self._without_gradient():
-                chunk = self._next(noise, first_frame)
+                chunk = self._next(noise, first_frame, source, after)
             first_frame = None
             yield chunk.clone()  # the caller's own, and no inference tensor
 
@@ -213,10 +231,31 @@ class StreamingGenerator:
             raise ValueError(f"noise must give {like.shape[2]} frames in step {step} as in the steps before, got {x.shape[2]}")
         return x
 
-    def _next(self, noise: Noise, first_frame: Tensor | None) -> Tensor:
+    def _begun(self, source: Source, chunk: int, noise: Tensor, level: float) -> Tensor:
+        """The chunk's source noised to its first level."""
+        with torch.inference_mode(False):
+            clean = source(chunk)
+        self._check_latents(clean, f"source({chunk})")
+        if clean.shape != noise.shape:
+            raise ValueError(f"source must give {list(noise.shape)}, as noise does, got {list(clean.shape)} for chunk {chunk}")
+        return _mix(clean, noise, level)
+
+    def _told(self, after: After, chunk: int, step: int, level: float, x: Tensor) -> Tensor:
+        """A pass's result, or what ``after`` gives in its place."""
+        with torch.inference_mode(False):
+            other = after(chunk, step, level, x.clone())
+        if other is None:
+            return x
+        self._check_latents(other, f"after({chunk}, {step}, ...)")
+        if other.shape != x.shape:
+            raise ValueError(f"after must give {list(x.shape)} or None, got {list(other.shape)}")
+        return other.to(x.dtype)
+
+    def _next(self, noise: Noise, first_frame: Tensor | None, source: Source | None, after: After | None) -> Tensor:
         number = self._made + 1
         levels = self._first_levels if self._first else self._levels
         x = self._drawn(noise, number, 0, self._clean if first_frame is None else first_frame)
+        x = x if source is None else self._begun(source, number, x, levels[0])
         if first_frame is not None:
             self._check_start()
             self._clean, self._clean_text = first_frame, self._text
@@ -225,6 +264,7 @@ class StreamingGenerator:
                 x = _mix(x, self._drawn(noise, number, step, x), level)
             out = self._first_pass(x, level) if step == 0 else self._denoise(x, level)
             x = out.to(x.dtype) if self.predicts == "x0" else _x0(x, out, level)
+            x = x if after is None else self._told(after, number, step, level, x)
         self._made, self._first, self._clean, self._clean_text = number, False, x, self._text
         return x
 

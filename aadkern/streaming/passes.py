@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from aadkern.fp8.frames import quantise_frames
-from aadkern.plans import AttentionPlan
+from aadkern.plans import AttentionPlan, Window, full
 from aadkern.range_attention.api import attend, attention
-from aadkern.streaming.context import everything
-from aadkern.streaming.rope import rotate, shift_table, table_dtype, upload
+from aadkern.rotary.tables import rotate, shift_table, table_dtype, upload
 
-if TYPE_CHECKING:
-    from aadkern.streaming.cache import StreamingCache
 
-LayerAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+class CachedKeys(Protocol):
+    """What a pass takes of its ``StreamingCache``."""
+
+    keys: Tensor  # [layers, B, slots' tokens, H, D]
+    values: Tensor
+    sink_keys: Tensor | None  # [layers, B, the sink's tokens, H, D], as turned at their own frames; with relative positions alone
+    layers: int
+    batch: int
+    heads: int
+    head_dim: int
+    tokens_per_frame: int
+    capacity_frames: int
+    dtype: torch.dtype  # of the keys and values that passes come with
+    window: Window
+    frame_period: int | None
+
+    def layer(self, layer: int) -> tuple[Tensor, ...]:
+        """A layer's keys and values and, where they lie in FP8, the scales of each, [B, slots, H]."""
+
+    def written(self, chunk: tuple[int, int], places: tuple[int | None, int | None]) -> None:
+        """A pass has written all layers: ``chunk`` may be committed, and the sink's copies stand at ``places``."""
 
 
 @dataclass(eq=False)
@@ -30,7 +47,7 @@ class RingPass:
     sink and its copy behind the ring, None where that stands right already, and ``turns`` what moves them, on the device.
     """
 
-    cache: StreamingCache
+    cache: CachedKeys
     chunks: list[tuple[int, int]]
     own: list[tuple[int, int, int]]
     plan: AttentionPlan
@@ -57,12 +74,7 @@ class RingPass:
 
     def finish(self) -> None:
         """All layers are done: the first chunk may be committed."""
-        sink, second = self.places
-        if sink is not None:
-            self.cache._sink_at = sink
-        if second is not None:
-            self.cache._second_at = second
-        self.cache._written = self.chunks[0]
+        self.cache.written(self.chunks[0], self.places)
 
 
 @dataclass(eq=False)
@@ -99,18 +111,18 @@ class RingAttention:
         n, sink, turns = cache.tokens_per_frame, cache.window.sink, iter(ring.turns)
         keys, values, *scales = cache.layer(layer)
         key_scales, value_scales = scales or (None, None)
-        if cache._sink_keys is not None and ring.places[0] is not None:
-            _write(rotate(cache._sink_keys[layer], next(turns)), keys, key_scales, 0, sink)
+        if cache.sink_keys is not None and ring.places[0] is not None:
+            _write(rotate(cache.sink_keys[layer], next(turns)), keys, key_scales, 0, sink)
         for frame, slot, count in ring.own:
             source = slice((frame - start) * n, (frame - start + count) * n)
             if k is not self.slot:
                 _write(k[:, source], keys, key_scales, slot, count)
             if v is not self.value_slot:
                 _write(v[:, source], values, value_scales, slot, count)
-            if cache._sink_keys is not None and frame < sink:
-                cache._sink_keys[layer, :, slot * n : (slot + count) * n] = k[:, source]
-        if cache._sink_keys is not None and ring.places[1] is not None:
-            _write(rotate(cache._sink_keys[layer], next(turns)), keys, key_scales, cache.capacity_frames, sink)
+            if cache.sink_keys is not None and frame < sink:
+                cache.sink_keys[layer, :, slot * n : (slot + count) * n] = k[:, source]
+        if cache.sink_keys is not None and ring.places[1] is not None:
+            _write(rotate(cache.sink_keys[layer], next(turns)), keys, key_scales, cache.capacity_frames, sink)
             for held, size in ((values, sink * n), (value_scales, sink)):
                 if held is not None:
                     held[:, -size:] = held[:, :size]
@@ -146,7 +158,7 @@ class ReplayPass:
     """A pass with gradient of a chunk of ``frames`` frames: those in view, ``past`` (frame, slot, count), are constants, copied;
     the chunk's own keys are not. ``shift`` is that of the sink."""
 
-    cache: StreamingCache
+    cache: CachedKeys
     frames: int
     past: list[tuple[int, int, int]]
     shift: int
@@ -156,8 +168,8 @@ class ReplayPass:
         keys, values = [], []
         for frame, slot, count in self.past:
             tokens = slice(slot * n, (slot + count) * n)
-            if cache._sink_keys is not None and frame < cache.window.sink:
-                keys.append(self._moved(cache._sink_keys[layer, :, tokens]))
+            if cache.sink_keys is not None and frame < cache.window.sink:
+                keys.append(self._moved(cache.sink_keys[layer, :, tokens]))
             else:
                 keys.append(cache.keys[layer, :, tokens])
             values.append(cache.values[layer, :, tokens])
@@ -175,7 +187,7 @@ class ReplayPass:
 class ReplayAttention:
     """One layer of a ``ReplayPass``; ``past`` are the keys and values in view, if any."""
 
-    cache: StreamingCache
+    cache: CachedKeys
     frames: int
     past: tuple[Tensor, Tensor] | None
     any_order: ClassVar[bool] = True
@@ -188,14 +200,14 @@ class ReplayAttention:
         return torch.cat((self.past[0], k), dim=1), torch.cat((self.past[1], v), dim=1)
 
     def plan_of(self, queries: int, keys: int) -> AttentionPlan:
-        return everything(queries, keys + (0 if self.past is None else self.past[0].shape[1]))
+        return full(queries, keys + (0 if self.past is None else self.past[0].shape[1]))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plan = self.plan_of(q.shape[1], k.shape[1])
         return attention(q, *self.seen(k, v), plan)
 
 
-def check_keys(cache: StreamingCache, k: Tensor, frames: int) -> None:
+def check_keys(cache: CachedKeys, k: Tensor, frames: int) -> None:
     expected = (cache.batch, frames * cache.tokens_per_frame, cache.heads, cache.head_dim)
     if tuple(k.shape) != expected:
         raise ValueError(f"keys must be {list(expected)} for this cache, got {list(k.shape)}")

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from aadkern.blocks.api import can_pack, qk_norm_rope
 from aadkern.blocks.ops import qk_norm_rope_pack
-from aadkern.blocks.rotary import Turns
-from aadkern.plans import AttentionPlan
+from aadkern.layer_attention import CachedLayer, PlannedLayer
+from aadkern.rotary.grid import Turns
 from aadkern.ulysses.api import attended, by_frame
 from aadkern.ulysses.exchange import Ends, Route, exchange, exchange_into, route, rows_on
 from aadkern.ulysses.group import SequenceGroup, refuse_tangents
 
 
 class SequenceAttention:
-    """A layer's attention with its tokens sliced over a group: ``layer`` says what queries see, and sees this rank's heads.
+    """A layer's attention with its tokens sliced over a group: ``layer`` says what queries see, and sees this rank's heads."""
 
-    ``layer`` has ``seen(k, v)``, the keys and values that queries see of a pass's own, ``plan_of(queries, keys)``, the plan of so
-    many queries over them where the pass has so many keys, and, if it keeps keys, ``store(k, v)`` and ``slots(length, dtype)``,
-    where they may lie already. ``any_order`` says that keys need not stand frame by frame for queries that see them all.
-    """
-
-    def __init__(self, layer: Any, group: SequenceGroup) -> None:
+    def __init__(self, layer: PlannedLayer | CachedLayer, group: SequenceGroup) -> None:
         self.layer, self.group = layer, group
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,16 +54,15 @@ class SequenceAttention:
         """k, v [B, F n_r, H, D] into the cache, which holds this rank's heads."""
         parts, way, slots = [by_frame(x, self.group.tokens) for x in (k, v)], self._route((), k), self._slots(k)
         if slots is None:
-            self.layer.store(*(x.flatten(1, 2) for x in exchange(parts, way.to_heads, self.group)))
+            self.layer.store(*(x.flatten(1, 2) for x in exchange(parts, way.to_heads, self.group)))  # type: ignore[union-attr]
         else:
             there = [by_frame(x, self.group.tokens_per_frame) for x in slots]
             exchange_into(parts, way.to_heads, self.group, Ends(), k.shape[3], there)
-            self.layer.store(*slots)
+            self.layer.store(*slots)  # type: ignore[union-attr]
 
     def _way(self, q: Tensor, k: Tensor) -> Route:
         n, n_r = self.group.tokens_per_frame, self.group.tokens
-        plan: AttentionPlan = self.layer.plan_of(q.shape[1] // n_r * n, k.shape[1] // n_r * n)
-        return self._route(plan.code, k)
+        return self._route(self.layer.plan_of(q.shape[1] // n_r * n, k.shape[1] // n_r * n).code, k)
 
     def _route(self, code: tuple[int, ...], k: Tensor) -> Route:
         group = self.group

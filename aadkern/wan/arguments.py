@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from aadkern.checks import MOST, boolean, choice, real, shown, tensor, three, whole
 from aadkern.plans import AttentionPlan
-from aadkern.streaming.cache import ROPE_MODES, StreamingCache
-from aadkern.streaming.context import CausalContext
-from aadkern.streaming.graphs import PassGraphs
-from aadkern.streaming.rope import axis_dims
+from aadkern.rotary.tables import axis_dims
+from aadkern.streaming.cache import ROPE_MODES
 from aadkern.wan.block import TextCache
-
-if TYPE_CHECKING:
-    from aadkern.wan.model import CausalWan
 
 TIMESTEPS = (torch.float32, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -45,6 +41,15 @@ def check_configuration(patch_size: Any, sizes: dict[str, Any], cross_attn_norm:
     choice(rope, "rope", ROPE_MODES)
 
 
+def tokens_of_frame(patch_size: Sequence[int], height: Any, width: Any) -> int:
+    """Tokens of one latent frame of height x width. Raises ValueError where patches do not tile it."""
+    _, rows, columns = patch_size
+    height, width = whole(height, "height"), whole(width, "width")
+    if height < rows or width < columns or height % rows or width % columns:
+        raise ValueError(f"height and width must be multiples of ({rows}, {columns}), got ({height}, {width})")
+    return (height // rows) * (width // columns)
+
+
 def check_exact(timestep: Any) -> None:
     """Raise for what is no tensor of noise levels as exact as float32."""
     if tensor(timestep, "timestep").dtype in (torch.bfloat16, torch.float16):
@@ -63,7 +68,9 @@ def check_text(text: Any, dim: int, samples: int | None = None) -> None:
         raise ValueError(f"encoder_hidden_states must be {shape}, got {list(text.shape)}")
 
 
-def check_clip(model: CausalWan, x: Any, timestep: Any, text: Any, condition_of: Sequence[int] | None) -> tuple[int, int, int, int]:
+def check_clip(
+    model: WanTransformer3DModel, x: Any, timestep: Any, text: Any, condition_of: Sequence[int] | None
+) -> tuple[int, int, int, int]:
     """The latents' batch, frames, height and width, if noise levels and text fit them."""
     if isinstance(text, TextCache) and text.text is not None:
         if len(text.layers) not in (0, len(model.blocks)):
@@ -87,7 +94,7 @@ def check_clip(model: CausalWan, x: Any, timestep: Any, text: Any, condition_of:
         rows = _indices(condition_of, "condition_of")
         if len(rows) != batch or not all(0 <= sample < samples for sample in rows):
             raise ValueError(f"condition_of must be {batch} rows of timestep, in [0, {samples}), got {shown(condition_of)}")
-    tokens = frames * model.tokens_per_frame(height, width)
+    tokens = frames * tokens_of_frame(model.config["patch_size"], height, width)
     if tuple(timestep.shape) not in ((samples,), (samples, frames), (samples, tokens)):
         shapes = f"[{samples}], [{samples}, {frames}] or [{samples}, {tokens}]"
         raise ValueError(f"timestep must be {shapes} for hidden_states {list(x.shape)}, got {list(timestep.shape)}")
@@ -101,23 +108,6 @@ def check_clip(model: CausalWan, x: Any, timestep: Any, text: Any, condition_of:
     elif text is not None:
         check_text(text, model.config["text_dim"], samples)
     return batch, frames, height, width
-
-
-def check_ways(plan: Any, cache: Any, graphs: Any, first_frame: Any, cache_only: Any, clean_frames: Any, return_dict: Any) -> None:
-    """Raise for arguments of another type than ``CausalWan.forward`` takes."""
-    if plan is not None and not isinstance(plan, (AttentionPlan, CausalContext)):
-        raise TypeError(f"plan must be an AttentionPlan, a CausalContext or None, got {type(plan).__name__}")
-    # Another that keeps its protocol serves too: benchmarks stream Self-Forcing's cache through the same model.
-    if cache is not None and not isinstance(cache, StreamingCache) and not callable(getattr(cache, "begin", None)):
-        raise TypeError(f"cache must be a StreamingCache or None, got {shown(cache)}")
-    if graphs is not None and not isinstance(graphs, PassGraphs):
-        raise TypeError(f"graphs must be PassGraphs or None, got {shown(graphs)}")
-    if not isinstance(first_frame, Sequence) or isinstance(first_frame, (str, bytes)):
-        whole(first_frame, "first_frame", -MOST)
-    boolean(cache_only, "cache_only")
-    whole(clean_frames, "clean_frames")
-    if return_dict is not None:
-        boolean(return_dict, "return_dict")
 
 
 def blocks_to_run(taps: Sequence[int] | None, layers: int) -> int:

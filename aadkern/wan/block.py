@@ -14,9 +14,9 @@ from torch.autograd.forward_ad import unpack_dual
 
 from aadkern.blocks import Turns, gated_residual, modulated_norm, qk_norm_rope
 from aadkern.fp8 import shared_input
+from aadkern.layer_attention import CachedLayer, LayerAttention
+from aadkern.plans import full
 from aadkern.range_attention.api import attention
-from aadkern.streaming.context import everything
-from aadkern.streaming.passes import LayerAttention
 from aadkern.ulysses.layer import SequenceAttention
 
 
@@ -79,7 +79,7 @@ class CausalWanBlock(WanTransformerBlock):
         x: Tensor,
         modulation: Tensor,
         turns: Turns,
-        attend: LayerAttention,
+        attend: LayerAttention | CachedLayer | SequenceAttention,
         text: Tensor | tuple[Tensor, Tensor] | TextEntry | None = None,
         sample_of: Tensor | None = None,
         store_only: bool = False,
@@ -103,7 +103,7 @@ class CausalWanBlock(WanTransformerBlock):
             slot = attend.key_slot(k) if hasattr(attend, "key_slot") else None
             q, k = qk_norm_rope(q, k, q_weight, k_weight, turns, eps=eps, k_out=slot, backend=self.block_backend)
             if q is None:
-                attend.store(k, v)  # type: ignore[attr-defined]
+                attend.store(k, v)  # type: ignore[union-attr]
                 return None
             if skip_frames:
                 q, x = q[:, skip_frames * x.shape[2] :], x[:, skip_frames:]
@@ -168,5 +168,5 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     raises (2.13)."""
     if all(unpack_dual(y).tangent is None for y in (q, k, v)):
         return F.scaled_dot_product_attention(q, k, v)
-    plan = everything(q.shape[2], k.shape[2])
+    plan = full(q.shape[2], k.shape[2])
     return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan).transpose(1, 2)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from aadkern.checks import shown
-from aadkern.compat.checkpoints import read_pickle
-from aadkern.compat.names import bare, translated
-from aadkern.compat.tensor_files import open_tensors
+from aadkern.weights.checkpoints import read_pickle
+from aadkern.weights.names import bare, translated
+from aadkern.weights.tensor_files import open_tensors
 
 IN_A_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # peft's and diffusers'
 CONTAINERS = ("generator_lora", "lora", "state_dict")  # of pickles, the first there

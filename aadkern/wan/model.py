@@ -21,22 +21,34 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from aadkern.blocks import RotaryGrid, Turns, modulated_norm
-from aadkern.checks import choice, shown, whole
+from aadkern.checks import boolean, choice, shown
 from aadkern.checks import dtype as checked_dtype
 from aadkern.fp8 import Fp8Linear
-from aadkern.plans import AttentionPlan
+from aadkern.layer_attention import PlannedLayer
+from aadkern.plans import AttentionPlan, Window, full
+from aadkern.rotary.tables import checked_periods
 from aadkern.runtime import FUSED_BACKENDS, choose_fused_backend
 from aadkern.streaming.cache import StreamingCache
-from aadkern.streaming.context import CausalContext, ClipAttention, everything
+from aadkern.streaming.context import CausalContext, ClipAttention
 from aadkern.streaming.graphs import PassGraphs, PassInputs
-from aadkern.streaming.passes import LayerAttention, RingPass
-from aadkern.streaming.rope import checked_periods
-from aadkern.ulysses.api import heads_held, plan_word
+from aadkern.streaming.passes import RingPass
+from aadkern.ulysses.api import heads_held
 from aadkern.ulysses.group import SequenceGroup, check_group, enter, leave
 from aadkern.ulysses.layer import SequenceAttention
-from aadkern.wan.arguments import blocks_to_run, check_clip, check_configuration, check_exact, check_text, check_ways, frame_indices
+from aadkern.wan.arguments import (
+    blocks_to_run,
+    check_clip,
+    check_configuration,
+    check_exact,
+    check_text,
+    frame_indices,
+    tokens_of_frame,
+)
+from aadkern.wan.attention import Attention, CachedChunk, WholeClip, attention_meant, attention_word, check_attention
 from aadkern.wan.block import CausalWanBlock, TextCache, TextEntry, TimeCache, wide_dtype
+from aadkern.weights.checkpoints import DTYPES, read_model
 
+OFFLOADING = "group_offloading"  # diffusers' name of the hook that brings weights to the GPU in a pass alone
 CLEAN_FIRST_FRAME = "give the image as a clean first latent frame"
 
 
@@ -116,14 +128,12 @@ class CausalWan(WanTransformer3DModel):
     def from_single_file(cls, path: Any, *, torch_dtype: torch.dtype | None = None, **options: Any) -> Any:  # type: ignore[override]
         """A model from one ``.safetensors`` or ``.pt``, in Wan's names or diffusers', on the CPU.
 
-        ``compat.load_model`` does it, and tells the ``options`` and what is refused. Nothing is downloaded, and no configuration is
-        asked for.
+        ``weights.checkpoints.read_model`` does it, and tells the ``options`` and what is refused. Nothing is downloaded, and no
+        configuration is asked for.
         """
-        from aadkern.compat.checkpoints import DTYPES, load_model
-
         if torch_dtype is not None:
             checked_dtype(torch_dtype, "torch_dtype", DTYPES)
-        return load_model(path, dtype=torch_dtype, **options)
+        return read_model(cls, path, dtype=torch_dtype, **options)
 
     def set_block_backend(self, backend: str) -> None:
         """What serves norms, rotary positions and gates: "reference", "torch", "triton", or "auto", the best for the device."""
@@ -134,11 +144,12 @@ class CausalWan(WanTransformer3DModel):
     def text_cache(self, encoder_hidden_states: Tensor) -> TextCache:
         """The cross-attention keys and values of text [B, T, text_dim], once for all passes: give them in its place.
 
-        Of a model under FSDP, whose weights are gathered in its own forward alone, a lazy cache, which the first pass fills.
+        Of a model under FSDP or offloaded by block, whose weights are there in its own forward alone, a lazy cache, which the first
+        pass fills.
         Raises ValueError for another shape.
         """
         check_text(encoder_hidden_states, self.config["text_dim"])
-        if self._is_sharded():
+        if self._is_sharded() or self.is_offloaded():
             return TextCache.lazy(encoder_hidden_states)
         embedder = self.condition_embedder.text_embedder
         text = embedder(encoder_hidden_states.to(embedder.linear_1.weight.dtype))
@@ -158,6 +169,11 @@ class CausalWan(WanTransformer3DModel):
         """Whether FSDP holds the model or a part of it, or it is a part of what FSDP holds."""
         held = any(isinstance(part, FSDPModule) for part in self.modules())
         return held or any(isinstance(p, DTensor) for p in self.parameters())
+
+    def is_offloaded(self) -> bool:
+        """Whether diffusers brings some of the weights to the GPU in a pass, and takes them away after it."""
+        hooks = (getattr(part, "_diffusers_hook", None) for part in self.modules())
+        return any(hook is not None and hook.get_hook(OFFLOADING) is not None for hook in hooks)
 
     def compile_blocks(self, **options: Any) -> None:
         """Run what each block does before and after its attention through ``torch.compile`` with these ``options``.
@@ -190,11 +206,43 @@ class CausalWan(WanTransformer3DModel):
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of height x width: 1560 for 60 x 104. ValueError where patches do not tile it."""
-        rows, columns = self._patch
-        height, width = whole(height, "height"), whole(width, "width")
-        if height < rows or width < columns or height % rows or width % columns:
-            raise ValueError(f"height and width must be multiples of ({rows}, {columns}), got ({height}, {width})")
-        return (height // rows) * (width // columns)
+        return tokens_of_frame((1, *self._patch), height, width)
+
+    def new_cache(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        window: Window,
+        *,
+        max_chunk_frames: int,
+        capacity_frames: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        merged: bool = False,
+        precision: str = "full",
+    ) -> StreamingCache:
+        """A cache for streaming latents [batch, C, F, height, width] through this model; dtype and device default to its own.
+
+        ``StreamingCache`` explains the rest. With a ``sequence`` it holds whole frames of this rank's heads.
+        """
+        weight = self.patch_embedding.weight
+        return StreamingCache(
+            len(self.blocks),
+            batch,
+            heads_held(self.config["num_attention_heads"], self.sequence),
+            self._head_dim,
+            self.tokens_per_frame(height, width),
+            window,
+            max_chunk_frames=max_chunk_frames,
+            capacity_frames=capacity_frames,
+            dtype=weight.dtype if dtype is None else dtype,
+            device=weight.device if device is None else device,
+            rope=self.config["rope"],
+            frame_period=self._frame_period,
+            merged=merged,
+            precision=precision,
+        )
 
     def forward(
         self,
@@ -203,12 +251,13 @@ class CausalWan(WanTransformer3DModel):
         encoder_hidden_states: Tensor | TextCache | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         *,
+        attention: Attention | AttentionPlan | CausalContext | StreamingCache | None = None,
+        taps: Sequence[int] | None = None,
+        condition_of: Sequence[int] | None = None,
         plan: AttentionPlan | CausalContext | None = None,
         cache: StreamingCache | None = None,
         first_frame: int | Sequence[int] = 0,
-        taps: Sequence[int] | None = None,
         cache_only: bool = False,
-        condition_of: Sequence[int] | None = None,
         clean_frames: int = 0,
         graphs: PassGraphs | None = None,
         return_dict: bool | None = None,
@@ -220,53 +269,54 @@ class CausalWan(WanTransformer3DModel):
         F] one per frame, or [B, F * tokens_per_frame] (diffusers' per-token form, which costs its memory), or its ``time_cache``;
         ``encoder_hidden_states`` [B, T, text_dim], or its ``text_cache``, or None to leave the cross-attention out.
 
-        ``plan``: an ``AttentionPlan`` over the clip's tokens, a ``CausalContext`` (block-causal, in the model's own
-        kind of positions), or None for bidirectional. Under an ``AttentionPlan`` positions are absolute in either
-        mode. ``cache``, instead: the frames are one chunk, which sees the cached frames in view and itself;
-        ``StreamingCache`` tells the protocol. ``cache_only``: only write the cache, without gradient, and stop after
-        the last layer's keys and values; returns None. ``first_frame``: the index of the clip's first frame. Under
-        a teacher-forcing plan (``plan.is_teacher_forcing``) both halves are that clip, so each starts there. A sequence is for
-        equal segments that each start at their own.
+        ``attention`` says what sees what: a ``WholeClip`` under a plan, or a ``CachedChunk`` of a stream. An ``AttentionPlan`` or
+        ``CausalContext`` stands for the clip under it, a ``StreamingCache`` for a chunk that goes through it, None for a clip in
+        which all sees all. ``plan``, ``first_frame``, ``cache``, ``cache_only``, ``clean_frames`` and ``graphs`` are the fields of
+        the two by themselves, from before there was ``attention``.
         ``taps``: ascending block indices, whose outputs [B, F * tokens_per_frame, dim] are returned in a list
         instead; later blocks do not run. ``condition_of``: for several views of the same samples; row i of ``hidden_states`` takes
         row condition_of[i] of ``timestep`` and ``encoder_hidden_states``, whose embeddings, keys and values are computed once.
-        ``clean_frames``: with a cache, under ``torch.no_grad``: the first frames are the last chunk, clean, whose keys and values
-        are to be committed, the others the next chunk; ``timestep`` is per frame, and only the next chunk's flow is returned.
-        ``graphs``: with a cache on a GPU, under ``torch.no_grad``: the pass is replayed from a CUDA graph once it has been seen.
 
         With ``sequence`` every rank gives the same arguments, and gets the same flow, bit for bit; each computes its slice of every
-        frame's tokens, of which its ``taps`` are, and a cache holds its heads (``StreamingCache.for_model``). Parameters' gradients
+        frame's tokens, of which its ``taps`` are, and a cache holds its heads (``new_cache``). Parameters' gradients
         are this rank's part times the ranks: FSDP's mean over ranks makes them whole. Ranks that disagree all raise ValueError.
 
         Returns flow [B, C_out, F, H, W]; as in diffusers, ``return_dict=False`` gives it in a 1-tuple, True in an
         object. Raises ValueError or TypeError naming the argument, before any work.
         """
         times = timestep.timestep if isinstance(timestep, TimeCache) else timestep
+        older: dict[str, Any] = {"plan": plan, "cache": cache, "first_frame": first_frame}
+        older |= {"cache_only": cache_only, "clean_frames": clean_frames, "graphs": graphs}
+        meant = attention_meant(attention, older)
+        cache_only, clean_frames, graphs = False, 0, None
+        if isinstance(meant, CachedChunk):
+            cache_only, clean_frames, graphs = meant.cache_only, meant.clean_frames, meant.graphs
         recorded = torch.is_grad_enabled() and not cache_only
 
         def said() -> str:
-            what = (plan_word(plan) if isinstance(plan, AttentionPlan) else plan, cache and cache.frame, recorded, self.training)
-            options = (first_frame, taps, cache_only, condition_of, clean_frames, graphs is not None, encoder_hidden_states is None)
-            return f"{list(hidden_states.shape)}, {list(times.shape)}, {what}, {options}"
+            what = (attention_word(meant), recorded, self.training, taps, condition_of, encoder_hidden_states is None)
+            return f"{list(hidden_states.shape)}, {list(times.shape)}, {what}"
 
         with nullcontext() if self.sequence is None else self.sequence.together("forward: what ranks come with", said):
             batch, frames, height, width = check_clip(self, hidden_states, times, encoder_hidden_states, condition_of)
-            check_ways(plan, cache, graphs, first_frame, cache_only, clean_frames, return_dict)
+            check_attention(attention, older, meant)
+            if return_dict is not None:
+                boolean(return_dict, "return_dict")
             if encoder_hidden_states_image is not None:
                 raise ValueError(f"encoder_hidden_states_image must be None; {CLEAN_FIRST_FRAME}")
             if attention_kwargs is not None and (not isinstance(attention_kwargs, dict) or attention_kwargs):
                 raise ValueError(f"attention_kwargs must be empty: no processor takes them, got {shown(attention_kwargs)}")
             last = blocks_to_run(taps, len(self.blocks))
-            if cache_only and (cache is None or taps is not None):
+            if cache_only and taps is not None:
                 raise ValueError("cache_only must come with a cache and without taps")
-            if clean_frames and (cache is None or cache_only or taps is not None or times.dim() == 1):
-                wanted = "0 without a cache, with cache_only or taps, or a timestep that is not per frame"
+            if clean_frames and (cache_only or taps is not None or times.dim() == 1):
+                wanted = "0 with cache_only or taps, or a timestep that is not per frame"
                 raise ValueError(f"clean_frames must be {wanted}, got {clean_frames}")
             grid = (frames, height // self._patch[0], width // self._patch[1])
             with torch.set_grad_enabled(recorded):
-                attention_of = self._attention_of(batch, grid, plan, cache, first_frame, clean_frames)
-            positions = frame_indices(first_frame if cache is None else cache.frame, frames, plan)
-            turns = self._turns(RotaryGrid(positions, *grid[1:], self._rope_periods), hidden_states.device, cache is not None)
+                attention_of = self._attention_of(batch, grid, meant)
+            positions = RotaryGrid(_positions(meant, frames), *grid[1:], self._rope_periods)
+            turns = self._turns(positions, hidden_states.device, isinstance(meant, CachedChunk))
         with torch.set_grad_enabled(recorded):
             run = partial(
                 self._run, last=last, taps=taps, cache_only=cache_only, condition_of=condition_of, clean_frames=clean_frames
@@ -292,7 +342,7 @@ class CausalWan(WanTransformer3DModel):
         timestep: Tensor | TimeCache,
         text: Tensor | TextCache | None,
         turns: Turns,
-        attention_of: Callable[[int], LayerAttention],
+        attention_of: Callable[[int], PlannedLayer],
         *,
         last: int,
         taps: Sequence[int] | None,
@@ -346,15 +396,7 @@ class CausalWan(WanTransformer3DModel):
         told = embedder(told.to(embedder.linear_1.weight.dtype))
         return [told] * last if entries is None else [entries[i] or TextEntry(entries, i, told) for i in range(last)]
 
-    def _attention_of(
-        self,
-        batch: int,
-        grid: tuple[int, int, int],
-        plan: AttentionPlan | CausalContext | None,
-        cache: StreamingCache | None,
-        first_frame: int | Sequence[int],
-        clean_frames: int,
-    ) -> Callable[[int], LayerAttention]:
+    def _attention_of(self, batch: int, grid: tuple[int, int, int], meant: Attention) -> Callable[[int], PlannedLayer]:
         """What gives each layer its attention."""
         frames, height, width = grid
         n = height * width
@@ -362,19 +404,19 @@ class CausalWan(WanTransformer3DModel):
             whole_frame = self.sequence.tokens_per_frame
             raise ValueError(f"sequence must be a group of the clip's {n} tokens a frame, got one of {whole_frame}")
         rope: str = self.config["rope"]
-        if cache is not None:
-            if plan is not None or not isinstance(first_frame, int) or first_frame:
-                raise ValueError("plan and first_frame must not be given with a cache, which knows both")
+        if isinstance(meant, CachedChunk):
+            cache = meant.cache
             ours = (len(self.blocks), batch, n, rope, self._frame_period)
             theirs = (cache.layers, cache.batch, cache.tokens_per_frame, cache.rope, cache.frame_period)
             if ours != theirs:
                 raise ValueError(f"cache must have (layers, batch, tokens_per_frame, rope, frame_period) = {ours}, got {theirs}")
             heads = heads_held(self.config["num_attention_heads"], self.sequence)
             if self.sequence is not None and cache.heads != heads:
-                raise ValueError(f"cache must hold this rank's {heads} heads, got {cache.heads}: StreamingCache.for_model makes it")
-            return cache.begin(frames, clean_frames)
+                raise ValueError(f"cache must hold this rank's {heads} heads, got {cache.heads}: model.new_cache makes it")
+            return cache.begin(frames, meant.clean_frames)
+        plan = meant.plan
         if plan is None:
-            plan = everything(frames * n, frames * n)
+            plan = full(frames * n, frames * n)
         elif isinstance(plan, CausalContext):
             if (plan.layout.frames, plan.layout.tokens_per_frame) != (frames, n):
                 raise ValueError(f"plan must be a context of {frames} frames of {n} tokens, got {plan.layout}")
@@ -425,6 +467,13 @@ class CausalWan(WanTransformer3DModel):
         patches = x.unflatten(2, (height, width)).unflatten(4, (rows, columns, -1)).permute(0, 6, 1, 2, 4, 3, 5)
         # One copy, and not a view: FSDP2 warns of modules that return views.
         return patches.reshape(x.shape[0], -1, frames, height * rows, width * columns)
+
+
+def _positions(meant: Attention, frames: int) -> range | tuple[int, ...]:
+    """The frame index of each frame of the pass."""
+    if isinstance(meant, WholeClip):
+        return frame_indices(meant.first_frame, frames, meant.plan)
+    return frame_indices(meant.cache.frame, frames, None)
 
 
 def _is_lazy(text: Tensor | TextCache | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, patchify, unpatchify
 from torch import Tensor
 
 
@@ -32,11 +32,7 @@ class StreamingDecoder:
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        if not isinstance(vae, AutoencoderKLWan):
-            raise TypeError(f"vae must be diffusers' AutoencoderKLWan, got {type(vae).__name__}")
-        if vae.use_tiling:
-            raise ValueError("vae must not be tiled: a stream keeps features of whole frames; call vae.disable_tiling()")
-        self.vae = vae
+        self.vae = _whole_frames(vae)
         self._convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
         self.reset()
 
@@ -68,6 +64,79 @@ class StreamingDecoder:
         if config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=config.patch_size)
         return pixels.clamp(-1, 1)
+
+
+class StreamingEncoder:
+    """Encodes a video to clean latents chunk by chunk, with the same result as encoding the whole clip at once.
+
+    ::
+
+        encoder = StreamingEncoder(vae)
+        for frames in video:  # the first chunk 4f - 3 frames, each later one 4f
+            source = encoder.encode(frames)
+
+    As ``StreamingDecoder``: Wan 2.1's or 2.2's VAE, not tiled; what its causal convolutions look back at is kept here. ``reset``
+    begins another video. Raises TypeError or ValueError naming the argument.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = _whole_frames(vae)
+        self._convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.encoder.modules())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the video; the next frame is a first one."""
+        self._features: list[Any] = [None] * self._convolutions
+        self._shape: tuple[int, ...] | None = None  # of a frame, once there was one
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the features kept: the same from the second latent frame on."""
+        return sum(features.nbytes for features in self._features if isinstance(features, Tensor))
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """The next frames [B, 3, T, H, W] in [-1, 1] to latents [B, C, f, h, w], normalised as ``encode_video``'s: the posterior's
+        mode. The video's first frame gives one latent frame, each four after it another: T is 4f - 3 for the first chunk, then 4f.
+
+        Raises ValueError for another T, no frame, sides that are no multiples of ``pixels_per_latent``, or other sizes than before.
+        """
+        _check_frames(video, pixels_per_latent(self.vae))
+        batch, _, count, height, width = video.shape
+        begins = self._shape is None
+        if count % 4 != begins:
+            raise ValueError(
+                f"video must have {'4f - 3' if begins else '4f'} frames{'' if begins else ' after the first'}, got {count}"
+            )
+        if self._shape not in (None, (batch, height, width)):
+            wanted = "[{}, 3, T, {}, {}]".format(*self._shape or ())
+            raise ValueError(f"video must be {wanted} as before, got {list(video.shape)}; reset() begins another video")
+        self._shape = (batch, height, width)
+        config: Any = self.vae.config
+        pixels = video.to(self.vae.device, self.vae.dtype)
+        pixels = pixels if config.patch_size is None else patchify(pixels, patch_size=config.patch_size)
+        made = []
+        for frames in pixels.split([1] * begins + [4] * (count // 4), dim=2):
+            moments = self.vae.quant_conv(self.vae.encoder(frames, feat_cache=self._features, feat_idx=[0]))
+            made.append(moments.chunk(2, dim=1)[0])
+        return _normalised(torch.cat(made, dim=2), self.vae)
+
+
+def _whole_frames(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """``vae``, if it is one that can stream."""
+    if not isinstance(vae, AutoencoderKLWan):
+        raise TypeError(f"vae must be diffusers' AutoencoderKLWan, got {type(vae).__name__}")
+    if vae.use_tiling:
+        raise ValueError("vae must not be tiled: a stream keeps features of whole frames; call vae.disable_tiling()")
+    return vae
+
+
+def _check_frames(video: Tensor, side: int) -> None:
+    if not isinstance(video, Tensor) or not video.is_floating_point():
+        got = video.dtype if isinstance(video, Tensor) else type(video).__name__
+        raise TypeError(f"video must be a floating tensor in [-1, 1], got {got}")
+    if video.dim() != 5 or video.shape[1] != 3 or 0 in video.shape or any(size % side for size in video.shape[3:]):
+        raise ValueError(f"video must be [B, 3, T, H, W] with H and W multiples of {side}, got {list(video.shape)}")
 
 
 def chunk_shape(latents: Tensor, channels: int, before: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -115,12 +184,14 @@ def encode_video(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """
     if not isinstance(vae, AutoencoderKLWan):
         raise TypeError(f"vae must be diffusers' AutoencoderKLWan, got {type(vae).__name__}")
-    side = pixels_per_latent(vae)
-    if video.dim() != 5 or video.shape[1] != 3 or 0 in video.shape or any(size % side for size in video.shape[3:]):
-        raise ValueError(f"video must be [B, 3, T, H, W] with H and W multiples of {side}, got {list(video.shape)}")
+    _check_frames(video, pixels_per_latent(vae))
     if video.shape[2] % 4 != 1:
         raise ValueError(f"video must have 4k + 1 frames, got {video.shape[2]}")
-    latents: Tensor = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
+    return _normalised(vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode(), vae)
+
+
+def _normalised(latents: Tensor, vae: AutoencoderKLWan) -> Tensor:
+    """The VAE's latents as the transformer takes them: ``denormalised``'s inverse, in fp32 or wider."""
     latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
     mean, std = _statistics(vae, latents.dtype)
     return (latents - mean) / std

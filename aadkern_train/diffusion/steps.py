@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+SHIFT = 5.0  # of timesteps towards noise, Self-Forcing's
+STRENGTH = 0.6  # of the noise on a video that another is made from, where nothing else is asked for
+ROUNDING = 1e-6  # of a level that was written with few digits
 Spacing = Literal["prefix", "respaced"]
 """Which of N levels a sampler of n < N passes runs: the first n, or those at i N // n."""
 
@@ -58,3 +61,17 @@ def fewer(levels: Sequence[float], count: int, spacing: Spacing, name: str = "st
     if spacing == "prefix":
         return tuple(levels[:count])
     return tuple(levels[i * len(levels) // count] for i in range(count))
+
+
+def started(levels: Sequence[float], strength: float, shift: float = 1.0) -> tuple[float, ...]:
+    """Those of the falling ``levels`` that a video runs which starts from another one, noised to ``strength`` (SDEdit,
+    arXiv:2108.01073).
+
+    ``strength`` in (0, 1] is a place on the schedule before its shift, as in diffusers: 0.5 is the later half of evenly spaced
+    steps. The first pass is at the highest level that is not above it; where all are above, a single pass at the strength's own
+    level. At 1 all levels are run; near 0 the source stays as it is. Raises ValueError for a strength outside.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1], from the source as it is to pure noise, got {strength}")
+    level = shift * strength / (1 + (shift - 1) * strength)
+    return tuple(s for s in levels if s <= level + ROUNDING) or (level,)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
-from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.diffusion.steps import STRENGTH, StepPlan, started
 from aadkern_train.engine.processes import start
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.video import SUFFIXES, GrowingVideo, check_place, frame_rate, write_video
+from aadkern_train.generate.pictures import SourceVideo, in_chunks, tell_cropping
 from aadkern_train.generate.prompts import changes
 from aadkern_train.generate.ranks import sequence_of
+from aadkern_train.generate.streams import stream_chunks
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.folders import facts, load
-from aadkern_train.networks.rollout import TURNS, streaming, turn_to
+from aadkern_train.networks.rollout import TURNS, streaming
 from aadkern_train.recipes import read_recipe, recipe_of
-from aadkern_train.worlds.base import World
+from aadkern_train.worlds.base import Filmed, World
 
+CHUNKS = 12
 LONGEST_GIF = 4000  # frames: a gif is written at the end, from frames held in memory
 
 
@@ -62,25 +66,30 @@ def generate(
     then: Sequence[str] = (),
     turn: str = "kept",
     image: Path | None = None,
+    video: Path | None = None,
+    strength: float = STRENGTH,
     index: int = 0,
-    chunks: int = 12,
+    chunks: int | None = None,
     seed: int = 0,
     fps: float = 8.0,
     steps: int | None = None,
     first_steps: int | None = None,
 ) -> Path:
-    """Stream ``chunks`` chunks into ``out``, an mp4 that plays while it grows, or a gif; tells the rate. Returns ``out``.
+    """Stream ``chunks`` chunks (None: 12, or what ``video`` has) into ``out``, an mp4 that plays while it grows, or a gif; tells
+    the rate. Returns ``out``.
 
     ``image`` is the first frame's file; without one, image to video starts from the ``index``-th held-out first frame (of those
-    that show what ``prompt`` asks for). ``prompt`` None is that frame's own caption. ``then`` and ``turn``: prompts that take over
-    on the way (``prompts.changes``, ``TURNS``). ``steps`` and ``first_steps`` are passes a chunk, and those of the first chunk
-    (``Recipe.steps_of``); None: as it was trained. On Ctrl-C, or an error, what is made so far stays as a whole file. Under
-    torchrun all processes share each frame's tokens (docs/scale.md), and the main one writes.
+    that show what ``prompt`` asks for). ``video``, a file, is what the video is made from, in image to video after its own first
+    frame: noised to the level ``strength`` (``steps.started``), and as long at most. ``prompt`` None is that frame's own caption.
+    ``then`` and ``turn``: prompts that take over on the way (``prompts.changes``, ``TURNS``). ``steps`` and ``first_steps`` are
+    passes a chunk, and those of the first chunk (``Recipe.steps_of``); None: as it was trained. On Ctrl-C, or an error, what is
+    made so far stays as a whole file. Under torchrun all processes share each frame's tokens (docs/scale.md), and the main one
+    writes.
 
     Raises ValueError, before anything is made, for a checkpoint without a generator, an unknown suffix, a count below 1, and for
     prompts that the run's world cannot read.
     """
-    if chunks < 1:
+    if chunks is not None and chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}")
     if index < 0:
         raise ValueError(f"index must be at least 0, got {index}")
@@ -91,20 +100,33 @@ def generate(
     check_place(out)
     if image is not None and not image.is_file():
         raise ValueError(f"image must be a file, got {image}")
+    if image is not None and video is not None:
+        raise ValueError("image must be left out with a video, whose own frames this one is made from")
     frame_rate(fps)
     weights = find_weights(checkpoint)
     recipe = recipe_of(json.dumps(facts(weights)["recipe"]), weights / "run.json")
     size, plan = max(recipe.chunks), recipe.steps_of(len(recipe.levels) if steps is None else steps, first_steps)
+    source = None if video is None else SourceVideo.open(video, fps)
+    if source is not None:
+        there = (source.count - recipe.given_frames) // size
+        if there < 1:
+            raise ValueError(f"video must have at least {recipe.given_frames + size} frames for this run, got {source.count}")
+        chunks, fps = min(chunks or there, there), source.fps
+        plan = replace(plan, first=started(plan.first, strength), rest=started(plan.rest, strength))
+    chunks = chunks or CHUNKS
     if out.suffix.lower() == ".gif" and chunks * size > LONGEST_GIF:
         raise ValueError(f"out must be an mp4 for more than {LONGEST_GIF} frames, got {out.name} for {chunks * size}")
     folder = weights.parent.parent / "world"
-    world = recipe.data.open(frames=recipe.frames, seed=recipe.seed, folder=folder, clips=image is None)
-    condition = condition_for(world, recipe, prompt, image, index)
+    world = recipe.data.open(frames=recipe.frames, seed=recipe.seed, folder=folder, clips=image is None and video is None)
+    film = None if source is None else filmed(world, source)
+    condition = (
+        condition_for(world, recipe, prompt, image, index) if film is None else filmed_condition(world, recipe, prompt, film)
+    )
     later = {chunk: world.embed([words]) for chunk, words in changes(then, chunks).items()}
     network: Any = load(weights).eval().requires_grad_(False)
     with start("cpu") as processes, sequence_of(processes, network.tokens_per_frame(*world.frame_shape[-2:])) as group:
         network.net.sequence = group
-        frames = made(recipe, world, network, condition, later, turn, chunks, seed, plan)
+        frames = made(recipe, world, network, condition, later, turn, chunks, seed, plan, film)
         if processes.is_main:
             write(out, fps, world, frames)
         else:
@@ -121,9 +143,31 @@ def condition_for(world: World, recipe: Recipe, prompt: str | None, image: Path 
     if image is None:
         held_out = world.held_out(index, prompt)
         return held_out if recipe.given_frames else Condition(None, held_out.text)
+    return given_condition(world, prompt, world.picture(image), "an image")
+
+
+def given_condition(world: World, prompt: str | None, first: Tensor | None, given: str) -> Condition:
+    """A given first frame, if any, under a prompt, which must be there in a world with words."""
+    if world.null is None and prompt is not None:
+        raise ValueError(f"prompt must be left out: this run's clips have no captions, got {prompt!r}")
     if prompt is None and world.null is not None:
-        raise ValueError("prompt must be given with an image: this run's generator was trained on captions")
-    return Condition(world.picture(image), None if prompt is None else world.embed([prompt]))
+        raise ValueError(f"prompt must be given with {given}: this run's generator was trained on captions")
+    return Condition(first, None if prompt is None else world.embed([prompt]))
+
+
+def filmed(world: World, source: SourceVideo) -> Iterator[np.ndarray]:
+    """The video's frames in the size of the world's. Raises ValueError for a world that takes none."""
+    if not isinstance(world, Filmed):
+        raise ValueError(f"video must be left out: this run's latents are not made of pictures here, got {source.path}")
+    rows, columns = np.asarray(world.to_rgb(torch.zeros(1, 1, *world.frame_shape))).shape[2:4]
+    tell_cropping("video", source.sides, (rows, columns))
+    return source.frames((rows, columns))
+
+
+def filmed_condition(world: Any, recipe: Recipe, prompt: str | None, film: Iterator[np.ndarray]) -> Condition:
+    """What the video is made under that is made from ``film``, whose first frame is taken in image to video."""
+    first = world.film(next(film)[None]) if recipe.given_frames else None
+    return given_condition(world, prompt, first, "a video")
 
 
 def chunk_noise(seed: int, size: int, frame_shape: tuple[int, int, int]) -> Callable[[int, int], Tensor]:
@@ -138,7 +182,7 @@ def chunk_noise(seed: int, size: int, frame_shape: tuple[int, int, int]) -> Call
 
 def made(
     recipe: Recipe,
-    world: World,
+    world: Any,
     network: Any,
     condition: Condition,
     later: dict[int, Tensor],
@@ -146,20 +190,19 @@ def made(
     chunks: int,
     seed: int,
     steps: StepPlan | None = None,
+    film: Iterator[np.ndarray] | None = None,
 ) -> Iterator[Tensor]:
-    """The given frame, if any, and then each chunk as it is made, [1, f, C, H, W]. ``steps`` None: the recipe's."""
+    """The given frame, if any, and then each chunk as it is made, [1, f, C, H, W], from the frames of ``film`` where it is given.
+    ``steps`` None: the recipe's."""
     size = max(recipe.chunks)
     noise = chunk_noise(seed, size, world.frame_shape)
-    stream = streaming(network, 1, world.frame_shape, recipe.view, steps or recipe.steps, condition.text)
+    generator = streaming(network, 1, world.frame_shape, recipe.view, steps or recipe.steps, condition.text)
     first = None if condition.first is None else condition.first[:, :, None]
     if condition.first is not None:
         yield condition.first[:, None]
+    source = None if film is None else (world.film(part).transpose(0, 1)[None] for part in in_chunks(film, size, size))
     began = time.monotonic()
-    for count in range(1, chunks + 1):
-        if count in later:
-            turn_to(stream, later[count], turn)
-        chunk = next(stream.chunks(noise, 1, first_frame=first))
-        first = None
+    for count, chunk in enumerate(stream_chunks(generator, noise, chunks, first, later, turn, source), 1):
         rate = count * size / (time.monotonic() - began)
         print(f"\rchunk {count}/{chunks}, {rate:.1f} latent frames a second", end="", file=sys.stderr, flush=True)
         yield chunk.transpose(1, 2)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aadkern_train.diffusion.steps import SHIFT, STRENGTH
 from aadkern_train.engine.command import rows_and_columns
 
 if TYPE_CHECKING:
@@ -16,9 +17,10 @@ WAN_PLAIN = (  # as in WanSettings
     *("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs"),
     *("kv_cache", "lora", "decoder", "tiny_decoder"),
 )
+MOST_CHUNKS = 10**9  # where a video's length says how many
 RUN_STEPS = ("steps", "first_steps")
 WAN_SETTINGS = ("size", "steps", "first_steps", "shift", *WAN_PLAIN)
-WAN_ONLY = tuple(name for name in ("parts", *WAN_SETTINGS) if name not in RUN_STEPS)
+WAN_ONLY = tuple(name for name in ("parts", "offload", *WAN_SETTINGS) if name not in RUN_STEPS)
 
 
 def add_wan_settings(add: Callable[..., Any]) -> None:
@@ -61,9 +63,11 @@ def wan_settings(given: Mapping[str, Any], told: Mapping[str, Any]) -> WanSettin
     from aadkern_train.generate.wan_settings import WanSettings, noise_levels, trained_levels, trained_settings
 
     options = trained_settings(told) | {
-        name: given[name] for name in ("chunks", "fps", "seed", "then", "turn", *WAN_PLAIN) if name in given
+        name: given[name] for name in ("chunks", "fps", "seed", "then", "turn", "offload", *WAN_PLAIN) if name in given
     }
-    shift = given.get("shift", 5.0)
+    if "video" in given:
+        options["chunks"] = given.get("chunks", MOST_CHUNKS)
+    shift = given.get("shift", SHIFT)
     noise_levels("1", shift)  # is told of even where nothing is shifted
     trained = told.get("recipe") if "shift" not in given else None
     for name in RUN_STEPS:
@@ -74,7 +78,8 @@ def wan_settings(given: Mapping[str, Any], told: Mapping[str, Any]) -> WanSettin
             )
     if "size" in given:
         options["size"] = rows_and_columns(given["size"])
-    return WanSettings(**options)
+    settings = WanSettings(**options)
+    return settings.started(given.get("strength", STRENGTH), shift) if "video" in given else settings
 
 
 def step_count(name: str, text: str) -> int:

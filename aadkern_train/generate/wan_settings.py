@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from aadkern.streaming.cache import PRECISIONS
-from aadkern_train.diffusion.steps import fewer
+from aadkern_train.diffusion.steps import SHIFT, fewer, started
 from aadkern_train.engine.processes import device_of
 from aadkern_train.generate.prompts import changes
 from aadkern_train.networks.rollout import TURNS
@@ -34,7 +34,7 @@ class WanSettings:
     the blocks through torch.compile, and ``cuda_graphs`` (None: on a GPU) replays passes (docs/streaming.md). ``lora`` are files
     as ``lora_of`` takes them. ``then`` and ``turn`` are prompts that take over on the way (``prompts.changes``, ``TURNS``).
     ``decoder`` "tiny" decodes with the file ``tiny_decoder`` (None: the one beside the VAE, ``wan_decoder.TINY_FILES``) instead of
-    the VAE.
+    the VAE. ``offload`` keeps the blocks' weights in the host's memory, for a GPU that they do not fit on.
     """
 
     chunks: int = 7
@@ -58,6 +58,7 @@ class WanSettings:
     turn: str = "kept"
     decoder: str = "full"
     tiny_decoder: Path | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         changes(self.then, self.chunks)
@@ -71,6 +72,9 @@ class WanSettings:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
         if self.decoder == "full" and self.tiny_decoder is not None:
             raise ValueError(f"tiny_decoder must be left out with the full decoder (say decoder tiny), got {self.tiny_decoder}")
+        for name in ("cuda_graphs", "compile"):
+            if self.offload and getattr(self, name):
+                raise ValueError(f"{name} must be left out with offload: the weights are elsewhere in each pass")
         for name in ("chunks", "chunk_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -87,7 +91,14 @@ class WanSettings:
         device = device_of(self.device)
         if self.cuda_graphs and device.type != "cuda":
             raise ValueError(f"cuda_graphs must be left out on {device}: they need a GPU")
+        if self.offload and device.type != "cuda":
+            raise ValueError(f"offload must be left out on {device}: it spares a GPU's memory")
         return device, DTYPES[self.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+
+    def started(self, strength: float, shift: float = SHIFT) -> WanSettings:
+        """With those of the noise levels that a video runs which is made from another one (``steps.started``)."""
+        first = None if self.first_steps is None else started(self.first_steps, strength, shift)
+        return replace(self, steps=started(self.steps, strength, shift), first_steps=first)
 
 
 def lora_of(word: str) -> tuple[Path, float]:
@@ -129,7 +140,7 @@ def trained_levels(recipe: Mapping[str, Any], name: str, count: int) -> tuple[fl
     return fewer(own or recipe["levels"], count, recipe.get("spacing", "prefix"), name)
 
 
-def noise_levels(steps: str, shift: float = 5.0) -> tuple[float, ...]:
+def noise_levels(steps: str, shift: float = SHIFT) -> tuple[float, ...]:
     """Noise levels from a count ("4") or a falling list of timesteps ("1000,750,500,250"), both shifted: s -> shift s / (1 +
     (shift - 1) s).
 

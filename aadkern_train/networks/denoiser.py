@@ -97,8 +97,7 @@ def new_cache(
 ) -> StreamingCache:
     """An empty cache for ``batch`` clips whose frames have the shape (C, H, W)."""
     _, height, width = frame_shape
-    return StreamingCache.for_model(
-        denoiser.net,
+    cache: StreamingCache = denoiser.net.new_cache(
         batch,
         height,
         width,
@@ -108,3 +107,4 @@ def new_cache(
         merged=merged,
         dtype=computing_dtype(denoiser.net),
     )
+    return cache

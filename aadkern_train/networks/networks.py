@@ -18,6 +18,7 @@ from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import Stored, empty, export, fill, inspect, load, write_folder
+from aadkern_train.networks.hub import hub_folder
 from aadkern_train.networks.lora import AdaptedDenoiser, LoraBase, LoraLinear, targets_of
 from aadkern_train.networks.teacher import Teacher
 
@@ -42,8 +43,9 @@ class Networks:
         trained = None if name is None else self.recipe.trained(name)
         if trained is None:
             given = self.recipe.models.generator
-            return self._random() if given is None else Path(given)
-        return self.folder.weights(trained) if trained.partition(".")[0] in self.recipe.stages else Path(trained)
+            return self._random() if given is None else hub_folder(given, "models.generator")
+        own = trained.partition(".")[0] in self.recipe.stages
+        return self.folder.weights(trained) if own else hub_folder(trained, "a network")
 
     def plain(self, name: str | None) -> Denoiser:
         """A network on the CPU, whole, to look at without processes."""
@@ -108,10 +110,10 @@ class Networks:
                 if not name:
                     raise ValueError(f"{setting} must name a network's folder in diffusers' format, say WAN/transformer")
                 if name.partition(".")[0] not in self.recipe.stages:
-                    self._checked(Path(name), setting)
+                    self._checked(hub_folder(name, setting), setting)
 
             if self.recipe.models.lora is not None:
-                path = Path(self.recipe.models.generator)
+                path = hub_folder(self.recipe.models.generator, "models.generator")
                 targets_of(empty(self._checked(path, "models.generator")).net, self.recipe.models.lora.targets)
 
         if stages:
@@ -124,7 +126,9 @@ class Networks:
         origin = self.recipe.origin(name)
         if origin is None:
             return self.recipe.network.layers
-        return None if origin.partition(".")[0] in self.recipe.stages else int(inspect(Path(origin)).config["num_layers"])
+        if origin.partition(".")[0] in self.recipe.stages:
+            return None
+        return int(inspect(hub_folder(origin, "a network")).config["num_layers"])
 
     def teacher(self, name: str, guidance: float, layout: VideoLayout) -> Teacher:
         """A frozen network as a teacher of clips of this layout."""

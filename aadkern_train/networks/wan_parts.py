@@ -169,7 +169,7 @@ def _check_index(folder: Path) -> None:
 def _transformer(path: Path) -> tuple[Mapping[str, Any], Shapes]:
     """The transformer's configuration, checked to be one that ``CausalWan`` takes; its weights' shapes, where the files tell."""
     if path.is_file():
-        from aadkern.compat.checkpoints import infer_config, open_checkpoint
+        from aadkern.weights.checkpoints import infer_config, open_checkpoint
 
         shapes = open_checkpoint(path).shapes
         return infer_config(shapes), {name: tuple(tensor.shape) for name, tensor in shapes.items()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from aadkern_train.engine.processes import SHARD_BLOCKS_ABOVE
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.engine.work import Member, Sizes
+from aadkern_train.networks.hub import hub_folder
 from aadkern_train.networks.networks import PLAIN_TEXT_DIM
 from aadkern_train.networks.wan_parts import transformer_config
 from aadkern_train.planning.shapes import Judge, Shape
@@ -109,9 +109,10 @@ def shape_of(told: str, role: str, recipe: Recipe, sizes: Sizes) -> Shape:
         text_dim = PLAIN_TEXT_DIM if sizes.text is None else sizes.text[1]
         own = {"channels": sizes.frame[0], "patch": recipe.network.patch, "text": sizes.text, "text_dim": text_dim}
         return Shape(**known[told.lower()], **own)
-    if not (Path(told) / "config.json").is_file():
+    folder = hub_folder(told, role, fetch=False)
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{role} must be one of {', '.join(known)} or a folder in diffusers' format, got {told!r}")
-    return Shape.of_config(transformer_config(Path(told)), sizes.text)
+    return Shape.of_config(transformer_config(folder), sizes.text)
 
 
 def _own(member: Member, recipe: Recipe, sizes: Sizes) -> Shape:

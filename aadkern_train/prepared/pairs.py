@@ -22,6 +22,7 @@ from aadkern_train.engine.run_folder import Progress
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import inspect, load
+from aadkern_train.networks.hub import hub_folder
 from aadkern_train.networks.teacher import Teacher
 from aadkern_train.networks.wan_parts import PIXELS
 from aadkern_train.prepared.format import Item, Prepared, Writer, padded
@@ -85,6 +86,7 @@ def make_pairs(
     items = [item for item in source.items if item.split == "train"]
     if source.kind == "pairs" or not items:
         raise ValueError(f"prompts must be a folder of `aad prepare` with items to train on, {prompts} holds {source.kind}")
+    wan = hub_folder(wan, "wan")
     transformer = wan / "transformer" if (wan / "transformer" / "config.json").is_file() else wan
     _check_teacher(transformer, source, settings)
     header = {

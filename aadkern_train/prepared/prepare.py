@@ -20,6 +20,7 @@ from torch import Tensor
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.processes import device_of
 from aadkern_train.engine.run_folder import Progress
+from aadkern_train.networks.hub import ENCODERS, hub_folder
 from aadkern_train.networks.wan_parts import Encoders, find_encoders, load_part
 from aadkern_train.prepared import lineage, videos
 from aadkern_train.prepared.format import Writer
@@ -43,7 +44,7 @@ def prepare(source: Path, out: Path, wan: Path, settings: PrepareSettings | None
     device = device_of(settings.device)
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("preparing needs transformers: pip install 'aadkern[wan]'")
-    encoders = find_encoders(wan)
+    encoders = find_encoders(hub_folder(wan, "wan", ENCODERS))
     settings.check_size(encoders)
     found = read_source(source, settings.columns, settings.clips_per_video, settings.limit)
     rows = None if found.lmdb is None else _rows(found.lmdb, encoders)

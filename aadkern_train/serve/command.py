@@ -15,6 +15,7 @@ from typing import Any
 from aadkern_train.generate.from_run import find_weights, trained_weights
 from aadkern_train.generate.options import RUN_STEPS, WAN_ONLY, refuse_options, wan_settings
 from aadkern_train.networks.folders import facts
+from aadkern_train.networks.hub import hub_checkpoint
 from aadkern_train.networks.wan_parts import is_wan, trained_parts
 from aadkern_train.serve.options import ServeSettings
 
@@ -30,7 +31,7 @@ def serve(checkpoint: Path, given: Mapping[str, Any], *, show: bool = False) -> 
     if missing:
         raise ValueError(f"needs {', '.join(missing)}: pip install 'aadkern[serve]'")
     settings = ServeSettings(**{field.name: given[field.name] for field in fields(ServeSettings) if field.name in given})
-    weights = trained_weights(checkpoint)
+    weights = trained_weights(hub_checkpoint(checkpoint, given.get("parts")))
     wan = is_wan(weights)
     if not wan:
         find_weights(checkpoint)
@@ -56,7 +57,7 @@ def _run(weights: Path, settings: ServeSettings) -> tuple[Any, list[str]]:
 
 
 def _wan(weights: Path, given: Mapping[str, Any], settings: ServeSettings) -> tuple[Any, list[str]]:
-    from aadkern_train.generate.from_wan import fitting_parts
+    from aadkern_train.generate.wan_model import fitting_parts
     from aadkern_train.serve.memory import of_wan
     from aadkern_train.serve.wan import WanModel
 

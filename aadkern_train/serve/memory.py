@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aadkern import StreamingGenerator
 from aadkern_train.engine.files import read_json
-from aadkern_train.generate.from_wan import latent_frame, wan_stream
+from aadkern_train.generate.wan_model import latent_frame, wan_stream
 from aadkern_train.generate.wan_settings import WanSettings
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import facts, inspect
@@ -176,7 +176,7 @@ def of_wan(parts: WanParts, settings: WanSettings, sessions: int) -> Memory:
 def transformer_config(parts: WanParts, settings: WanSettings) -> dict[str, Any]:
     """The transformer's configuration, of a file as far as its weights tell it."""
     if parts.transformer.is_file():
-        from aadkern.compat.checkpoints import infer_config, open_checkpoint
+        from aadkern.weights.checkpoints import infer_config, open_checkpoint
 
         config: dict[str, Any] = infer_config(open_checkpoint(parts.transformer).shapes)
     else:

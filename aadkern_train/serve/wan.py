@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from aadkern_train.engine.video import rgb_of
-from aadkern_train.generate.from_wan import fitted_image, latent_frame, prepare_model, wan_noise, wan_stream
+from aadkern_train.generate.pictures import fitted_image
 from aadkern_train.generate.wan_decoder import decoders
+from aadkern_train.generate.wan_model import latent_frame, prepare_model, wan_noise, wan_stream
 from aadkern_train.generate.wan_settings import WanSettings
+from aadkern_train.networks.hub import repository
 from aadkern_train.networks.rollout import turn_to
 from aadkern_train.networks.wan_parts import WanParts, load_part
 from aadkern_train.serve.models import About, Player, backend_on, place_of
@@ -43,8 +45,9 @@ class WanModel:
         self.frame = latent_frame(parts, settings)
         self.embedded = lru_cache(REMEMBERED)(self._embedded)
         height, width = settings.size
+        place = parts.transformer
         self.about = About(
-            name=parts.transformer.name if parts.transformer.is_file() else parts.transformer.resolve().parent.name,
+            name=place.name if place.is_file() else repository(place) or place.resolve().parent.name,
             backend=backend_on(self.device),
             height=height,
             width=width,

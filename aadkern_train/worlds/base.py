@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from aadkern_train.networks.conditions import Condition
@@ -112,4 +113,14 @@ class Steered(Protocol):
 
     def toward(self, caption: str, x: int, y: int) -> str:
         """The caption, but with a move by x columns and y rows, each -1, 0 or 1 and not both 0."""
+        ...
+
+
+@runtime_checkable
+class Filmed(Protocol):
+    """A world whose latent frames can be made of any video's frames."""
+
+    def film(self, frames: np.ndarray) -> Tensor:
+        """uint8 frames [F, H, W, 3] in the size of ``to_rgb``'s as latent frames [F, C, H, W]. Raises ValueError for frames that
+        show nothing."""
         ...

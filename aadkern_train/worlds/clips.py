@@ -84,6 +84,10 @@ class PictureWorld:
         """The first frame of an image or video file as a latent frame [1, C, H/p, W/p], scaled and cropped to the world's size."""
         return self.latents.encode(decode(path, self.size, None)[None, :1])[:, 0]
 
+    def film(self, frames: np.ndarray) -> torch.Tensor:
+        """Frames [F, H, W, 3] of the world's size as latent frames [F, C, H/p, W/p]."""
+        return self.latents.encode(torch.from_numpy(frames))
+
     def to_rgb(self, x: torch.Tensor) -> torch.Tensor:
         """Latents x [B, F, C, H/p, W/p] as uint8 [B, F, H, W, 3]."""
         return self.latents.decode(x)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -151,10 +152,16 @@ class DigitsWorld(DigitsLaw):
         frames, _ = read_video(path)
         grey = torch.as_tensor(frames[0]).float().mean(-1)[None, None]
         grey = torch.nn.functional.interpolate(grey, (self.torus, self.torus), mode="area")
-        deviation = grey.std(correction=0)
-        if deviation == 0:
+        if grey.std(correction=0) == 0:
             raise ValueError(f"image must show something: {path} is of one colour")
-        return (grey - grey.mean()) / deviation
+        return standard(grey)
+
+    def film(self, frames: np.ndarray) -> Tensor:
+        """Frames [F, H, W, 3] of the torus's size as frames [F, 1, H, W]: grey, each of mean 0 and variance 1."""
+        grey = torch.from_numpy(frames).float().mean(-1)[:, None]
+        if (grey.std((1, 2, 3), correction=0) == 0).any():
+            raise ValueError("video must show something in each frame, one is of one colour")
+        return standard(grey)
 
     def describe(self, condition: Condition) -> list[str] | None:
         """Captions in English."""
@@ -186,3 +193,8 @@ class DigitsWorld(DigitsLaw):
         if not self.captions:
             raise ValueError("captions is False, so this world has no words; make it with captions=True")
         return self.language
+
+
+def standard(grey: Tensor) -> Tensor:
+    """Frames [F, 1, H, W], each of mean 0 and variance 1."""
+    return (grey - grey.mean((1, 2, 3), keepdim=True)) / grey.std((1, 2, 3), correction=0, keepdim=True)

@@ -22,6 +22,7 @@ from aadkern_train.engine.recipe import Recipe, Whole, WorldSettings
 from aadkern_train.engine.video import rgb_of
 from aadkern_train.engine.work import Sizes
 from aadkern_train.networks.conditions import Condition
+from aadkern_train.networks.hub import hub_folder
 from aadkern_train.networks.wan_parts import load_part
 from aadkern_train.prepared.format import TOKENS, Item, Prepared, opened, padded
 from aadkern_train.prepared.layout import MADE_WITH, check_made_with
@@ -203,9 +204,12 @@ class LatentsWorld:
         drawn = Draws(self.seed, "latents", order).uniform("order", [epoch], (count,))[0]
         return torch.argsort(drawn, stable=True).tolist()
 
+    def _vae_folder(self) -> Path:
+        return hub_folder(self.parts, "data.parts", ("vae",)) / "vae"
+
     def check_parts(self) -> None:
         """Raises ValueError where what the run's videos would be decoded with is not there, or not what encoded the clips."""
-        vae = self.parts / "vae"
+        vae = self._vae_folder()
         if not (vae / "config.json").is_file():
             raise ValueError(f"data.parts must be a Wan folder with a vae, {self.parts} has no vae/config.json")
         wanted, got = self.made_with.get("vae"), digest(vae)
@@ -219,7 +223,7 @@ class LatentsWorld:
 
         cuda = torch.cuda.is_available()
         try:
-            vae = load_part(AutoencoderKLWan, self.parts / "vae", torch.bfloat16 if cuda else torch.float32)
+            vae = load_part(AutoencoderKLWan, self._vae_folder(), torch.bfloat16 if cuda else torch.float32)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"data.parts must be a Wan folder with a whole vae, {self.parts} cannot be read: {error}") from error
         return vae.eval().requires_grad_(False).to("cuda" if cuda else "cpu")

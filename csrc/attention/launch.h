@@ -34,12 +34,13 @@ struct Shape {
     DataType type;
 };
 
-// The forward kernels, from the plainest up; the fastest is the last. They compute the same function.
+// The forward kernels, from the plainest up. They compute the same function.
 enum class ForwardKernel : int {
     Simple = 0,       // one warpgroup of 64 query rows, nothing overlaps
     Specialised = 1,  // a producer and two consumer warpgroups of 64 query rows; softmax behind the P V of the key tile before
     PingPong = 2,     // the same, and the two consumers take turns at the tensor cores
     Wide = 3,         // the same with 176 keys a tile, so that the softmax has longer to hide
+    Persistent = 4,   // the same, one CTA a multiprocessor, which does tiles in turn
 };
 
 struct ForwardArguments {
@@ -51,11 +52,14 @@ struct ForwardArguments {
     float scale;     // >= 0, finite; of the scores, applied in fp32
     // How many (batch, head) pairs walk the tiles side by side (`tiles.heads_per_group`): what they read should stay in L2.
     int32_t head_group;
+    int32_t persistent_ctas;  // of `Persistent`, at most; 0: one for each multiprocessor of the current device
 };
 
 // Query rows of a tile, and keys of a step (to count a tile's work, longest first).
 constexpr int forward_tile_rows(ForwardKernel kernel) { return kernel == ForwardKernel::Simple ? 64 : 128; }
-constexpr int forward_tile_keys(ForwardKernel kernel) { return kernel == ForwardKernel::Wide ? 176 : 128; }
+constexpr int forward_tile_keys(ForwardKernel kernel) {
+    return kernel == ForwardKernel::Wide || kernel == ForwardKernel::Persistent ? 176 : 128;
+}
 
 // `stream` is a cudaStream_t. Nothing is launched where a size is 0.
 const char* launch_forward(const ForwardArguments& arguments, ForwardKernel kernel, void* stream);
@@ -76,6 +80,7 @@ struct BackwardArguments {
     const float* lse;               // [batch, heads, q_len], as the forward wrote it
     const float* dlse;              // the same shape, contiguous, or nullptr
     BackwardTables tables;
+    int32_t query_rows;  // of a tile of `tables`: 64 or 80 at head_dim 128, 128 at head_dim 64
     float scale;
     int32_t head_group;  // as in the forward; of q, dout and the fp32 accumulator of dq
     bool deterministic;  // dq is summed in the order of key_tiles
@@ -83,7 +88,6 @@ struct BackwardArguments {
 };
 
 constexpr int backward_tile_keys = 128;
-constexpr int backward_tile_queries(int head_dim) { return 8192 / head_dim; }
 
 // Three launches: what the rows of queries need, the gradients, and dq from its accumulator.
 const char* launch_backward(const BackwardArguments& arguments, void* stream);

@@ -1,6 +1,6 @@
 // The one include of a Hopper kernel: what each primitive means, said once. Two halves give it a body:
 //   device/*.cuh  inline PTX for sm_90a, one instruction a function;
-//   host/*.h      a functional model, one fiber for each CUDA thread, which also looks for races and deadlocks.
+//   model/*.h     a functional model, one fiber for each CUDA thread, which also looks for races and deadlocks.
 // A kernel that includes nothing else and touches shared and global memory only through these functions therefore runs in
 // the tests of a machine without a GPU. Kernels are written as
 //     template <...> AADKERN_KERNEL(threads) name(AADKERN_GRID_CONSTANT Arguments arguments) { ... }
@@ -80,7 +80,7 @@ AADKERN_PRIMITIVE int grid_size_z();
 AADKERN_PRIMITIVE void cta_sync();
 // All 32 lanes; orders their shared-memory accesses.
 AADKERN_PRIMITIVE void warp_sync();
-// True in one lane of a converged warp, the same one at each call of a launch (the ladder checks this on a GPU).
+// True in one lane of a converged warp, the same one at each call of a launch (csrc/primitive_checks asks a GPU).
 AADKERN_PRIMITIVE bool elect_one();
 // All 32 lanes take part in the following. A shuffle moves values and orders no memory.
 AADKERN_PRIMITIVE float shuffle_xor(float value, int lane_mask);
@@ -206,7 +206,7 @@ template <int R> AADKERN_PRIMITIVE void registers_decrease();
 // ---- wgmma
 
 // D (64 x N, fp32, registers) = A (64 x 16) B (16 x N) + D, by all 128 threads of a warpgroup, asynchronously. PTX 9.7.15.5.
-// T is BFloat16 or Float16; N is 32, 64, 128 or, with A in shared memory, 176 (of the array's size: N / 2 floats a thread). A comes
+// T is BFloat16 or Float16; N is 32, 64, 128 or, with A in shared memory, 80 and 176 (of the array's size: N / 2 floats a thread). A comes
 // from shared memory (descriptor) or from registers (4 a thread), B from shared memory. `accumulate` false ignores D's old value.
 // With row(h) = 16 (t / 32) + (t % 32) / 4 + 8 h for thread t of the warpgroup:
 //   element i of D: row((i >> 1) & 1), column 8 (i >> 2) + 2 (t % 4) + (i & 1);
@@ -250,5 +250,5 @@ AADKERN_HOST_DEVICE uint64_t matrix_descriptor_128(SharedAddress start, uint32_t
 #include "primitives/device/synchronisation.cuh"
 #include "primitives/device/wgmma.cuh"
 #else
-#include "primitives/host/primitives.h"
+#include "primitives/model/primitives.h"
 #endif

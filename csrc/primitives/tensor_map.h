@@ -1,4 +1,4 @@
-// Tensor maps: what a TMA copy knows of a tensor in global memory. Plain host code asks for one with `encode_tensor_map`;
+// Tensor maps: what a TMA copy knows of a tensor in global memory. The CPU asks for one with `encode_tensor_map`;
 // the device half calls the driver (cuTensorMapEncodeTiled), the host model checks the same rules and keeps the numbers.
 #pragma once
 

@@ -13,6 +13,7 @@ namespace aadkern {
         ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
         ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+#define AADKERN_NAMES_40 AADKERN_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define AADKERN_NAMES_88                                                                   \
     AADKERN_NAMES_64                                                                       \
         ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
@@ -21,6 +22,7 @@ namespace aadkern {
 #define AADKERN_FLOATS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define AADKERN_FLOATS_16(i) AADKERN_FLOATS_4(i), AADKERN_FLOATS_4(i + 4), AADKERN_FLOATS_4(i + 8), AADKERN_FLOATS_4(i + 12)
 #define AADKERN_FLOATS_32(i) AADKERN_FLOATS_16(i), AADKERN_FLOATS_16(i + 16)
+#define AADKERN_FLOATS_40(i) AADKERN_FLOATS_32(i), AADKERN_FLOATS_4(i + 32), AADKERN_FLOATS_4(i + 36)
 #define AADKERN_FLOATS_64(i) AADKERN_FLOATS_32(i), AADKERN_FLOATS_32(i + 32)
 #define AADKERN_FLOATS_88(i) AADKERN_FLOATS_64(i), AADKERN_FLOATS_16(i + 64), AADKERN_FLOATS_4(i + 80), AADKERN_FLOATS_4(i + 84)
 
@@ -45,7 +47,7 @@ template <class T, Major MajorA, Major MajorB, int Size>
 AADKERN_PRIMITIVE void wgmma(float (&d)[Size], uint64_t a, uint64_t b, bool accumulate) {
     constexpr bool bfloat16 = std::is_same_v<T, BFloat16>;
     static_assert(bfloat16 || std::is_same_v<T, Float16>);
-    static_assert(Size == 16 || Size == 32 || Size == 64 || Size == 88, "N is 32, 64, 128 or 176");
+    static_assert(Size == 16 || Size == 32 || Size == 40 || Size == 64 || Size == 88, "N is 32, 64, 80, 128 or 176");
     if constexpr (Size == 16 && bfloat16) {
         AADKERN_WGMMA_SHARED(16, "m64n32k16", "bf16", "%16", "%17", "%18", "%19", "%20");
     } else if constexpr (Size == 16) {
@@ -54,6 +56,10 @@ AADKERN_PRIMITIVE void wgmma(float (&d)[Size], uint64_t a, uint64_t b, bool accu
         AADKERN_WGMMA_SHARED(32, "m64n64k16", "bf16", "%32", "%33", "%34", "%35", "%36");
     } else if constexpr (Size == 32) {
         AADKERN_WGMMA_SHARED(32, "m64n64k16", "f16", "%32", "%33", "%34", "%35", "%36");
+    } else if constexpr (Size == 40 && bfloat16) {
+        AADKERN_WGMMA_SHARED(40, "m64n80k16", "bf16", "%40", "%41", "%42", "%43", "%44");
+    } else if constexpr (Size == 40) {
+        AADKERN_WGMMA_SHARED(40, "m64n80k16", "f16", "%40", "%41", "%42", "%43", "%44");
     } else if constexpr (Size == 64 && bfloat16) {
         AADKERN_WGMMA_SHARED(64, "m64n128k16", "bf16", "%64", "%65", "%66", "%67", "%68");
     } else if constexpr (Size == 64) {
@@ -89,11 +95,13 @@ AADKERN_PRIMITIVE void wgmma(float (&d)[Size], const uint32_t* a, uint64_t b, bo
 #undef AADKERN_WGMMA_REGISTERS
 #undef AADKERN_FLOATS_88
 #undef AADKERN_FLOATS_64
+#undef AADKERN_FLOATS_40
 #undef AADKERN_FLOATS_32
 #undef AADKERN_FLOATS_16
 #undef AADKERN_FLOATS_4
 #undef AADKERN_NAMES_88
 #undef AADKERN_NAMES_64
+#undef AADKERN_NAMES_40
 #undef AADKERN_NAMES_32
 #undef AADKERN_NAMES_16
 
