@@ -29,7 +29,7 @@ def cases():
                 yield pytest.param(device, dtype, head_dim, marks=() if daily else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("device", "dtype", "head_dim"), cases())
+@pytest.mark.parametrize(("device", "dtype", "head_dim"), list(cases()))
 def test_compiles_without_spills_and_converts_by_the_hardware(device, dtype, head_dim):
     machine = build(device, dtype, head_dim)
     assert machine.stack == 0
