@@ -25,6 +25,7 @@ FUSED_BACKENDS = ("reference", "torch", "triton")
 FUSED_PREFERENCE = {"cpu": ("torch",), "cuda": ("triton", "torch")}
 
 TRITON_MAX_HEAD_DIM = 256
+E4M3_CAPABILITY = (8, 9)  # the first whose conversions Triton can use; earlier GPUs, and AMD's, decode into a temporary tensor
 SM90_CAPABILITY, SM90_HEAD_DIMS, SM90_DTYPES = (9, 0), (64, 128), ("bfloat16", "float16")
 
 # Where the tests of each backend, and of each other room's kernels, have passed. A GPU entry is
@@ -176,6 +177,31 @@ def choose_backend(requested: str, device: str, dtype: str = "float32", head_dim
         if (record.forward_mode or not forward_mode) and record.is_for(dtype, head_dim) and reason_against(backend, device) is None:
             return backend
     return "reference"
+
+
+def decodes_in_loads(requested: str, device: str, dtype: str, head_dim: int) -> bool:
+    """Whether attention over keys and values in e4m3 is Triton's kernel that decodes them in its loads; otherwise they are decoded
+    first, for what ``choose_backend`` then chooses.
+
+    Raises ValueError, with the reason, where "triton" is asked for and cannot.
+    """
+    reason = reason_against("triton", device) or _reason_against_e4m3(device)
+    if requested == "triton" and reason is not None:
+        raise ValueError(f"attention_e4m3: backend 'triton' cannot serve tensors on {device!r}: {reason}")
+    wanted = requested == "auto" and device.startswith("cuda") and RECORDS["triton"].is_for(dtype, head_dim)
+    return requested == "triton" or (wanted and reason is None)
+
+
+@functools.cache
+def _reason_against_e4m3(device: str) -> str | None:
+    if not device.startswith("cuda"):
+        return None
+    if torch.version.hip is not None:
+        return "its conversions of e4m3 are those of NVIDIA's GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < E4M3_CAPABILITY:
+        return f"it needs compute capability 8.9 or later, and this GPU has {capability[0]}.{capability[1]}"
+    return None
 
 
 def choose_fused_backend(operator: str, requested: str, device_type: str, dtype: str = "float32") -> str:

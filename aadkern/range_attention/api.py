@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -78,6 +78,46 @@ def attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     out, lse = ops.range_attention(q, k, v, plan.code, scale, backend or "auto", deterministic)
     return (out, lse) if return_lse else out
+
+
+def attention_e4m3(
+    q: Tensor,  # [B, Lq, H, D]
+    k: Tensor,  # [B, Lk, H, D]
+    v: Tensor,  # [B, Lk, H, D]
+    k_scale: Tensor,  # [B, F, H]
+    v_scale: Tensor,  # [B, F, H]
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``attention`` over keys and values that lie in float8_e4m3fn with a float32 scale for each head and Lk / F keys, as
+    ``aadkern.fp8.frames.quantise_frames`` writes them.
+
+    The result is that of the decoded keys and values, in q's dtype. "triton", the default on GPUs of compute capability 8.9 or
+    later, decodes in its loads; the others decode into a temporary tensor. No gradient: differentiating raises RuntimeError.
+
+    Raises TypeError for a wrong type or dtype and ValueError for a wrong shape, device, scale or backend, before any work.
+    """
+    q, name = _autocast(q), "attention_e4m3"
+    for word, x in (("k", k), ("v", v), ("k_scale", k_scale), ("v_scale", v_scale)):
+        wanted = torch.float32 if word.endswith("scale") else torch.float8_e4m3fn
+        if tensor(x, f"{name}: {word}").dtype != wanted:
+            raise TypeError(f"{name}: {word} must be {wanted}, got {x.dtype}")
+    tensor(q, f"{name}: q")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"{name}: q must be float32, float64, float16 or bfloat16, got {q.dtype}")
+    if not isinstance(plan, AttentionPlan):
+        raise TypeError(f"{name}: plan must be an aadkern.AttentionPlan, got {type(plan).__name__}")
+    choice(backend, f"{name}: backend", BACKENDS, none=True)
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else real(scale, f"{name}: scale")
+    return ops.range_attention_e4m3(q, k, v, k_scale, v_scale, plan.code, scale, backend or "auto")[0]
+
+
+def attend(q: Tensor, seen: tuple[Tensor, ...], plan: AttentionPlan, **options: Any) -> Tensor:
+    """``attention`` over what a layer sees: (k, v), or in e4m3 (k, v, k_scale, v_scale)."""
+    return attention(q, *seen, plan, **options) if len(seen) == 2 else attention_e4m3(q, *seen, plan, **options)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from aadkern.fp8.frames import decoded_frames
 from aadkern.library import batched_by_folding, differentiable, dtypes_as_given, library, pack, unpack
 from aadkern.plans import AttentionPlan
-from aadkern.runtime import RECORDS, choose_backend
+from aadkern.runtime import RECORDS, choose_backend, decodes_in_loads
 from aadkern.spans import span
 
 # p = exp(scale q.k - lse) over the keys in the ranges of q's run. Scores that are no numbers follow from that formula and one rule:
@@ -26,6 +28,12 @@ library.define(
 library.define(
     "range_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "int[] plan, float scale, str backend, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+# The forward over keys and values in e4m3 with float32 scales [B, F, H], one for each head and k_len / F keys: decoded, they are
+# the k and v of range_attention. For inference: it has no derivative.
+library.define(
+    "range_attention_e4m3(Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, int[] plan, float scale, str backend) "
+    "-> (Tensor out, Tensor lse)"
 )
 # The forward, and beside it its derivative along tangents of q, k and v, of which some may be None.
 library.define(
@@ -58,18 +66,19 @@ def _kernel(direction: str, backend: str, q: Tensor, deterministic: bool = False
     return partial(kernel, deterministic=deterministic) if ordered else kernel
 
 
-def _plan_of(code: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> AttentionPlan:
-    """The decoded plan, if the tensors are what it is about: kernels read where it says, whatever lies there."""
+def _plan_of(code: Sequence[int], q: Tensor, k: Tensor, v: Tensor, kind: torch.dtype | None = None) -> AttentionPlan:
+    """The decoded plan, if the tensors are what it is about: kernels read where it says, whatever lies there. ``kind`` is the dtype
+    of k and v, None q's."""
     plan = AttentionPlan.decode(code)
     of_q, of_k = q.shape, k.shape
     fits = len(of_q) == 4 and of_q[1] == plan.q_len and of_k == v.shape
     if not fits or of_k != (of_q[0], plan.k_len, of_q[2], of_q[3]):
         wanted = f"q [B, {plan.q_len}, H, D] and k, v [B, {plan.k_len}, H, D]"
         raise ValueError(f"range_attention: plan must fit {wanted}, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}")
-    dtype, device, wide = q.dtype, q.device, of_q[3] > 1
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    device, wide, of_keys = q.device, of_q[3] > 1, kind or q.dtype
+    for name, x, dtype in (("q", q, q.dtype), ("k", k, of_keys), ("v", v, of_keys)):
         if x.dtype != dtype or x.device != device or (wide and x.stride(3) != 1):
-            wanted = f"{q.dtype} on {q.device} as q, its last dimension contiguous"
+            wanted = f"{dtype} on {q.device}, its last dimension contiguous"
             raise ValueError(f"range_attention: {name} must be {wanted}, got {x.dtype} on {x.device}, strides {x.stride()}")
     return plan
 
@@ -90,6 +99,32 @@ def _range_attention_fake(
     batch, q_len, heads, head_dim = q.shape
     out = q.new_empty(batch, q_len, heads, head_dim)
     return out, q.new_empty((batch, heads, q_len), dtype=_lse_dtype(q))
+
+
+@torch.library.impl(library, "range_attention_e4m3", "CompositeExplicitAutograd")
+def _range_attention_e4m3(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, plan: Sequence[int], scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    visible = _plan_of(plan, q, k, v, torch.float8_e4m3fn)
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        rows = x.shape[1] if x.dim() == 3 else 0
+        if tuple(x.shape) != (k.shape[0], rows, k.shape[2]) or not rows or k.shape[1] % rows or x.dtype != torch.float32:
+            wanted = f"float32 [{k.shape[0]}, F, {k.shape[2]}], F a divisor of {k.shape[1]}"
+            raise ValueError(f"range_attention_e4m3: {name} must be {wanted}, got {x.dtype} {list(x.shape)}")
+        if x.device != q.device:
+            raise ValueError(f"range_attention_e4m3: {name} must be on q's device {q.device}, got {x.device}")
+    dtype = str(q.dtype).removeprefix("torch.")
+    with span("range_attention_e4m3"), dtypes_as_given(q.device.type):
+        if decodes_in_loads(backend, str(q.device), dtype, q.shape[-1]):
+            kernel = importlib.import_module("aadkern.range_attention.triton_e4m3")
+            return kernel.forward(q, k, v, k_scale, v_scale, visible, scale)
+        keys, values = decoded_frames(k, k_scale, q.dtype), decoded_frames(v, v_scale, q.dtype)
+        return _kernel("forward", backend, q)(q, keys, values, visible, scale)
+
+
+@torch.library.register_fake("aadkern::range_attention_e4m3", lib=library)
+def _range_attention_e4m3_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _range_attention_fake(q, q, q, (), 1.0, "auto", False)
 
 
 @torch.library.impl(library, "range_attention_backward", "CompositeExplicitAutograd")
@@ -194,9 +229,18 @@ differentiable(
 )
 differentiable("range_attention_jvp", save=_save_beside_tangents, gradients=_gradients_beside_tangents, refusal=ONCE)
 differentiable("range_attention_backward", refusal=ONCE)
+differentiable("range_attention_e4m3", refusal="attention over keys in FP8 has no derivative: it is for inference")
 batched_by_folding("range_attention", 3)
+batched_by_folding("range_attention_e4m3", 5)
 batched_by_folding("range_attention_jvp", 6)
 batched_by_folding("range_attention_backward", 7)
+
+
+@register_flop_formula(torch.ops.aadkern.range_attention_e4m3)
+def _attention_e4m3_flops(
+    q_shape: Sequence[int], k: Any, v: Any, k_scale: Any, v_scale: Any, plan: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return q_shape[0] * AttentionPlan.decode(plan).flops(*q_shape[2:])
 
 
 @register_flop_formula(torch.ops.aadkern.range_attention)
@@ -221,5 +265,6 @@ def _attention_jvp_flops(
 
 
 range_attention = torch.ops.aadkern.range_attention.default
+range_attention_e4m3 = torch.ops.aadkern.range_attention_e4m3.default
 range_attention_jvp = torch.ops.aadkern.range_attention_jvp.default
 range_attention_backward = torch.ops.aadkern.range_attention_backward.default

@@ -152,16 +152,11 @@ def scores_of(
 
 
 @triton.jit
-def attend(
-    out, top, total, scores, v_head, start, end, v_stride, scale_log2,
-    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax in base 2: ``top`` is the running maximum, ``total`` and ``out`` are sums
-    relative to it."""
-    v = load_tile(v_head, start, end, v_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+def attend(out, top, total, scores, v, count, scale_log2, BLOCK_K: tl.constexpr, MASKED: tl.constexpr):
+    """One step of the online softmax in base 2 over BLOCK_K keys, the first ``count`` of them if MASKED, with values ``v``: ``top``
+    is the running maximum, ``total`` and ``out`` are sums relative to it."""
     if MASKED:
-        scores = tl.where(tl.arange(0, BLOCK_K)[None, :] < end - start, scores * scale_log2, float("-inf"))
+        scores = tl.where(tl.arange(0, BLOCK_K)[None, :] < count, scores * scale_log2, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
     else:
         new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
@@ -171,6 +166,24 @@ def attend(
     shrink = tl.exp2(top - base)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
     return out, new_top, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def store_results(
+    acc, top, total, out, lse, batch, head, heads, q_start, q_end, q_len, out_stride_b, out_stride_l, out_stride_h,
+    BLOCK_Q: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The tile's output and lse out of the sums of ``attend``."""
+    # total is 0 only where nothing was seen; there out is 0 and lse -inf (top and log2 would give -inf + -inf).
+    seen = total != 0.0
+    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    log_sum = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
+    log_sum = tl.where(top == float("inf"), float("inf"), log_sum)  # there p, total and out are NaN
+    out_head = head_base(out, batch, head, out_stride_b, out_stride_h)
+    store_tile(acc, out_head, q_start, q_end, out_stride_l, BLOCK_Q, HEAD_DIM, BLOCK_D, WIDE)
+    rows = q_start + tl.arange(0, BLOCK_Q)
+    lse_head = lse + (tl.cast(batch, tl.int64) * heads + head) * q_len
+    tl.store(lse_head + rows, log_sum, mask=rows < q_end)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -204,39 +217,27 @@ def forward_kernel(
                     next_scores = scores_of(
                         q_tile, k_head, ahead, k_end, k_stride_l, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST
                     )
-                    acc, top, total = attend(
-                        acc, top, total, scores, v_head, start, k_end, v_stride_l, scale_log2,
-                        BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
-                    )  # fmt: skip
+                    v_tile = load_tile(v_head, start, k_end, v_stride_l, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+                    acc, top, total = attend(acc, top, total, scores, v_tile, BLOCK_K, scale_log2, BLOCK_K, False)
                     scores = next_scores
         else:
             for start in range(k_start, whole_end, BLOCK_K):
                 scores = scores_of(q_tile, k_head, start, k_end, k_stride_l, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
-                acc, top, total = attend(
-                    acc, top, total, scores, v_head, start, k_end, v_stride_l, scale_log2,
-                    BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
-                )  # fmt: skip
+                v_tile = load_tile(v_head, start, k_end, v_stride_l, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+                acc, top, total = attend(acc, top, total, scores, v_tile, BLOCK_K, scale_log2, BLOCK_K, False)
     for r in range(first, last):
         k_end = tl.load(ranges + 2 * r + 1)
         tail = (k_end - tl.load(ranges + 2 * r)) % BLOCK_K
         if tail > 0:
             start = k_end - tail
             scores = scores_of(q_tile, k_head, start, k_end, k_stride_l, BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
-            acc, top, total = attend(
-                acc, top, total, scores, v_head, start, k_end, v_stride_l, scale_log2,
-                BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST,
-            )  # fmt: skip
+            v_tile = load_tile(v_head, start, k_end, v_stride_l, BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, UPCAST)
+            acc, top, total = attend(acc, top, total, scores, v_tile, tail, scale_log2, BLOCK_K, True)
 
-    # total is 0 only where nothing was seen; there out is 0 and lse -inf (top and log2 would give -inf + -inf).
-    seen = total != 0.0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    log_sum = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
-    log_sum = tl.where(top == float("inf"), float("inf"), log_sum)  # there p, total and out are NaN
-    out_head = head_base(out, batch, head, out_stride_b, out_stride_h)
-    store_tile(acc, out_head, q_start, q_end, out_stride_l, BLOCK_Q, HEAD_DIM, BLOCK_D, WIDE)
-    rows = q_start + tl.arange(0, BLOCK_Q)
-    lse_head = lse + (tl.cast(batch, tl.int64) * heads + head) * q_len
-    tl.store(lse_head + rows, log_sum, mask=rows < q_end)
+    store_results(
+        acc, top, total, out, lse, batch, head, heads, q_start, q_end, q_len, out_stride_b, out_stride_l, out_stride_h,
+        BLOCK_Q, HEAD_DIM, BLOCK_D, WIDE,
+    )  # fmt: skip
 
 
 def check_served(q: torch.Tensor) -> None:

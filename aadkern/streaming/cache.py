@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from aadkern.checks import boolean, choice, shown, whole
 from aadkern.checks import device as checked_device
@@ -22,6 +23,7 @@ from aadkern.streaming.context import sink_shift
 from aadkern.streaming.passes import ReplayPass, RingPass
 
 ROPE_MODES = ("absolute", "relative")
+PRECISIONS = ("full", "fp8")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -54,6 +56,9 @@ class StreamingCache:
     (``streaming.context``). Frame indices are Python integers without a limit. ``nbytes`` tells the memory: twice
     layers * batch * capacity_frames * tokens_per_frame * heads * head_dim numbers.
 
+    ``precision`` "full" holds them in ``dtype``, the keys'; "fp8" in e4m3 with a scale for each frame and head, for generating
+    only: a pass with gradient is refused. A NaN or an infinity makes all of its frame and head NaN.
+
     Raises ValueError or TypeError naming the argument; RuntimeError from ``commit`` when nothing was written.
     """
 
@@ -73,6 +78,7 @@ class StreamingCache:
         rope: str = "absolute",
         frame_period: int | None = None,
         merged: bool = False,
+        precision: str = "full",
     ) -> None:
         sizes = {"layers": layers, "batch": batch, "heads": heads, "head_dim": head_dim}
         sizes |= {"tokens_per_frame": tokens_per_frame, "max_chunk_frames": max_chunk_frames}
@@ -82,6 +88,7 @@ class StreamingCache:
             raise TypeError(f"window must be a Window, got {shown(window)}")
         choice(rope, "rope", ROPE_MODES)
         boolean(merged, "merged")
+        choice(precision, "precision", PRECISIONS)
         if rope == "relative":
             axis_dims(head_dim)
         frame_period = None if frame_period is None else whole(frame_period, "frame_period", 1)
@@ -90,16 +97,20 @@ class StreamingCache:
         self.layers, self.batch, self.heads, self.head_dim = layers, batch, heads, head_dim
         self.tokens_per_frame, self.window, self.rope, self.frame_period = tokens_per_frame, window, rope, frame_period
         self.max_chunk_frames, self.capacity_frames, self.ring = max_chunk_frames, capacity, capacity - window.sink
-        self.merged = merged
+        self.merged, self.dtype, self.precision = merged, dtype, precision
         # A merged pass in relative mode sees the sink at two places: the second lies behind the ring.
         second = window.sink if merged and rope == "relative" else 0
-        shape = (layers, batch, (capacity + second) * tokens_per_frame, heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        sink_tokens = window.sink * tokens_per_frame
-        # The sink's keys at their own frames; ``keys`` holds them moved by ``_sink_at`` frames, and by ``_second_at`` behind the
-        # ring (None: not known).
-        self.sink_keys = self.keys[:, :, :sink_tokens].clone() if rope == "relative" else None
+        slots, held = capacity + second, dtype if precision == "full" else torch.float8_e4m3fn
+        shape = (layers, batch, slots * tokens_per_frame, heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=held, device=device)
+        self.values = torch.zeros(shape, dtype=held, device=device)
+        # Of keys and of values: [layers, B, slots, H] each.
+        of_slots = (2, layers, batch, slots, heads)
+        self.scales = None if precision == "full" else torch.ones(of_slots, dtype=torch.float32, device=device)
+        sink_shape = (layers, batch, window.sink * tokens_per_frame, heads, head_dim)
+        # The sink's keys at their own frames, in ``dtype``, as every move quantises them anew; ``keys`` holds them moved by
+        # ``_sink_at`` frames, and by ``_second_at`` behind the ring (None: not known).
+        self.sink_keys = torch.zeros(sink_shape, dtype=dtype, device=device) if rope == "relative" else None
         self._second_at: int | None = None
         self.reset()
 
@@ -123,9 +134,14 @@ class StreamingCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        sink = 0 if self.sink_keys is None else self.sink_keys.nbytes
-        return self.keys.nbytes + self.values.nbytes + sink
+        """Bytes of all keys and values, and of their scales."""
+        beside = sum(x.nbytes for x in (self.sink_keys, self.scales) if x is not None)
+        return self.keys.nbytes + self.values.nbytes + beside
+
+    def layer(self, layer: int) -> tuple[Tensor, ...]:
+        """A layer's keys and values [B, slots * tokens_per_frame, H, D] and, in FP8, the scales of each, [B, slots, H]."""
+        scales = () if self.scales is None else self.scales[:, layer].unbind()
+        return self.keys[layer], self.values[layer], *scales
 
     def reset(self) -> None:
         """Forget every frame; the next chunk starts at frame 0."""
@@ -186,6 +202,10 @@ class StreamingCache:
         them; called with a layer it gives that one's attention."""
         whole(frames, "frames", 1)
         whole(clean_frames, "clean_frames")
+        if self.precision == "fp8" and torch.is_grad_enabled():
+            raise ValueError(
+                "precision must be 'full' for a pass with gradient, got a cache in 'fp8': run it under torch.no_grad()"
+            )
         start, end = self._frame, self._frame + frames
         chunks = self._chunks(frames, clean_frames)
         views = [self._view(*chunk) for chunk in chunks]

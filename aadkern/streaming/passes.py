@@ -9,8 +9,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from aadkern.fp8.frames import quantise_frames
 from aadkern.plans import AttentionPlan, Window, full
-from aadkern.range_attention.api import attention
+from aadkern.range_attention.api import attend, attention
 from aadkern.rotary.tables import rotate, shift_table, table_dtype, upload
 
 
@@ -25,8 +26,13 @@ class CachedKeys(Protocol):
     heads: int
     head_dim: int
     tokens_per_frame: int
+    capacity_frames: int
+    dtype: torch.dtype  # of the keys and values that passes come with
     window: Window
     frame_period: int | None
+
+    def layer(self, layer: int) -> tuple[Tensor, ...]:
+        """A layer's keys and values and, where they lie in FP8, the scales of each, [B, slots, H]."""
 
     def written(self, chunk: tuple[int, int], places: tuple[int | None, int | None]) -> None:
         """A pass has written all layers: ``chunk`` may be committed, and the sink's copies stand at ``places``."""
@@ -52,11 +58,9 @@ class RingPass:
     def __post_init__(self) -> None:
         moved = [place for place in self.places if place is not None]
         if moved and not self.turns:
-            keys = self.cache.keys
-            tables = shift_table(
-                keys.shape[-1], tuple(moved), self.cache.frame_period, table_dtype(keys.dtype), torch.device("cpu")
-            )
-            self.turns = tuple(upload(table, keys.device) for table in tables)
+            cache = self.cache
+            tables = shift_table(cache.head_dim, tuple(moved), cache.frame_period, table_dtype(cache.dtype), torch.device("cpu"))
+            self.turns = tuple(upload(table, cache.keys.device) for table in tables)
 
     def __call__(self, layer: int) -> RingAttention:
         return RingAttention(self, layer)
@@ -90,7 +94,8 @@ class RingAttention:
         return self.slot
 
     def slots(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Where so many turned keys and their values may be written, to be given to ``store``; None where that is not one place."""
+        """Where so many turned keys and their values may be written, to be given to ``store``; None where that is not one place, or
+        holds other numbers than theirs."""
         cache, (_, first, count) = self.ring.cache, self.ring.own[0]
         n = cache.tokens_per_frame
         if len(self.ring.own) > 1 or first < cache.window.sink or dtype != cache.keys.dtype or length != count * n:
@@ -103,29 +108,31 @@ class RingAttention:
         ring, cache, layer = self.ring, self.ring.cache, self.layer
         start, end = ring.chunks[0][0], ring.chunks[-1][1]
         check_keys(cache, k, end - start)
-        keys, values, n = cache.keys[layer], cache.values[layer], cache.tokens_per_frame
-        sink = cache.window.sink * n
-        turns = iter(ring.turns)
+        n, sink, turns = cache.tokens_per_frame, cache.window.sink, iter(ring.turns)
+        keys, values, *scales = cache.layer(layer)
+        key_scales, value_scales = scales or (None, None)
         if cache.sink_keys is not None and ring.places[0] is not None:
-            keys[:, :sink] = rotate(cache.sink_keys[layer], next(turns))
+            _write(rotate(cache.sink_keys[layer], next(turns)), keys, key_scales, 0, sink)
         for frame, slot, count in ring.own:
-            source, slots = slice((frame - start) * n, (frame - start + count) * n), slice(slot * n, (slot + count) * n)
+            source = slice((frame - start) * n, (frame - start + count) * n)
             if k is not self.slot:
-                keys[:, slots] = k[:, source]
+                _write(k[:, source], keys, key_scales, slot, count)
             if v is not self.value_slot:
-                values[:, slots] = v[:, source]
-            if cache.sink_keys is not None and frame < cache.window.sink:
-                cache.sink_keys[layer, :, slots] = k[:, source]
+                _write(v[:, source], values, value_scales, slot, count)
+            if cache.sink_keys is not None and frame < sink:
+                cache.sink_keys[layer, :, slot * n : (slot + count) * n] = k[:, source]
         if cache.sink_keys is not None and ring.places[1] is not None:
-            keys[:, -sink:] = rotate(cache.sink_keys[layer], next(turns))
-            values[:, -sink:] = values[:, :sink]
+            _write(rotate(cache.sink_keys[layer], next(turns)), keys, key_scales, cache.capacity_frames, sink)
+            for held, size in ((values, sink * n), (value_scales, sink)):
+                if held is not None:
+                    held[:, -size:] = held[:, :size]
         if layer == cache.layers - 1:
             ring.finish()
 
-    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The ring, with k and v in it."""
+    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """The ring, with k and v in it: keys and values and, in FP8, their scales."""
         self.store(k, v)
-        return self.ring.cache.keys[self.layer], self.ring.cache.values[self.layer]
+        return self.ring.cache.layer(self.layer)
 
     def plan_of(self, queries: int, keys: int) -> AttentionPlan:
         """The plan over the ring of all the pass's queries, or where there are fewer than keys of its last chunk's."""
@@ -133,7 +140,17 @@ class RingAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plan = self.plan_of(q.shape[1], k.shape[1])
-        return attention(q, *self.seen(k, v), plan)
+        return attend(q, self.seen(k, v), plan)
+
+
+def _write(x: Tensor, numbers: Tensor, scales: Tensor | None, slot: int, count: int) -> None:
+    """``count`` frames x [B, count n, H, D] into a layer's slots from ``slot`` on."""
+    n = x.shape[1] // count
+    there = numbers[:, slot * n : (slot + count) * n]
+    if scales is None:
+        there.copy_(x)
+    else:
+        quantise_frames(x, there, scales[:, slot : slot + count])
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +211,6 @@ def check_keys(cache: CachedKeys, k: Tensor, frames: int) -> None:
     expected = (cache.batch, frames * cache.tokens_per_frame, cache.heads, cache.head_dim)
     if tuple(k.shape) != expected:
         raise ValueError(f"keys must be {list(expected)} for this cache, got {list(k.shape)}")
-    if k.dtype != cache.keys.dtype or k.device != cache.keys.device:
-        ours = f"dtype {cache.keys.dtype} on {cache.keys.device}"
+    if k.dtype != cache.dtype or k.device != cache.keys.device:
+        ours = f"dtype {cache.dtype} on {cache.keys.device}"
         raise ValueError(f"dtype and device of the cache must be the keys', {k.dtype} on {k.device}, got {ours}")

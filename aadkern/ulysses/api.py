@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aadkern.checks import shown, tensor
 from aadkern.plans import AttentionPlan
-from aadkern.range_attention.api import attention
+from aadkern.range_attention.api import attend, attention
 from aadkern.ulysses.exchange import Ends, Route, exchange, exchange_ends, exchange_into, route
 from aadkern.ulysses.group import SequenceGroup, check_group, refuse_tangents
 from aadkern.ulysses.shares import frame_areas, kept_heads
@@ -99,7 +99,7 @@ def attended(
     way: Route,
     group: SequenceGroup,
     head_dim: int,
-    seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    seen: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     options: dict[str, Any],
     slots: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -115,15 +115,15 @@ def attended(
     if ends.as_it_comes:  # tokens in the order (rank, frame, place), and so the output goes back
         heads = way.shares[0][1] - way.shares[0][0]
         q, k, v = arrived[0].view(1, -1, 3, heads, head_dim).unbind(2)
-        out = attention(q, *seen(k, v), way.plans[0], **options)
+        out = attend(q, seen(k, v), way.plans[0], **options)
         (out,) = exchange_ends([out.flatten()], way.to_tokens, group, Ends(packed=True), head_dim)
         return out.flatten(1, 2)
     *shares, k, v = (x.flatten(1, 2) for x in arrived)
-    k, v = seen(k, v) if slots is None else seen(*slots)
+    held = seen(k, v) if slots is None else seen(*slots)
     outs = []
     for share, plan, (h0, h1, _, _) in zip(shares, way.plans, way.shares, strict=True):
         own = slice(h0 - way.first_head, h1 - way.first_head)
-        outs.append(attention(share, k[:, :, own], v[:, :, own], plan, **options))
+        outs.append(attend(share, tuple(x[:, :, own] for x in held), plan, **options))
     if not outs:  # what a rank without work sends, nothing, must still hang in its graph: its backward takes part too
         outs = [k[:, :0, :0]]
     (out,) = exchange([by_frame(x, group.tokens_per_frame) for x in outs], way.to_tokens, group)

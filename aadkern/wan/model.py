@@ -222,6 +222,7 @@ class CausalWan(WanTransformer3DModel):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         merged: bool = False,
+        precision: str = "full",
     ) -> StreamingCache:
         """A cache for streaming latents [batch, C, F, height, width] through this model; dtype and device default to its own.
 
@@ -242,6 +243,7 @@ class CausalWan(WanTransformer3DModel):
             rope=self.config["rope"],
             frame_period=self._frame_period,
             merged=merged,
+            precision=precision,
         )
 
     def forward(

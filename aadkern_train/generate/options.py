@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 WAN_PLAIN = (  # as in WanSettings
     *("chunk_frames", "window", "sink", "rope", "device", "dtype", "fp8", "compile", "cuda_graphs"),
-    *("lora", "decoder", "tiny_decoder"),
+    *("kv_cache", "lora", "decoder", "tiny_decoder"),
 )
 MOST_CHUNKS = 10**9  # where a video's length says how many
 RUN_STEPS = ("steps", "first_steps")
@@ -41,6 +41,11 @@ def add_wan_settings(add: Callable[..., Any]) -> None:
     add("--dtype", choices=("fp32", "bf16"), help="of all parts (bf16 on a GPU, fp32 on a CPU)")
     add("--lora", action="append", metavar="FILE[:WEIGHT]", help="a LoRA on the transformer (weight 1); may be given again")
     add("--fp8", action="store_true", default=None, help="large linear layers in FP8, their error told first")
+    add(
+        "--kv-cache",
+        choices=("full", "fp8"),
+        help="keys and values in view: as --dtype, or in FP8 (full)",
+    )
     add("--compile", action="store_true", default=None, help="blocks through torch.compile")
     add("--decoder", choices=("full", "tiny"), help="what makes pixels: the VAE, or TAEHV's small decoder for Wan 2.1 (full)")
     add(

@@ -59,7 +59,7 @@ def latent_frame(parts: WanParts, settings: WanSettings) -> tuple[int, int, int]
 def wan_stream(model: Any, frame: tuple[int, int, int], settings: WanSettings, cuda_graphs: bool) -> StreamingGenerator:
     """A stream of a model's, with a cache of its own."""
     window, most = Window(settings.window, sink=settings.sink), settings.chunk_frames
-    cache = model.new_cache(1, *frame[1:], window, max_chunk_frames=most, merged=True)
+    cache = model.new_cache(1, *frame[1:], window, max_chunk_frames=most, merged=True, precision=settings.kv_cache)
     levels: dict[str, Any] = {"levels": settings.steps, "first_levels": settings.first_steps}
     # Weights that come and go under inference mode would be tensors of that mode ever after.
     return StreamingGenerator(model, cache, cuda_graphs=cuda_graphs, inference_mode=not model.is_offloaded(), **levels)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from aadkern.streaming.cache import PRECISIONS
 from aadkern_train.diffusion.steps import SHIFT, fewer, started
 from aadkern_train.engine.processes import device_of
 from aadkern_train.generate.prompts import changes
@@ -28,12 +29,12 @@ class WanSettings:
     are what Self-Forcing's models were trained with, but for ``steps``.
 
     ``size`` is (rows, columns) of pixels. ``steps`` and ``first_steps`` (None: the same) are noise levels as ``noise_levels``
-    makes them. ``rope`` None: the checkpoint's. ``device`` None: the GPU if there is one. ``dtype`` None: bf16 on a GPU, fp32
-    on a CPU. ``fp8`` quantises the large linear layers (docs/fp8.md), ``compile`` runs the blocks through torch.compile, and
-    ``cuda_graphs`` (None: on a GPU) replays passes (docs/streaming.md). ``lora`` are files as ``lora_of`` takes them. ``then`` and
-    ``turn`` are prompts that take over on the way (``prompts.changes``, ``TURNS``). ``decoder`` "tiny" decodes with the file
-    ``tiny_decoder`` (None: the one beside the VAE, ``wan_decoder.TINY_FILES``) instead of the VAE. ``offload`` keeps the blocks'
-    weights in the host's memory, for a GPU that they do not fit on.
+    makes them. ``rope`` None: the checkpoint's. ``device`` None: the GPU if there is one. ``dtype`` None: bf16 on a GPU, fp32 on a
+    CPU. ``fp8`` quantises the large linear layers (docs/fp8.md), ``kv_cache`` "fp8" the keys and values in view, ``compile`` runs
+    the blocks through torch.compile, and ``cuda_graphs`` (None: on a GPU) replays passes (docs/streaming.md). ``lora`` are files
+    as ``lora_of`` takes them. ``then`` and ``turn`` are prompts that take over on the way (``prompts.changes``, ``TURNS``).
+    ``decoder`` "tiny" decodes with the file ``tiny_decoder`` (None: the one beside the VAE, ``wan_decoder.TINY_FILES``) instead of
+    the VAE. ``offload`` keeps the blocks' weights in the host's memory, for a GPU that they do not fit on.
     """
 
     chunks: int = 7
@@ -49,6 +50,7 @@ class WanSettings:
     device: str | None = None
     dtype: str | None = None
     fp8: bool = False
+    kv_cache: str = "full"
     compile: bool = False
     cuda_graphs: bool | None = None
     lora: Sequence[str] = ()
@@ -64,6 +66,8 @@ class WanSettings:
             lora_of(word)
         if self.turn not in TURNS:
             raise ValueError(f"turn must be one of {', '.join(TURNS)}, got {self.turn!r}")
+        if self.kv_cache not in PRECISIONS:
+            raise ValueError(f"kv_cache must be one of {', '.join(PRECISIONS)}, got {self.kv_cache!r}")
         if self.decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
         if self.decoder == "full" and self.tiny_decoder is not None:

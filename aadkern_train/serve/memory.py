@@ -101,6 +101,7 @@ def _measured(
             decoder.decode(chunk)
     kept = 0 if decoder is None else decoder.nbytes
     geometry = f"{cache.capacity_frames} frames of {cache.tokens_per_frame} tokens, {cache.layers} layers"
+    geometry += ", in FP8" if cache.precision == "fp8" else ""
     return cache.nbytes, geometry, kept, max(live.peaks.values()) - before - kept
 
 
