@@ -288,6 +288,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             merged=False,
         ),
     ),
+    "plans.full": (plans.full, lambda: dict(q_len=3, k_len=5)),
+    "StreamingCache.for_model": (
+        StreamingCache.for_model,
+        lambda: dict(model=model(), batch=1, height=2, width=2, window=WINDOW, max_chunk_frames=2),
+    ),
     "CausalWan.new_cache": (
         lambda **given: model().new_cache(**given),
         lambda: dict(
@@ -319,7 +324,16 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             inference_mode=True,
         ),
     ),
-    "StreamingGenerator.chunks": (drawn, lambda: dict(noise=noise, count=2, first_frame=torch.randn(1, 2, 1, 2, 2))),
+    "StreamingGenerator.chunks": (
+        drawn,
+        lambda: dict(
+            noise=noise,
+            count=2,
+            first_frame=torch.randn(1, 2, 1, 2, 2),
+            source=lambda chunk: noise(chunk, 0),
+            after=lambda *told: told[3] / 2,
+        ),
+    ),
     "StreamingGenerator.set_text": (
         lambda **given: generator().set_text(**given),
         lambda: dict(text=torch.ones(1, 3, 6), recache=True, restart=False),
@@ -343,6 +357,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             STEP,
             encoder_hidden_states=torch.ones(1, 3, 6),
             encoder_hidden_states_image=None,
+            attention=None,
             plan=None,
             first_frame=1,
             taps=None,
@@ -358,7 +373,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     ),
     "CausalWan.text_cache": (model().text_cache, lambda: dict(encoder_hidden_states=torch.ones(1, 3, 6))),
     "CausalWan.time_cache": (model().time_cache, lambda: dict(timestep=torch.ones(1, 2))),
-    "CausalWan.set_block_backend": (model().set_block_backend, lambda: dict(backend="torch")),
+    "CausalWan.set_block_backend": (
+        lambda **given: copy.deepcopy(model()).set_block_backend(**given),
+        lambda: dict(backend="torch"),
+    ),
     "CausalWan.tokens_per_frame": (model().tokens_per_frame, lambda: dict(height=2, width=2)),
     "wan.fp8.quantise": (quantise, lambda: dict(sample=dict(STEP), fast_accum=True)),
     "wan.fp8.quantise's sample": (lambda **given: quantise(sample=given), lambda: dict(STEP, taps=None, other=None)),

@@ -7,6 +7,8 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,22 @@ MAY_IMPORT = {
     "aadkern/": {"torch", "triton"},
 }
 
+# Who stands on whom in aadkern: a room, or a file beside the rooms, imports its own files and those of rooms before it.
+ROOMS = (
+    "checks",
+    "runs",
+    "plans",
+    "spans",
+    "_build",
+    "flash_libraries",
+    "runtime",
+    "library",
+    "layer_attention",
+    "rotary",
+    "weights",
+)
+ROOMS += ("range_attention", "noise", "pooling", "fp8", "blocks", "ulysses", "ops", "testing", "streaming", "wan", "compat")
+
 # Every variable read at run time: our one switch, Triton's own, and what torchrun tells the processes that it launches.
 ENVIRONMENT = {
     "AADKERN_NVTX",
@@ -67,18 +85,51 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names of all that a file imports, at any depth of its code; `from a import b` counts as a and a.b."""
-    names: set[str] = set()
+def imported(path: Path) -> Iterator[tuple[str, str]]:
+    """(a, a.b) of each `from a import b`, ("", a) of each `import a`, at any depth of a file's code."""
     package = [*path.relative_to(ROOT).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
+            yield from (("", alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            names |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
-    return names
+            yield from ((source, f"{source}.{alias.name}") for alias in node.names)
+
+
+@cache
+def imports(path: Path) -> set[str]:
+    """Dotted names of all that a file imports; `from a import b` counts as a and a.b."""
+    return {name for names in imported(path) for name in names if name}
+
+
+@cache
+def arrows(path: Path) -> set[str]:
+    """The files of the three packages that a file imports, for types too; `from a import b` means a/b.py where that is one."""
+    modules = {module_name(file) for file in SOURCES}
+    found = {name if name in modules else source for source, name in imported(path)}
+    return found & modules - {module_name(path)}
+
+
+def circle(graph: Mapping[str, Iterable[str]]) -> str | None:
+    """A walk along arrows that comes back to where it began, or None."""
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> str | None:
+        if name in trail:
+            return " -> ".join((*trail[trail.index(name) :], name))
+        if name in done:
+            return None
+        found = next(filter(None, (walk(other, (*trail, name)) for other in graph.get(name, ()))), None)
+        done.add(name)
+        return found
+
+    return next(filter(None, (walk(name, ()) for name in graph)), None)
+
+
+def room(name: str) -> str:
+    """aadkern.wan.model -> "wan", aadkern.plans -> "plans", aadkern -> ""."""
+    return name.split(".")[1] if "." in name else ""
 
 
 def room_and_file(name: str) -> tuple[str, str]:
@@ -105,6 +156,28 @@ def test_aadkern_imports_only_what_it_may():
 def test_the_training_layer_stands_below_benchmarks_and_tests():
     below = [path for path in SOURCES if not path.is_relative_to(ROOT / "benchmarks")]
     assert [path for path in below if {name.partition(".")[0] for name in imports(path)} & {"benchmarks", "tests"}] == []
+
+
+def test_there_is_no_circle_of_files():
+    assert circle({module_name(path): arrows(path) for path in SOURCES}) is None
+
+
+def test_a_circle_is_found_and_nothing_else():
+    assert circle({"a": ("b", "c"), "b": ("d",), "c": ("d", "b"), "d": ()}) is None
+    assert circle({"a": ("b",), "b": ("c",), "c": ("d", "b")}) == "b -> c -> b"
+
+
+def test_imports_of_aadkern_lead_down_from_room_to_room():
+    assert {room(module_name(path)) for path in AADKERN} - {""} == set(ROOMS)
+    place = {name: i for i, name in enumerate(ROOMS)}
+    below = [path for path in AADKERN if room(module_name(path))]
+    up = [
+        f"{module_name(path)} -> {name}"
+        for path in below
+        for name in arrows(path)
+        if not room(name) or place[room(name)] > place[room(module_name(path))]
+    ]
+    assert up == []
 
 
 def test_kernels_are_imported_by_their_own_room_only():

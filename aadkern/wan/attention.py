@@ -61,13 +61,13 @@ def attention_meant(attention: Any, older: dict[str, Any]) -> Attention:
         return CachedChunk(older["cache"], older["clean_frames"], older["cache_only"], older["graphs"])
     if isinstance(attention, (WholeClip, CachedChunk)):
         return attention
-    return CachedChunk(attention) if hasattr(attention, "begin") else WholeClip(attention)
+    return CachedChunk(attention) if _is_cache(attention) else WholeClip(attention)
 
 
 def check_attention(attention: Any, older: dict[str, Any], meant: Attention) -> None:
     """Raise ValueError for arguments that exclude one another, TypeError for one of another type than is taken."""
     said = (AttentionPlan, CausalContext, WholeClip, CachedChunk)
-    if attention is not None and not isinstance(attention, said) and not callable(getattr(attention, "begin", None)):
+    if attention is not None and not isinstance(attention, said) and not _is_cache(attention):
         wanted = "a WholeClip, a CachedChunk, an AttentionPlan, a CausalContext, a StreamingCache or None"
         raise TypeError(f"attention must be {wanted}, got {shown(attention)}")
     given = [name for name, value in older.items() if not (isinstance(value, type(OLDER[name])) and value == OLDER[name])]
@@ -80,13 +80,17 @@ def check_attention(attention: Any, older: dict[str, Any], meant: Attention) -> 
         if missing is not None:
             raise ValueError(f"{missing} must be {OLDER[missing]} without a cache, got {shown(older[missing])}")
         return
-    # Another that keeps its protocol serves too: benchmarks stream Self-Forcing's cache through the same model.
-    if not isinstance(meant.cache, StreamingCache) and not callable(getattr(meant.cache, "begin", None)):
+    if not _is_cache(meant.cache):
         raise TypeError(f"cache must be a StreamingCache or None, got {shown(meant.cache)}")
     _check_clip(WholeClip(older["plan"], older["first_frame"]))
     _check_types(meant.cache_only, meant.clean_frames, meant.graphs)
     if "plan" in given or "first_frame" in given:
         raise ValueError("plan and first_frame must not be given with a cache, which knows both")
+
+
+def _is_cache(value: Any) -> bool:
+    """Another that keeps its protocol serves too: benchmarks stream Self-Forcing's cache through the same model."""
+    return isinstance(value, StreamingCache) or (not isinstance(value, type) and callable(getattr(value, "begin", None)))
 
 
 def _check_clip(clip: WholeClip) -> None:
