@@ -138,8 +138,8 @@ def _warn(reason: str) -> None:
 
 
 def _readme(repository: str, version: str) -> str:
-    """README.md as an index shows it, where relative links lead nowhere: they lead to the version's files in the repository. Where none
-    is named, they are plain words and pictures are left out."""
+    """README.md as an index shows it, where relative links lead nowhere: they lead to the version's files in the repository.
+    Where none is named, they are plain words and pictures are left out."""
     text = (ROOT / "README.md").read_text()
     tree = f"{repository.rstrip('/')}/{{kind}}/v{version}/{{path}}"
 

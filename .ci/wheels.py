@@ -39,7 +39,10 @@ print(aadkern.backends()["sm90"])
 """
 # The demo's model, hardly trained: what it streams is not looked at.
 HARDLY = ["pretrain.steps=2", "ode={steps: 2, pairs: 16, solver_steps: 2}", "dmd.steps=2", "dmd_continued.steps=2"]
-HARDLY += ["adversarial={steps: 2, discriminator_first: 1}", "evaluate={clips: 4, final_clips: 4, show: 2, batch: 4, teacher_steps: 2}"]
+HARDLY += [
+    "adversarial={steps: 2, discriminator_first: 1}",
+    "evaluate={clips: 4, final_clips: 4, show: 2, batch: 4, teacher_steps: 2}",
+]
 
 
 def run(*command: str | Path, **variables: str) -> str:
@@ -86,8 +89,8 @@ def build(kernels: bool) -> list[Path]:
 
 
 def try_out(wheels: list[Path], python: str, torch: str, index: list[str], streams: bool) -> list[str]:
-    """The rows of the table. In an environment with torch alone each wheel is installed in turn, and gives the operator and `aad info`
-    there; with the train extra the last one trains the demo's model and streams it."""
+    """The rows of the table. In an environment with torch alone each wheel is installed in turn, and gives the operator and
+    `aad info` there; with the train extra the last one trains the demo's model and streams it."""
     with tempfile.TemporaryDirectory() as folder:
         inside = environment(Path(folder) / "venv", python)
         pip, aad = (inside, "-m", "pip"), inside.with_name("aad")

@@ -138,6 +138,36 @@ def test_all_four_kinds_of_checkpoint_prompts_and_seeds(wan, tmp_path, written):
     assert frames("pipeline", "--chunk-frames", 1, "--window", 3).shape[0] == 5
 
 
+WITHOUT_SCIKIT_LEARN = """
+import sys
+sys.modules.update(dict.fromkeys(["sklearn", "scipy"]))
+from aadkern_train.cli import main
+sys.exit(main())
+"""
+
+
+def test_it_needs_no_scikit_learn_and_so_none_of_its_digits(wan, tmp_path):
+    out = tmp_path / "a.mp4"
+    words = [
+        "generate",
+        "--device",
+        "cpu",
+        "--checkpoint",
+        wan[0] / "pipeline",
+        "--prompt",
+        PROMPT,
+        "--chunks",
+        "1",
+        "--size",
+        "32x48",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_SCIKIT_LEARN, *map(str, words), "--out", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(read_video(out)[0]) == 9
+
+
 @pytest.mark.filterwarnings("error:Dynamo detected")
 def test_fp8_and_compiled_blocks(wan, tmp_path, written, capsys, monkeypatch):
     folder, _ = wan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -185,3 +186,65 @@ def test_an_unknown_choice_is_refused_before_any_work(sources):
     assert done.returncode != 0
     assert "AADKERN_BUILD_CUDA='yes' is not one of auto, 1, 0" in done.stderr
     assert not (sources / "temp").exists()
+
+
+ADDRESS = "https://github.com/somebody/aadkern"
+
+
+def test_the_page_on_an_index_has_links_that_lead_somewhere(monkeypatch):
+    """Each relative link of the README leads to a file that exists, at the version's tag."""
+    page = load_setup(monkeypatch)["_readme"](ADDRESS, "1.2.3")
+    targets = re.findall(r"(!?)\[[^\[\]]*\]\(([^)\s]+)\)", page)
+    here = [target for _, target in targets if target.startswith("#")]
+    places = [(mark, target) for mark, target in targets if target not in here]
+    assert len(places) > 20 and {target.startswith(ADDRESS) for _, target in places} == {True}
+    for mark, target in places:
+        path = target.removeprefix(f"{ADDRESS}/{'raw' if mark else 'blob'}/v1.2.3/").partition("#")[0]
+        assert (ROOT / path).is_file(), target
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in re.findall(r"^#+ .*", page, re.M)
+    }
+    assert {target[1:] for target in here} <= headings
+
+
+def test_without_an_address_the_page_has_words_in_place_of_links(monkeypatch):
+    page = load_setup(monkeypatch)["_readme"]("", "1.2.3")
+    assert re.findall(r"\]\((?!#|https:)", page) == [] and "docs/start.md explains plans" in page
+
+
+def test_an_installed_aad_does_not_offer_the_benchmarks(tmp_path, capsys, monkeypatch):
+    from aadkern_train import cli
+
+    assert "aad bench --help" in cli.parser().format_help()
+    monkeypatch.setattr(cli, "benchmarks_root", lambda: tmp_path)
+    assert re.search(r"\bbench\b", cli.parser().format_help()) is None
+    assert (
+        cli.main(["bench"]) == 2 and "the benchmarks are in the repository, not in the installed package" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
+def test_the_sources_package_holds_what_its_tests_need(tmp_path):
+    """Built, unpacked, and tested there: all tests are found, and those of plans, of the house and of the drawings pass."""
+    copy = tmp_path / "checkout"
+    names = run(["git", "ls-files"], ROOT)
+    if names.returncode:
+        pytest.skip("no git checkout")
+    for name in names.stdout.splitlines():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    done = run([sys.executable, "-c", build, tmp_path / "out"], copy)
+    assert done.returncode == 0, done.stderr
+    (package,) = (tmp_path / "out").glob("aadkern-*.tar.gz")
+    shutil.unpack_archive(package, tmp_path / "unpacked", filter="data")
+    (sources,) = (tmp_path / "unpacked").iterdir()
+    left_out = [name for name in names.stdout.splitlines() if not (sources / name).exists()]
+    assert [name for name in left_out if not name.startswith(".git")] == []
+    here = {"PYTHONPATH": str(sources)}
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    found = run([*pytest_, "--collect-only", "tests"], sources, **here)
+    assert found.returncode == 0, found.stdout[-2000:]
+    some = ["tests/test_plans.py", "tests/test_pictures.py", "tests/test_contracts.py"]
+    done = run([*pytest_, *some], sources, **here)
+    assert done.returncode == 0, done.stdout[-3000:]
