@@ -178,6 +178,7 @@ def test_a_video_of_another_size_and_rate(wan, tmp_path, written, capsys):
         (["--video", "{sound}"], "has no video stream"),
         (["--video", "{short}", "--image", "/a.png"], "image must be left out with a video"),
         (["--video", "{short}", "--strength", 0], "strength must lie in (0, 1], from the source as it is to pure noise, got 0.0"),
+        (["--video", "{out}"], "out must be another file than the video that it is made from, got "),
         (["--strength", 0.5], "--strength must be left out: there is no --video"),
         (["--video", "{long}", "--then", "3:a dog"], "then must name a chunk from 2 to 2, the last, got 3"),
         (["--video", "{long}", "--fps", 0], "fps must lie in (0, 240], got 0"),
@@ -186,6 +187,7 @@ def test_a_video_of_another_size_and_rate(wan, tmp_path, written, capsys):
 )
 def test_bad_videos(wan, words, says, capsys, monkeypatch, tmp_path):
     files = {"short": film(tmp_path / "short.mp4", 8), "long": film(tmp_path / "long.mp4", 21), "sound": tmp_path / "sound.wav"}
+    files["out"] = tmp_path / "a.mp4"  # refused's own
     files["cut"] = tmp_path / "cut.mp4"
     files["cut"].write_bytes(files["long"].read_bytes()[:300])
     import wave

@@ -106,7 +106,7 @@ def generate(
     weights = find_weights(checkpoint)
     recipe = recipe_of(json.dumps(facts(weights)["recipe"]), weights / "run.json")
     size, plan = max(recipe.chunks), recipe.steps_of(len(recipe.levels) if steps is None else steps, first_steps)
-    source = None if video is None else SourceVideo.open(video, fps)
+    source = None if video is None else SourceVideo.open(video, fps, out)
     if source is not None:
         there = (source.count - recipe.given_frames) // size
         if there < 1:

@@ -58,7 +58,7 @@ def generate_wan(
         if image is not None:
             raise ValueError("image must be left out with a video, whose own frames this one is made from")
         frame_rate(settings.fps)
-        source = SourceVideo.open(video, settings.fps)
+        source = SourceVideo.open(video, settings.fps, out)
         chunks = min(settings.chunks, whole_chunks(source.count, settings.chunk_frames))
         settings = replace(settings, chunks=chunks, fps=source.fps)
     found = fitting_parts(checkpoint, parts, settings)

@@ -79,15 +79,18 @@ class SourceVideo:
     sides: tuple[int, int]
 
     @classmethod
-    def open(cls, path: Path, fps: float) -> SourceVideo:
+    def open(cls, path: Path, fps: float, out: Path | None = None) -> SourceVideo:
         """Looks at a file without decoding more than a frame.
 
-        Raises FileNotFoundError or ValueError, naming ``video``, for no file and for what holds no video that can be decoded.
+        Raises FileNotFoundError or ValueError, naming ``video``, for no file and for what holds no video that can be decoded; and
+        naming ``out`` where that is the same file, which would be written over while it is read.
         """
         import av
 
         if not path.is_file():
             raise FileNotFoundError(f"video must be a file, found none at {path}")
+        if out is not None and out.exists() and out.samefile(path):
+            raise ValueError(f"out must be another file than the video that it is made from, got {out} for both")
         try:
             with av.open(str(path)) as container:
                 if not container.streams.video:
