@@ -38,6 +38,7 @@ NO_ARGUMENTS = {
     "fp8.Fp8Linear.extra_repr",
     "AttentionPlan.encode",
     "AttentionPlan.transpose",
+    "CausalWan.is_offloaded",
     "StreamingCache.commit",
     "StreamingCache.reset",
     "StreamingCache.written",  # that passes call
