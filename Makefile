@@ -92,7 +92,7 @@ docs: $(STAMP)  ## the site, to build/docs/index.html, with every link checked
 	@"$(BIN)/python" -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
 
-wheels: $(STAMP)  ## build, audit and try out the packages, into dist/ (WHEELS="--python python3.12 --torch 2.11.0 2.13.0")
+wheels: $(STAMP)  ## build, audit and try out the packages, into dist/ (WHEELS="--pair python3.12 2.13.0")
 	@"$(BIN)/python" .ci/wheels.py $(WHEELS)
 
 clean:  ## remove .venv, builds and caches; runs/ stays, and so does an environment that VENV= names

@@ -1,7 +1,8 @@
 """Drives the one CMake build, of the CUDA kernels, and writes what was built into the package; all metadata is in pyproject.toml.
 
 Environment: AADKERN_BUILD_CUDA = auto (default: build what the machine allows, and no CUDA kernel where it has GPUs that could not
-run one), 1 (CUDA kernels or failure), 0 (none).
+run one), 1 (CUDA kernels or failure), 0 (none). AADKERN_REPOSITORY = the address of the repository on GitHub, for the links of the
+package's page on an index; the release workflow sets it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,6 +99,8 @@ class Wheel(bdist_wheel):
         self.run_command("build")
         self.skip_build = True
         self.root_is_pure = not any(Path(self.get_finalized_command("build").build_lib, "aadkern").glob("_C.*"))
+        if self.root_is_pure:
+            self.distribution.ext_modules = []  # an extension that was not built would send every file to the platform's folder
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
@@ -133,8 +137,34 @@ def _warn(reason: str) -> None:
     print(f"\n{rule}\nWARNING: {CUDA} was not built: {reason}\n{WITHOUT_CUDA}\n{rule}\n", file=sys.stderr, flush=True)
 
 
+def _readme(repository: str, version: str) -> str:
+    """README.md as an index shows it, where relative links lead nowhere: they lead to the version's files in the repository. Where none
+    is named, they are plain words and pictures are left out."""
+    text = (ROOT / "README.md").read_text()
+    tree = f"{repository.rstrip('/')}/{{kind}}/v{version}/{{path}}"
+
+    def absolute(match: re.Match[str]) -> str:
+        mark, words, path = match.groups()
+        if not repository:
+            return "" if mark else words
+        return f"{mark}[{words}]({tree.format(kind='raw' if mark else 'blob', path=path)})"
+
+    return re.sub(r"(!?)\[([^\[\]]*)\]\((?!\w+:|#)([^)\s]+)\)", absolute, text)
+
+
+def _urls(repository: str) -> dict[str, str]:
+    pages = {"Source": "", "Documentation": "/tree/main/docs", "Changelog": "/blob/main/CHANGELOG.md", "Issues": "/issues"}
+    return {name: repository.rstrip("/") + page for name, page in pages.items()} if repository else {}
+
+
+REPOSITORY = os.environ.get("AADKERN_REPOSITORY", "")
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "aadkern" / "__init__.py").read_text(), re.M)[1]
+
 # Optional, so that an editable install goes on without its file.
 setup(
     ext_modules=[Extension(CUDA, sources=[], optional=True, py_limited_api=True)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    long_description=_readme(REPOSITORY, VERSION),
+    long_description_content_type="text/markdown",
+    project_urls=_urls(REPOSITORY),
 )

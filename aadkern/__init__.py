@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from aadkern.ulysses.api import ulysses_attention
     from aadkern.ulysses.group import SequenceGroup
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionPlan",

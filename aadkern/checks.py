@@ -122,6 +122,13 @@ def dtype(value: Any, name: str, accepted: Iterable[torch.dtype]) -> torch.dtype
     return value
 
 
+def finite_weights(model: torch.nn.Module, name: str, where: Any) -> None:
+    """Raises ValueError where a model that came from ``where`` holds a weight that is NaN or infinite in its dtype."""
+    for parameter, tensor in model.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} must hold finite weights, {parameter} in {where} does not as {tensor.dtype}")
+
+
 def overlaps_itself(x: torch.Tensor) -> bool:
     """Whether two elements may lie in one place: every stride must pass what the smaller ones span."""
     return _overlapping(list(zip(x.shape, x.stride(), strict=True)))

@@ -68,7 +68,9 @@ def with_words(args: argparse.Namespace, more: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     top = OneLineParser(prog="aad", description="One-step causal video generation: kernels, training, streaming.")
-    names = "info,demo,train,ablate,generate,serve,prepare,pairs,plan,vbench-export,convert,report,bench"
+    names = "info,demo,train,ablate,generate,serve,prepare,pairs,plan,vbench-export,convert,report"
+    in_checkout = (benchmarks_root() / "benchmarks" / "run.py").exists()
+    names += ",bench" if in_checkout else ""
     commands = top.add_subparsers(dest="command", required=True, metavar=f"{{{names}}}")
 
     info = commands.add_parser("info", help="which backend serves which operator, and why")
@@ -116,10 +118,9 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path)
     report.set_defaults(run=run_report)
 
-    # Every word goes on to benchmarks.run, options too.
-    bench = commands.add_parser(
-        "bench", help="time attention beside its rivals (aad bench --help)", add_help=False, prefix_chars="\0"
-    )
+    # Every word goes on to benchmarks.run, options too. An installed package does not list it, but answers who types it.
+    listed = {"help": "time attention beside its rivals (aad bench --help)"} if in_checkout else {}
+    bench = commands.add_parser("bench", add_help=False, prefix_chars="\0", **listed)
     bench.add_argument("words", nargs="*")
     bench.set_defaults(run=run_bench)
     return top
@@ -339,13 +340,16 @@ def run_report(args: argparse.Namespace) -> None:
     print(write_report(args.folder))
 
 
+def benchmarks_root() -> Path:
+    """Where the folder of benchmarks is, if this is a checkout: it stands above the packages and is in no wheel."""
+    return Path(__file__).resolve().parents[1]
+
+
 def run_bench(args: argparse.Namespace) -> int:
     """``python -m benchmarks.run`` in a process of its own: benchmarks stand above this package, in the repository only."""
     import subprocess
 
-    import aadkern
-
-    root = Path(aadkern.__file__).resolve().parents[1]
+    root = benchmarks_root()
     if not (root / "benchmarks" / "run.py").exists():
         raise FileNotFoundError(
             f"the benchmarks are in the repository, not in the installed package, and {root} is no checkout of it"

@@ -35,7 +35,7 @@ def at_480p(*names: str, heads: int) -> tuple[str, ...]:
 
 
 OURS = ("aadkern sm90", "aadkern sm90 deterministic", "aadkern triton")
-FORWARDS = ("sm90 specialised", "sm90 pingpong", "sm90 wide")
+VARIANTS = ("sm90 specialised", "sm90 pingpong", "sm90 wide", "sm90 persistent", "sm90 80 rows")
 RIVALS = ("loop, cuDNN", "loop, FA3", "loop, FA4", "loop, FA2", "loop, torch flash", "flex", "flex FLASH", "aadkern flash")
 # Single primitives first: where an instruction does not do what the model says, nothing that stands on it is worth a look.
 CORRECT = ("tests/test_primitive_checks.py", "tests/test_sm90_gpu.py", "tests/test_triton_attention_gpu.py")
@@ -55,7 +55,7 @@ CALLS = {
         {"build": 0.3},
         cases=at_480p("i2v_window9_sink1", "bidirectional", "7x3", heads=12)
         + at_480p("i2v_window9_sink1", "bidirectional", "7x3", heads=40),
-        contenders=OURS + FORWARDS + RIVALS,
+        contenders=OURS + VARIANTS + RIVALS,
         then="streaming",
     ),
     "streaming": Call(9.0, ("build", "streaming"), {"build": 0.3}, then="rest"),

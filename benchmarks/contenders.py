@@ -55,6 +55,29 @@ def _sm90_forward(kernel: str, case: AttentionCase, device: torch.device) -> Att
     return lambda q, k, v: sm90.forward(q, k, v, case.plan, case.scale, kernel=kernel)[0]
 
 
+def _sm90_rows(rows: int, case: AttentionCase, device: torch.device) -> Attend:
+    """The Hopper backend with so many query rows a step of its backward."""
+    _ours("sm90", case, device)
+    from aadkern.range_attention import sm90, sm90_tables
+
+    accepted = sm90_tables.QUERY_ROWS.get(case.head_dim, ())
+    if rows not in accepted:
+        raise Missing(f"sm90's backward takes {accepted} query rows at head_dim {case.head_dim}, not {rows}")
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+            out, lse = sm90.forward(q, k, v, case.plan, case.scale)
+            ctx.save_for_backward(q, k, v, out, lse)
+            return out
+
+        @staticmethod
+        def backward(ctx, dout: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+            return sm90.backward(dout, None, *ctx.saved_tensors, case.plan, case.scale, rows=rows)
+
+    return Attention.apply
+
+
 def heads_first(dense: Callable[..., Tensor]) -> Attend:
     """A function of [B, H, L, D] as one of [B, L, H, D]."""
     return lambda q, k, v: dense(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
@@ -156,7 +179,7 @@ def _contender(name: str, make: Callable[..., Attend], *fixed: object, **options
     return Contender(name, functools.partial(make, *fixed), **options)  # type: ignore[arg-type]
 
 
-SM90_FORWARDS = ("specialised", "pingpong", "wide")  # forwards alone, to choose among
+SM90_FORWARDS = ("specialised", "pingpong", "wide", "persistent")  # forwards alone, to choose among
 FLASH3 = ("flash_attn_interface", "fa3_fwd_interface")
 CONTENDERS = {
     contender.name: contender
@@ -167,6 +190,7 @@ CONTENDERS = {
         _contender("aadkern flash", _ours, "flash"),  # our loop, their kernels: a rival
         Contender("aadkern sm90 deterministic", functools.partial(_ours, "sm90", deterministic=True), ours=True),
         *(_contender(f"sm90 {kernel}", _sm90_forward, kernel, ours=True, trains=_never) for kernel in SM90_FORWARDS),
+        _contender("sm90 80 rows", _sm90_rows, 80, ours=True),
         _contender("loop, cuDNN", _sdpa_loop, SDPBackend.CUDNN_ATTENTION),
         _contender("loop, torch flash", _sdpa_loop, SDPBackend.FLASH_ATTENTION),
         _contender("loop, torch", _sdpa_loop, None),

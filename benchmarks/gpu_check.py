@@ -25,19 +25,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import chart, results, run, table
+from benchmarks import chart, fa3, results, run, table
 from benchmarks.calls import CALLS, CORRECT, learned, next_lines
 from benchmarks.cases import core_cases, further_cases
 from benchmarks.journal import Journal, run_limited, supervise
 
 ROOT = results.ROOT
 STAGES = ("build", "tests", "cases", "streaming", "rooms", "more cases")
+FA3 = "fa3"  # FlashAttention 3 from the sources of --fa3-source, after "build"
 LATER = ("sanitizer", "sweep")  # of a second call: compute-sanitizer over small runs, all candidate tiles of the Triton kernels
 ROOMS = ("pooling", "blocks", "noise", "multi_gpu")  # python -m benchmarks.<room> --out FILE
 WORDS = {"multi_gpu": ("--kind", "correct", "copies")}  # what one GPU can tell of several
 # The most of the time still left that a stage may take, so that no stage starves those after it.
 SHARE = {
     "build": 0.35,
+    "fa3": 0.6,
     "tests": 0.45,
     "cases": 0.55,
     "streaming": 0.6,
@@ -112,6 +114,16 @@ class Check:
                 there.replace(there.with_name(f"{made.name}.before"))
             shutil.copy2(made, there)
             self.document["conditions"]["cuda_library"] = "built in this run"
+        return outcome
+
+    def fa3(self, deadline: float) -> str:
+        """FlashAttention 3 of --fa3-source: what its contender imports from then on."""
+        command = [sys.executable, "-m", "benchmarks.fa3", str(self.options.fa3_source)]
+        outcome = run_limited(command, self.log, deadline - time.monotonic(), self.environment, ROOT)
+        if outcome == "passed":
+            place = fa3.place_of(fa3.hopper_folder(self.options.fa3_source))
+            self.environment["PYTHONPATH"] = f"{place}{os.pathsep}{self.environment['PYTHONPATH']}"
+            self.document["conditions"]["fa3"] = f"{place.name}, of --fa3-source"
         return outcome
 
     def tests(self, deadline: float, stage: str, files: list[str]) -> str:
@@ -218,7 +230,7 @@ class Check:
             return self.room(name, name, left, *sizes, "--device", self.options.device, "--limit", f"{max(1.0, left - 10):.0f}")
         if name == "sweep":
             return "not run: it needs a GPU" if dry else self.room("sweep", name, left, "--limit", f"{0.9 * left:.0f}")
-        return {"build": self.build, "rooms": self.rooms}[name](deadline)
+        return {"build": self.build, "fa3": self.fa3, "rooms": self.rooms}[name](deadline)
 
     def run(self) -> None:
         self.look()
@@ -277,11 +289,14 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, help="default: 9, or the plan's")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     of = f"default: the plan's, or {', '.join(STAGES)}; for a second call: {', '.join(LATER)}"
-    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *LATER), metavar="STAGE", help=of)
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, FA3, *LATER), metavar="STAGE", help=of)
     parser.add_argument("--tests", nargs="+", help="test files or ids (default: every file with tests marked gpu)")
     parser.add_argument("--test-limit", type=float, default=90.0, help="seconds that one test may take")
     parser.add_argument("--case", nargs="+", dest="cases", help="in place of the core cases, as for benchmarks.run")
     parser.add_argument("--contender", nargs="+", dest="contenders", help="as for benchmarks.run")
+    parser.add_argument(
+        "--fa3-source", type=Path, metavar="DIR", help="build the contender 'loop, FA3' of this flash-attention checkout"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="for the rounds of one case, about (5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="of the sources, where the copy at hand has no history")
@@ -290,10 +305,21 @@ def arguments() -> argparse.ArgumentParser:
 
 def asked(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, with a plan's where none was given."""
-    options = arguments().parse_args(argv)
+    parser = arguments()
+    options = parser.parse_args(argv)
     plan = CALLS[options.plan] if options.plan else None
     options.minutes = options.minutes or (plan.minutes if plan else 9.0)
     options.stages = options.stages or list(plan.stages if plan else STAGES)
+    if options.fa3_source is None:
+        if FA3 in options.stages:
+            parser.error("stage fa3 builds what --fa3-source names, and none was given")
+        return options
+    try:
+        fa3.hopper_folder(options.fa3_source)
+    except ValueError as error:
+        parser.error(str(error))
+    if FA3 not in options.stages:
+        options.stages.insert(options.stages.index("build") + 1 if "build" in options.stages else 0, FA3)
     return options
 
 

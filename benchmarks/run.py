@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import chart, results, table
+from benchmarks import chart, fa3, results, table
 from benchmarks.cases import PLANS, AttentionCase, attention_case, case_of
 from benchmarks.contenders import CONTENDERS, chosen
 from benchmarks.journal import Journal
@@ -42,6 +42,9 @@ def arguments() -> argparse.ArgumentParser:
         "--case", nargs="+", dest="cases", metavar="CASE", help=f"NAME, or NAME/TOKENSxHEADSxDIM; names: {', '.join(PLANS)}"
     )
     parser.add_argument("--contender", nargs="+", dest="contenders", metavar="NAME", help="; ".join(CONTENDERS))
+    parser.add_argument(
+        "--fa3-source", type=Path, metavar="DIR", help="build the contender 'loop, FA3' of this flash-attention checkout"
+    )
     parser.add_argument("--tokens-per-frame", type=int)
     parser.add_argument("--heads", type=int)
     parser.add_argument("--head-dim", type=int)
@@ -126,6 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         check(options)
+        if options.fa3_source is not None:
+            try:
+                sys.path.insert(0, str(fa3.built(options.fa3_source)))
+            except RuntimeError as error:
+                parser.error(str(error))
         torch.manual_seed(options.seed)
         if options.journal is not None:
             work(options)

@@ -1,20 +1,22 @@
-"""Rival configurations of the Triton attention kernels, each timed behind a check on one GPU: ``python -m benchmarks.sweep``.
+"""Rival forms of the attention kernels, each timed behind a check on one GPU: ``python -m benchmarks.sweep``.
 
-Which configuration is fastest only a GPU can tell; which are worth its time, ``docs/triton.md`` derives from their machine code.
-All candidates of a kernel are checked against fp64, then timed in turn in one process; dq and dkv by the whole backward, with the
-other one's configuration left as it is. Nothing is chosen automatically: the winner is written into the kernel's table by hand.
+Which is fastest only a GPU can tell; which are worth its time, ``docs/hopper.md`` and ``docs/triton.md`` derive from their machine
+code. All candidates of a kernel are checked against fp64, then timed in turn in one process; Triton's dq and dkv by the whole
+backward, with the other one's configuration left as it is. Nothing is chosen automatically: the winner is written by hand into the
+kernel's table, ``DEFAULT_FORWARD`` of aadkern/range_attention/sm90.py or ``QUERY_ROWS`` of sm90_tables.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +25,7 @@ from aadkern.range_attention.tiles import Tile, class_of, row_of
 from benchmarks import results
 from benchmarks.cases import AttentionCase, case_of
 from benchmarks.checks import Problem, Truth, check, truth
+from benchmarks.contenders import CONTENDERS, Attend
 from benchmarks.timing import Run, alternate
 
 # For Hopper at head_dim 128, the table's own first. Those with a reason to lose are there to prove it.
@@ -52,6 +55,12 @@ CANDIDATES: dict[str, list[Tile]] = {
         Tile(64, 32, warps=4, stages=3),  # two programs a multiprocessor
     ],
 }
+# The Hopper kernels' variants, by the names of their contenders; those in use first.
+VARIANTS = {
+    "sm90 forward": ("sm90 wide", "sm90 persistent", "sm90 pingpong", "sm90 specialised"),
+    "sm90 backward": ("aadkern sm90", "sm90 80 rows"),
+}
+KERNELS = (*VARIANTS, *CANDIDATES)
 CASES = ("i2v_window9_sink1", "7x3", "7x3_window9_sink3")
 
 
@@ -91,41 +100,58 @@ def problem_of(case: AttentionCase, dtype: torch.dtype, device: torch.device) ->
     return Problem(case, drawn(case.plan.q_len), drawn(case.plan.k_len), drawn(case.plan.k_len), drawn(case.plan.q_len))
 
 
-def run_of(kernel: str, tile: Tile, problem: Problem) -> Run:
+class Candidate(NamedTuple):
+    """``make`` gives the function of q, k, v, or raises ``Missing``; it and its gradients run inside ``using``."""
+
+    make: Callable[[], Attend]
+    using: Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def candidates(kernel: str, case: AttentionCase, device: torch.device) -> dict[str, Candidate]:
+    """All of a kernel's, by what tells them apart."""
+    if kernel in VARIANTS:
+        made = {name: functools.partial(CONTENDERS[name].make, case, device) for name in VARIANTS[kernel]}
+        return {name: Candidate(make, contextlib.nullcontext) for name, make in made.items()}
+    attend = functools.partial(aadkern.attention, plan=case.plan, backend="triton")
+    return {
+        described(tile): Candidate(lambda: attend, functools.partial(configured, kernel, tile, device, case.head_dim))
+        for tile in CANDIDATES[kernel]
+    }
+
+
+def is_forward(kernel: str) -> bool:
+    return kernel.endswith("forward")
+
+
+def run_of(kernel: str, candidate: Candidate, problem: Problem) -> Run:
     """The forward, or a backward through a graph that is made once and kept."""
-    case, device = problem.case, problem.q.device
-    leaves = [x.detach().requires_grad_(kernel != "forward") for x in (problem.q, problem.k, problem.v)]
-    out = aadkern.attention(*leaves, case.plan, backend="triton")
+    attend = candidate.make()
+    leaves = [x.detach().requires_grad_(not is_forward(kernel)) for x in (problem.q, problem.k, problem.v)]
+    out = attend(*leaves)
 
     def forward() -> Any:
-        with configured(kernel, tile, device, case.head_dim):
-            return aadkern.attention(*leaves, case.plan, backend="triton")
+        with candidate.using():
+            return attend(*leaves)
 
     def backward() -> Any:
-        with configured(kernel, tile, device, case.head_dim):
+        with candidate.using():
             return torch.autograd.grad(out, leaves, problem.dout, retain_graph=True)
 
-    return Run(forward if kernel == "forward" else backward)
+    return Run(forward if is_forward(kernel) else backward)
 
 
 def passing(kernel: str, problem: Problem, known: Truth, deadline: float) -> tuple[dict[str, Run], dict[str, str]]:
     """The candidates whose numbers are right, and why the others are left out."""
     runs: dict[str, Run] = {}
     refused: dict[str, str] = {}
-    for tile in CANDIDATES[kernel]:
-        name = described(tile)
+    for name, candidate in candidates(kernel, problem.case, problem.q.device).items():
         if time.monotonic() > deadline:
             refused[name] = "out of time"
             continue
         try:
-            with configured(kernel, tile, problem.q.device, problem.case.head_dim):
-                check(
-                    lambda q, k, v: aadkern.attention(q, k, v, problem.case.plan, backend="triton"),
-                    problem,
-                    known,
-                    trained=kernel != "forward",
-                )
-            runs[name] = run_of(kernel, tile, problem)
+            with candidate.using():
+                check(candidate.make(), problem, known, trained=not is_forward(kernel))
+            runs[name] = run_of(kernel, candidate, problem)
         except Exception as error:  # shared memory, compilation, a wrong result: each is an answer
             refused[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return runs, refused
@@ -134,7 +160,7 @@ def passing(kernel: str, problem: Problem, known: Truth, deadline: float) -> tup
 def swept(kernel: str, problem: Problem, known: Truth, seconds: float, deadline: float) -> list[dict[str, Any]]:
     """One record per candidate, fastest first, those without a time last."""
     runs, refused = passing(kernel, problem, known, deadline)
-    direction = "forward" if kernel == "forward" else "backward"
+    direction = "forward" if is_forward(kernel) else "backward"
     records: list[dict[str, Any]] = []
     for name, taken in (alternate(runs, problem.q.device, seconds) if runs else {}).items():
         median = statistics.median(run["forward"] for run in taken)  # a Run's first half, whichever direction it makes
@@ -145,7 +171,7 @@ def swept(kernel: str, problem: Problem, known: Truth, seconds: float, deadline:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", choices=sorted(CANDIDATES), action="append", help="default: all three")
+    parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: all")
     parser.add_argument("--case", action="append", help=f"NAME or NAME/TOKENSxHEADSxDIM (default: {', '.join(CASES)})")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--seconds", type=float, default=5.0, help="timing of one kernel in one case")
@@ -166,7 +192,7 @@ def main() -> None:
             continue
         problem = problem_of(case_of(text), getattr(torch, options.dtype), device)
         known = truth(problem, seconds=5.0)
-        for kernel in options.kernel or CANDIDATES:
+        for kernel in options.kernel or KERNELS:
             records = swept(kernel, problem, known, options.seconds, deadline)
             document["cases"].setdefault(problem.case.id, {})[kernel] = records
             print(f"\n{problem.case.id}, {kernel}")

@@ -10,14 +10,14 @@ import sys
 import torch
 
 from aadkern import AttentionPlan, runtime, testing
-from aadkern.range_attention import sm90
+from aadkern.range_attention import sm90, sm90_tables
 
 # Tails on both sides, a range of one key, a run that sees nothing, keys that nobody sees.
 PLAN = AttentionPlan.from_ranges(210, 300, [((0, 131), [(0, 140), (150, 151)]), ((140, 210), [(20, 299)])])
 
 
 def run(dtype: torch.dtype, head_dim: int, device: str = "cuda") -> None:
-    """Every forward kernel and both orders of the backward, on strided inputs; raises where one is wrong."""
+    """Every forward kernel, both orders and all forms of the backward, on strided inputs; raises where one is wrong."""
     scale = head_dim**-0.5
     q, k, v = testing.make_inputs(PLAN, 2, head_dim, dtype, layout="sliced")
     dout, dlse = testing.make_gradients(q)
@@ -28,6 +28,9 @@ def run(dtype: torch.dtype, head_dim: int, device: str = "cuda") -> None:
         for deterministic in (False, True):
             gradients = sm90.backward(*there[3:], *there[:3], out, lse, PLAN, scale, deterministic)
             testing.assert_results_close(testing.Results(*(x.cpu() for x in (out, lse, *gradients))), truth, plain)
+    for rows in sm90_tables.QUERY_ROWS[head_dim][1:]:
+        gradients = sm90.backward(*there[3:], *there[:3], out, lse, PLAN, scale, rows=rows)
+        testing.assert_results_close(testing.Results(*(x.cpu() for x in (out, lse, *gradients))), truth, plain)
 
 
 def main() -> None:

@@ -229,8 +229,24 @@ def test_images_of_any_kind(tmp_path):
     with pytest.raises(ValueError, match=r"image must be an image file, .*text\.png is not"):
         read_image(tmp_path / "text.png", (32, 32))
     (tmp_path / "cut.png").write_bytes((tmp_path / "wide.png").read_bytes()[:60])
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"image must be an image file, .*deep\.png is not: it has more than 8 bits a channel"):
+        read_image(tmp_path / "deep.png", SIZE)
     with pytest.raises(ValueError, match=r"image must be an image file, .*cut\.png is not"):
         read_image(tmp_path / "cut.png", (32, 32))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_weights_that_are_not_finite(wan, tmp_path, part, capsys):
+    shutil.copytree(wan[0] / "pipeline", tmp_path / "wan")
+    file = next((tmp_path / "wan" / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = max((name for name in tensors if name.endswith("weight")), key=lambda name: tensors[name].numel())
+    tensors[name].view(-1)[7] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert aad("--checkpoint", tmp_path / "wan", "--prompt", PROMPT, "--out", tmp_path / "a.mp4") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{part.replace('_', ' ') if part == 'text_encoder' else part} must hold finite weights, {name} in" in line
 
 
 SETTINGS = [

@@ -333,9 +333,9 @@ def test_a_bf16_base_with_fp32_adapters_learns_block_by_block_as_on_a_gpu(folder
     assert a.norm() > 1 and (a - b).norm() < 0.1 * a.norm(), ((a - b).norm() / a.norm()).item()
 
 
-def steps(path: Path, processes: Processes, base: Path) -> dict[str, torch.Tensor]:
+def steps(path: Path, processes: Processes, base: Path, *words: str) -> dict[str, torch.Tensor]:
     """A step of stage II and one of stage III, and what they leave."""
-    run = new_run(path, processes, base, "dmd.start=null", "adversarial.start=null", "dmd.accumulate=2")
+    run = new_run(path, processes, base, "dmd.start=null", "adversarial.start=null", "dmd.accumulate=2", *words)
     left = {}
     for name in ("dmd", "adversarial"):
         stage = trainer.make_stage(run, name)
@@ -348,10 +348,11 @@ def steps(path: Path, processes: Processes, base: Path) -> dict[str, torch.Tenso
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(folder, tmp_path):
+@pytest.mark.parametrize("word", [None, "parallel.sequence=2", "parallel.replicate=2"])
+def test_two_processes_learn_what_one_does(folder, tmp_path, word):
     with start("cpu") as processes:
         alone = steps(tmp_path / "alone", processes, folder)
-    run_processes(__file__, str(tmp_path), str(folder))
+    run_processes(__file__, str(tmp_path), str(folder), *([word] if word else []))
     both = load_file(tmp_path / "both.safetensors")
     assert alone.keys() == both.keys()
     for name, t in alone.items():
@@ -360,6 +361,6 @@ def test_two_processes_learn_what_one_does(folder, tmp_path):
 
 if __name__ == "__main__":
     with start("cpu") as here:
-        learned = steps(Path(sys.argv[1]) / "two", here, Path(sys.argv[2]))
+        learned = steps(Path(sys.argv[1]) / "two", here, Path(sys.argv[2]), *sys.argv[3:])
         if here.is_main:
             save_file(learned, Path(sys.argv[1]) / "both.safetensors")

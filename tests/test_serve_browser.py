@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -223,9 +222,8 @@ def test_a_foreign_page_cannot_steer(page):
         assert page.evaluate(code) == "refused"
 
 
-def test_memory_is_flat_for_minutes(page, request):
-    """A minute; SERVE_MINUTES=10 in the release check."""
-    minutes = float(os.environ.get("SERVE_MINUTES", "1"))
+@pytest.mark.parametrize("minutes", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_memory_is_flat_for_minutes(page, minutes):
     process = psutil.Process()
     with running(dot_server(side=64, fps=60.0)) as address:
         opened(page, address)

@@ -18,6 +18,8 @@ import torch
 import aadkern
 from aadkern import AttentionPlan, VideoLayout, Window, plans, runtime, testing
 from aadkern.range_attention import sm90, sm90_split
+from benchmarks.cases import AttentionCase
+from benchmarks.contenders import CONTENDERS, Missing
 from tests import hopper_host
 from tests.bad_inputs import CASES, On
 
@@ -125,6 +127,32 @@ def test_every_forward_kernel(schedule, dtype, monkeypatch):
     named = re.search(r"enum class ForwardKernel : int \{(.*?)\};", header, re.S)[1]
     numbers = {name.lower(): int(number) for name, number in re.findall(r"(\w+) = (\d+),", named)}
     assert launched == [numbers[kernel] for kernel in sm90.FORWARD_KERNELS]
+
+
+@DTYPES
+def test_80_query_rows_a_step(schedule, dtype):
+    """By the rows' number and as a contender of the benchmarks; the tables, the workspace and the kernel agree on them."""
+    q, k, v = testing.make_inputs(SPARSE, 2, 128, dtype, seed=random.randrange(2**31))
+    dout, dlse = testing.make_gradients(q)
+    scale = 128**-0.5
+    truth, plain = (f(q, k, v, SPARSE, scale, dout, dlse) for f in (testing.exact, testing.eager))
+    out, lse = sm90.forward(q, k, v, SPARSE, scale)
+    for deterministic in (False, True):
+        gradients = sm90.backward(dout, dlse, q, k, v, out, lse, SPARSE, scale, deterministic, rows=80)
+        testing.assert_results_close(testing.Results(out, lse, *gradients), truth, plain)
+    case = AttentionCase("sparse", SPARSE, 50, 2, 128)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    result = CONTENDERS["sm90 80 rows"].make(case, q.device)(*leaves)
+    found = testing.Results(result.detach(), lse, *torch.autograd.grad(result, leaves, dout))
+    testing.assert_results_close(found, *(f(q, k, v, SPARSE, scale, dout) for f in (testing.exact, testing.eager)))
+
+
+def test_query_rows_that_there_are_none_of(schedule):
+    q, k, v = testing.make_inputs(SPARSE, 1, 64, torch.float16)
+    with pytest.raises(ValueError, match=r"rows must be one of \(128,\) at head_dim 64, got 80"):
+        sm90.backward(q, None, q, k, v, q, torch.empty(1, 1, 150), SPARSE, 0.1, rows=80)
+    with pytest.raises(Missing, match=r"takes \(128,\) query rows at head_dim 64, not 80"):
+        CONTENDERS["sm90 80 rows"].make(AttentionCase("sparse", SPARSE, 50, 1, 64), q.device)
 
 
 def dq_of_schedules(schedule, **options) -> list[torch.Tensor]:

@@ -272,12 +272,12 @@ FAULTS = [
                 KERNEL,
                 CLEAR_WALK,
                 CLEAR_WALK.replace("        Stage at;\n", "").replace("tile) {\n", "tile) {\n            Stage at;\n"),
-                "race",
+                "deadlock",
             ),
-            Planted("persistent: turns begun in each tile", KERNEL, "{ run(tile); }", "{ turns.begin(); run(tile); }", "race"),
+            Planted("persistent: turns begun in each tile", KERNEL, "{ run(tile); }", "{ turns.begin(); run(tile); }", "deadlock"),
             Planted("persistent: tiles left out", KERNEL, "tile += grid_size_x();", "tile += 2 * grid_size_x();", "wrong"),
             Planted("persistent: tiles done twice", KERNEL, "tile += grid_size_x();", "tile += 1;", "global"),
-            Planted("persistent: one tile too many", KERNEL, "Persistent && tile < all", "Persistent && tile <= all", "global"),
+            Planted("persistent: last tile left out", KERNEL, "Persistent && tile < all", "Persistent && tile < all - 1", "wrong"),
             Planted(
                 "persistent: pieces of half a quad", PARTS, "distance < 4; distance *= 2", "distance < 2; distance *= 2", "wrong"
             ),

@@ -101,6 +101,18 @@ def test_results_of_every_plan(plan, dtype, head_dim, deterministic, seed):
     check(q, k, v, plan, *gradients, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("plan", ALL_PLANS.values(), ids=ALL_PLANS)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "fixed_order"])
+@DTYPES
+def test_80_query_rows_a_step(plan, dtype, deterministic, seed):
+    (q, k, v), (dout, dlse) = draw(plan, 128, dtype, seed, heads=3, batch=2)
+    scale = 128**-0.5
+    out, lse = sm90.forward(q, k, v, plan, scale)
+    gradients = sm90.backward(dout, dlse, q, k, v, out, lse, plan, scale, deterministic, rows=80)
+    truth, plain = (f(q, k, v, plan, scale, dout, dlse) for f in (testing.exact, testing.eager))
+    testing.assert_results_close(testing.Results(out, lse, *gradients), truth, plain)
+
+
 @HEAD_DIMS
 @DTYPES
 def test_random_plans_and_layouts(dtype, head_dim, seed):

@@ -45,6 +45,7 @@ def blocks(language: str) -> list[Block]:
 NOT_RUN = {
     'compat.patch("': "is a line in another project's file; test_compat_patch.py runs patches beside such code",
     'WanPipeline.from_pretrained("Wan-AI': "real weights",
+    "AnyFlowFARPipeline.from_pretrained": "real weights; test_compat_anyflow.py",
     "compat.set_processor(pipe.transformer, layout": "the pipeline of the block before; test_compat_diffusers.py",
     'compat.load_checkpoint("self_forcing_dmd.pt")': "real weights; test_compat_checkpoints.py",
     ".cuda()": "a GPU and real weights; test_fp8_wan.py, test_streaming_generator.py",

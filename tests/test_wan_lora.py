@@ -201,6 +201,15 @@ def test_differences_and_biases(model, tmp_path):
     assert_near(model, wanted)
 
 
+def test_an_alpha_that_is_a_whole_number(model, tmp_path):
+    path, before = tmp_path / "a.safetensors", state_of(model)
+    down, up = torch.randn(RANK, 32), torch.randn(32, RANK)
+    save_file({f"{Q}.lora_A.weight": down, f"{Q}.lora_B.weight": up, f"{Q}.alpha": torch.tensor(6)}, path)
+    lora.load(model, path)
+    name = "blocks.0.attn1.to_q.weight"
+    torch.testing.assert_close(state_of(model)[name], before[name] + 6 / RANK * up @ down, rtol=1e-5, atol=1e-5)
+
+
 def test_a_mapped_file_stays_as_it_is(tmp_path):
     source, path = make_model(num_attention_heads=1, attention_head_dim=32), tmp_path / "a.safetensors"
     save_file(compat.to_wan_names(source.state_dict()), tmp_path / "wan.safetensors")
@@ -236,6 +245,9 @@ def test_in_the_middle_of_a_stream(compiled, tmp_path, monkeypatch):
         generator.set_text(text)
 
     turned = stream(turn)
+    handle.weight = 0
+    unsaid = stream(lambda generator: setattr(handle, "weight", 0.6))  # the generator sees it by itself
+    assert all(torch.equal(a, b) for a, b in zip(turned, unsaid, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(plain[:2], turned[:2], strict=True))
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(plain[2:], turned[2:], strict=True))
     assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
@@ -297,6 +309,7 @@ BAD = {
     ),
     "lora must hold finite weights": spoiled(**{f"{Q}.lora_A.weight": NAN}),
     "one alpha a layer": spoiled(**{f"{Q}.alpha": torch.ones(2)}),
+    "an alpha other than 0": spoiled(**{f"{Q}.alpha": torch.tensor(0.0)}),
     "a finite alpha": spoiled(**{f"{Q}.alpha": torch.tensor(float("inf"))}),
     "blocks.0.attn1.norm_q.bias is no such parameter": spoiled(**{"transformer.blocks.0.attn1.norm_q.diff_b": torch.ones(32)}),
     "must keep the model's weights within torch.float32": spoiled(**{f"{Q}.alpha": torch.tensor(3e38)}),

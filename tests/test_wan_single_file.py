@@ -140,6 +140,14 @@ def test_files_that_are_none(path, tmp_path):
         CausalWan.from_single_file(path, weights="generator")
     with pytest.raises(ValueError, match=r"config must be of .*, got device"):
         CausalWan.from_single_file(path, device="cpu")
+    poisoned = compat.to_wan_names(random_state())
+    poisoned["blocks.1.ffn.0.weight"][3, 5] = float("nan")
+    save_file(poisoned, path)
+    with pytest.raises(ValueError, match=r"path must hold finite weights, blocks\.1\.ffn\.net\.0\.proj\.weight in .* does not"):
+        CausalWan.from_single_file(path)
+    (tmp_path / "wan.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ValueError, match=r"path must be a \.safetensors or a \.pt, .*wan\.gguf is a GGUF file"):
+        CausalWan.from_single_file(tmp_path / "wan.gguf")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="is broken or cut off"):
         CausalWan.from_single_file(path)

@@ -40,7 +40,8 @@ class StreamingGenerator:
     are replayed from CUDA graphs once the ring has come round (``PassGraphs``), which spares the launches; GPUs only.
     ``inference_mode``: run under ``torch.inference_mode``, which spares a seventh of a small model's time on a CPU; False is
     ``torch.no_grad``. A model that FSDP shards wants that, and to be given as a function around its forward, without text. After
-    changing weights in place, ``reset`` and ``set_text``: noise levels and text are embedded once.
+    changing weights in place, ``reset`` and ``set_text``: noise levels and text are embedded once. A change that the model counts
+    in ``weights_version``, as LoRA's, is seen before the next chunk, which makes these anew.
 
     A chunk costs len(levels) passes, and one that writes its clean keys and values for later chunks; a cache made with
     ``merged=True`` has the latter done within the next chunk's first pass, with the same result.
@@ -120,7 +121,9 @@ class StreamingGenerator:
             finally:
                 if kept:
                     self.cache.resume(here)
+        self._given = None if text is None else text.detach().clone()
         self._times = {}  # made of weights that may have changed, as the text's
+        self._version = getattr(self.model, "weights_version", 0)
         if recache:
             self._clean_text = self._text
         if restart and (self._clean is not None or self._kept):
@@ -252,6 +255,8 @@ class StreamingGenerator:
         return other.to(x.dtype)
 
     def _next(self, noise: Noise, first_frame: Tensor | None, source: Source | None, after: After | None) -> Tensor:
+        if self._version != getattr(self.model, "weights_version", 0):
+            self.set_text(self._given)
         number = self._made + 1
         levels = self._first_levels if self._first else self._levels
         x = self._drawn(noise, number, 0, self._clean if first_frame is None else first_frame)

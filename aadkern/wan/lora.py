@@ -3,7 +3,8 @@
     W = W0 + sum over files of weight * alpha / rank * B A        W0 is kept, the sum is made in float32 and rounded once
 
 A pass costs what it did, and reads its weights where they were: CUDA graphs, compiled blocks and ranks that share tokens go on as
-they are. What was made of the weights before stays as it was made: give a ``StreamingGenerator`` its text again after a change.
+they are. What was made of the weights before stays as it was made, but a ``StreamingGenerator`` makes its text anew by itself:
+the model's ``weights_version`` counts changes.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ class _Stack:
     @torch.no_grad()
     def write(self, parameters: dict[str, torch.nn.Parameter], back: Callable[[], object]) -> None:
         """Makes these parameters anew. On an error, calls ``back``, makes them as they were before and raises it on."""
+        self.model().weights_version += 1  # type: ignore[union-attr]
         try:
             for name, parameter in parameters.items():
                 self._write(name, parameter)

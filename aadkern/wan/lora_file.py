@@ -188,5 +188,7 @@ def _scale(alpha: Tensor | None, rank: int, told: Mapping[str, Any], layer: str,
     value = told.get("lora_alpha", rank) if alpha is None else alpha.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not torch.tensor(float(value)).isfinite():
         raise ValueError(f"lora must have a finite alpha, {file} has {shown(value)} for {layer}")
+    if not value:
+        raise ValueError(f"lora must have an alpha other than 0, which leaves nothing of it, {file} has 0 for {layer}")
     rooted = alpha is None and told.get("use_rslora")
     return float(value) / (rank**0.5 if rooted else rank)

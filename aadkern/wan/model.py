@@ -70,6 +70,8 @@ class CausalWan(WanTransformer3DModel):
     """The ranks that share each clip's tokens; ``forward`` says how. Set it on every one of them, to a group of as many tokens a
     frame as the clips have; None is one process."""
 
+    weights_version: int = 0  # how often LoRA changed the weights in place
+
     @register_to_config
     def __init__(
         self,

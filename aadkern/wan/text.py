@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aadkern.checks import finite_weights
+
 TOKENS = 512  # what Wan was trained with; the places behind the prompt's own tokens are zeros, and are attended to
 
 
@@ -58,7 +60,7 @@ def token_ids(tokenizer: str | os.PathLike[str], prompt: str) -> list[int]:
 def load_text_encoder(folder: str | os.PathLike[str], dtype: torch.dtype, device: torch.device | str) -> Any:
     """``UMT5EncoderModel`` from a folder in transformers' format (Wan's: 11 GB in bf16).
 
-    Raises ValueError where weights are missing, and for pickles of other things than tensors, which are not run.
+    Raises ValueError where weights are missing or not finite, and for pickles of other things than tensors, which are not run.
     """
     from transformers import UMT5EncoderModel
 
@@ -73,6 +75,7 @@ def load_text_encoder(folder: str | os.PathLike[str], dtype: torch.dtype, device
     if missing:
         raise ValueError(f"text encoder must be a whole UMT5 encoder; {folder} lacks {', '.join(missing[:3])}")
     encoder.set_input_embeddings(encoder.shared)
+    finite_weights(encoder, "text encoder", folder)
     return encoder.eval().to(device)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aadkern.checks import dtype as checked_dtype
-from aadkern.checks import shown, whole
+from aadkern.checks import finite_weights, shown, whole
 from aadkern.weights.names import bare, in_diffusers_names, translated
 from aadkern.weights.tensor_files import open_tensors
 
@@ -126,7 +126,9 @@ def _file(path: Path) -> Path:
 
 def read_pickle(path: Path, name: str = "path") -> Any:
     """What a ``.pt`` holds, tensors and plain containers. Raises ValueError, which calls it ``name``, for anything else in it."""
-    _file(path)
+    with _file(path).open("rb") as file:
+        if file.read(4) == b"GGUF":
+            raise ValueError(f"{name} must be a .safetensors or a .pt, {path} is a GGUF file, whose quantised forms are not served")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -136,7 +138,9 @@ def read_pickle(path: Path, name: str = "path") -> Any:
             f"{next((line.strip() for line in reason if 'GLOBAL' in line), reason[0] if reason else 'unreadable')}"
         ) from error
     except Exception as error:  # the unpickler meets junk with errors of any kind
-        raise ValueError(f"{name} must be a file that torch.save wrote, and {path} cannot be read: {error}") from error
+        raise ValueError(
+            f"{name} must be a file that torch.save wrote, and {path} cannot be read: {type(error).__name__} {error}"
+        ) from error
 
 
 def from_wan_names(state: Mapping[str, Tensor]) -> State:
@@ -246,7 +250,8 @@ def read_model(
     ``config`` overrides what ``infer_config`` found (say ``rope="relative"``); the outcome stands in ``model.config`` and is
     logged. ``dtype`` None keeps the file's, and makes bfloat16 of FP8.
 
-    Raises ValueError as ``load_checkpoint`` and ``infer_config`` do, and where weights and configuration do not fit.
+    Raises ValueError as ``load_checkpoint`` and ``infer_config`` do, where weights and configuration do not fit, and where a weight
+    is not finite.
     """
     if dtype is not None:
         checked_dtype(dtype, "dtype", DTYPES)
@@ -271,4 +276,5 @@ def read_model(
         raise ValueError(f"path must hold the weights of the inferred model: {' '.join(str(error).split())}") from error
     tensors = ((name, opened.read(name)) for name in opened.shapes)
     model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors}, assign=True)
+    finite_weights(model, "path", path)
     return model

@@ -20,6 +20,7 @@ from torch import Tensor
 from aadkern.weights.names import bare
 
 WIDE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' words
+WHOLE = ("I64", "I32")
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 SCALES = (".scale_weight", ".weight_scale")
 MARK, FORM = "scaled_fp8", ".comfy_quant"  # that a file is scaled, and how each layer is: JSON as bytes
@@ -71,6 +72,8 @@ def open_tensors(files: Sequence[Path], name: str = "path", fp8_as: torch.dtype 
             scale_of[stored] = scale
         elif entry.kind in FP8 and is_scaled:
             raise ValueError(f"{name} must hold a scale for each FP8 weight, {entry.file} has none for {stored}")
+        elif stored.endswith(".alpha") and entry.kind in WHOLE and math.prod(entry.shape) == 1:
+            continue  # a LoRA's, of which some trainers keep a whole number
         elif entry.kind not in FP8 and (scale is not None or entry.kind not in WIDE):
             what = f"{stored} {entry.kind}" + (f" with {scale}" if scale is not None else "")
             raise ValueError(f"{name} must hold weights in fp64, fp32, bf16 or fp16, or scaled in FP8; {entry.file} holds {what}")

@@ -34,6 +34,8 @@ def fitted_image(file: Path | BinaryIO, size: tuple[int, int], name: str, format
 
     try:
         with Image.open(file, formats=formats) as opened:
+            if opened.mode == "F" or opened.mode.startswith("I"):  # Pillow would cut its values off at 255
+                raise ValueError(f"it has more than 8 bits a channel (Pillow's mode {opened.mode})")
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         why = f": {error}" if isinstance(file, Path) else ""  # of what is no file it says where in memory that lies

@@ -77,11 +77,11 @@ class CausalWanPipeline(DiffusionPipeline):
         torch_dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> CausalWanPipeline:
-        """The model and its parts as ``aad generate`` finds them, on the CPU: a folder of diffusers, or with ``parts`` a
+        """The model and its parts as ``aad generate`` finds them, on the CPU: a folder of diffusers, a Hub id, or with ``parts`` a
         transformer's folder, a ``.pt`` or a single ``.safetensors``. ``settings`` are fields of ``WanSettings``; weights of a run
         bring their own.
 
-        Nothing is downloaded. Raises ValueError or FileNotFoundError, before weights are loaded, for what is missing or does not
+        Raises ValueError or FileNotFoundError, before weights are loaded, for what is missing or does not
         fit.
         """
         names = {dtype: name for name, dtype in DTYPES.items()}

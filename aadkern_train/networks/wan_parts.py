@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from aadkern.checks import finite_weights
 from aadkern.wan import CausalWan
 from aadkern_train.engine.files import read_json
 from aadkern_train.networks.folders import STEM, TRANSFORMERS, Shapes, check_shapes, check_transformer, facts, find_weights, stated
@@ -149,12 +150,13 @@ def _check_fits(config: Mapping[str, Any], encoders: Encoders) -> None:
 def load_part(kind: Any, folder: Path, dtype: torch.dtype, **changes: Any) -> Any:
     """A model of diffusers' from its folder, on the CPU.
 
-    Raises ValueError where weights are missing: diffusers would draw them at random.
+    Raises ValueError where weights are missing, which diffusers would draw at random, and where one is not finite.
     """
     model, loading = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True, **changes)
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ValueError(f"{folder.name} must hold all its weights; {folder} lacks {', '.join(missing[:3])}")
+    finite_weights(model, folder.name, folder)
     return model
 
 
