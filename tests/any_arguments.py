@@ -325,6 +325,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         ),
     ),
     "StreamingGenerator.chunks": (drawn, lambda: dict(noise=noise, count=2, first_frame=torch.randn(1, 2, 1, 2, 2))),
+    "StreamingGenerator.chunks of a video": (
+        drawn,
+        lambda: dict(noise=noise, source=lambda chunk: torch.randn(1, 2, 2, 2, 2), after=lambda *step: None),
+    ),
     "StreamingGenerator.set_text": (
         lambda **given: generator().set_text(**given),
         lambda: dict(text=torch.ones(1, 3, 6), recache=True, restart=False),

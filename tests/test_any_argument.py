@@ -19,7 +19,7 @@ from tests.any_arguments import CALLS, JUNK
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-CALLED = ("noise", "model")
+CALLED = ("noise", "model", "source", "after")
 METHODS = (types.FunctionType, classmethod, staticmethod)
 WITH_METHODS = {
     "VideoLayout",
