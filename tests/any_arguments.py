@@ -324,10 +324,15 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             inference_mode=True,
         ),
     ),
-    "StreamingGenerator.chunks": (drawn, lambda: dict(noise=noise, count=2, first_frame=torch.randn(1, 2, 1, 2, 2))),
-    "StreamingGenerator.chunks of a video": (
+    "StreamingGenerator.chunks": (
         drawn,
-        lambda: dict(noise=noise, source=lambda chunk: torch.randn(1, 2, 2, 2, 2), after=lambda *step: None),
+        lambda: dict(
+            noise=noise,
+            count=2,
+            first_frame=torch.randn(1, 2, 1, 2, 2),
+            source=lambda chunk: noise(chunk, 0),
+            after=lambda *told: told[3] / 2,
+        ),
     ),
     "StreamingGenerator.set_text": (
         lambda **given: generator().set_text(**given),

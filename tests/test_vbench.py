@@ -22,7 +22,7 @@ from PIL import Image
 from aadkern_train import vbench as module
 from aadkern_train.cli import main
 from aadkern_train.engine.video import GrowingVideo, read_video
-from aadkern_train.generate import from_wan
+from aadkern_train.generate import from_wan, pipeline, wan_model
 from tests.tiny_decoder import random_state
 from tests.tiny_wan import save_tiny_wan
 
@@ -52,8 +52,8 @@ def loaded(monkeypatch):
     """The models that are loaded, and the videos' frames before they are compressed."""
     calls, frames = [], []
     for name in ("prepare_model", "embed_prompts"):
-        real = getattr(from_wan, name)
-        for place in (from_wan, module):
+        real = getattr(wan_model, name)
+        for place in (from_wan, pipeline, module):
             if hasattr(place, name):
                 monkeypatch.setattr(place, name, lambda *a, real=real, name=name, **k: (calls.append((name, a)), real(*a, **k))[1])
     real_write = GrowingVideo.write

@@ -136,23 +136,28 @@ def generate(
 
 def condition_for(world: World, recipe: Recipe, prompt: str | None, image: Path | None, index: int) -> Condition:
     """What the video is made under."""
-    if prompt is not None and world.null is None:
-        raise ValueError(f"prompt must be left out: this run's clips have no captions, got {prompt!r}")
+    check_words(world, prompt)
     if recipe.given_frames == 0 and image is not None:
         raise ValueError(f"image must be left out: this run was trained on text to video, got {image}")
     if image is None:
         held_out = world.held_out(index, prompt)
         return held_out if recipe.given_frames else Condition(None, held_out.text)
-    return given_condition(world, prompt, world.picture(image), "an image")
+    text = text_for(world, prompt, "an image")
+    return Condition(world.picture(image), text)
 
 
-def given_condition(world: World, prompt: str | None, first: Tensor | None, given: str) -> Condition:
-    """A given first frame, if any, under a prompt, which must be there in a world with words."""
-    if world.null is None and prompt is not None:
+def check_words(world: World, prompt: str | None) -> None:
+    """Raises ValueError for a prompt in a world without words."""
+    if prompt is not None and world.null is None:
         raise ValueError(f"prompt must be left out: this run's clips have no captions, got {prompt!r}")
+
+
+def text_for(world: World, prompt: str | None, given: str) -> Tensor | None:
+    """The prompt's text, which must be there in a world with words where no held-out clip brings its own caption."""
+    check_words(world, prompt)
     if prompt is None and world.null is not None:
         raise ValueError(f"prompt must be given with {given}: this run's generator was trained on captions")
-    return Condition(first, None if prompt is None else world.embed([prompt]))
+    return None if prompt is None else world.embed([prompt])
 
 
 def filmed(world: World, source: SourceVideo) -> Iterator[np.ndarray]:
@@ -166,8 +171,8 @@ def filmed(world: World, source: SourceVideo) -> Iterator[np.ndarray]:
 
 def filmed_condition(world: Any, recipe: Recipe, prompt: str | None, film: Iterator[np.ndarray]) -> Condition:
     """What the video is made under that is made from ``film``, whose first frame is taken in image to video."""
-    first = world.film(next(film)[None]) if recipe.given_frames else None
-    return given_condition(world, prompt, first, "a video")
+    text = text_for(world, prompt, "a video")
+    return Condition(world.film(next(film)[None]) if recipe.given_frames else None, text)
 
 
 def chunk_noise(seed: int, size: int, frame_shape: tuple[int, int, int]) -> Callable[[int, int], Tensor]:

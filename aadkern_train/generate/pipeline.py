@@ -37,6 +37,7 @@ from aadkern_train.generate.wan_decoder import decoders
 from aadkern_train.generate.wan_model import fitting_parts, prepare_model, wan_stream
 from aadkern_train.generate.wan_settings import DTYPES, WanSettings
 from aadkern_train.networks.folders import facts
+from aadkern_train.networks.hub import hub_checkpoint
 from aadkern_train.networks.rollout import Noise, turn_to
 from aadkern_train.networks.wan_parts import PIXELS, WanParts, load_part, trained_parts
 
@@ -77,19 +78,20 @@ class CausalWanPipeline(DiffusionPipeline):
         torch_dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> CausalWanPipeline:
-        """The model and its parts as ``aad generate`` finds them, on the CPU: a folder of diffusers, a Hub id, or with ``parts`` a
-        transformer's folder, a ``.pt`` or a single ``.safetensors``. ``settings`` are fields of ``WanSettings``; weights of a run
-        bring their own.
+        """The model and its parts as ``aad generate`` finds them, on the CPU: a folder of diffusers or its id on the Hub, or with
+        ``parts`` a transformer's folder, a ``.pt`` or a single ``.safetensors``. ``settings`` are fields of ``WanSettings``;
+        weights of a run bring their own.
 
-        Raises ValueError or FileNotFoundError, before weights are loaded, for what is missing or does not
-        fit.
+        Raises ValueError or FileNotFoundError, before weights are loaded, for what is missing or does not fit.
         """
         names = {dtype: name for name, dtype in DTYPES.items()}
         if torch_dtype not in names:
             raise ValueError(f"torch_dtype must be torch.float32 or torch.bfloat16, got {torch_dtype}")
-        told = facts(Path(checkpoint))
+        rest = None if parts is None else Path(parts)
+        model = hub_checkpoint(Path(checkpoint), rest)
+        told = facts(model)
         chosen = replace(wan_settings({}, told), **{"device": "cpu", **settings, "dtype": names[torch_dtype]})
-        found = fitting_parts(Path(checkpoint), Path(parts) if parts else trained_parts(told), chosen)
+        found = fitting_parts(model, rest or trained_parts(told), chosen)
         encoder = load_text_encoder(found.text_encoder, torch_dtype, "cpu")
         pipe = cls.from_parts(found, chosen, encoder, load_tokenizer(found.tokenizer))
         pipe.told = told
