@@ -68,7 +68,8 @@ ROOMS = (
 )
 ROOMS += ("range_attention", "noise", "pooling", "fp8", "blocks", "ulysses", "ops", "testing", "streaming", "wan", "compat")
 
-# Every variable read at run time: our one switch, Triton's own, and what torchrun tells the processes that it launches.
+# Every variable read: our one switch, Triton's own, what torchrun tells the processes that it launches, and what builders of CUDA
+# extensions go by (benchmarks/fa3.py).
 ENVIRONMENT = {
     "AADKERN_NVTX",
     "TRITON_INTERPRET",
@@ -78,6 +79,9 @@ ENVIRONMENT = {
     "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "CUDA_HOME",
+    "MAX_JOBS",
+    "PATH",
 }
 
 
