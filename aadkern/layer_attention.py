@@ -31,8 +31,8 @@ class PlannedLayer(LayerAttention, Protocol):
         """The plan of so many queries, where the pass has so many keys, over what ``seen`` gives."""
         ...
 
-    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values that queries see, of a pass's own."""
+    def seen(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """The keys and values that queries see, of a pass's own; in e4m3 their scales too."""
         ...
 
 
