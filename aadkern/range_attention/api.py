@@ -117,7 +117,11 @@ def attention_e4m3(
 
 def attend(q: Tensor, seen: tuple[Tensor, ...], plan: AttentionPlan, **options: Any) -> Tensor:
     """``attention`` over what a layer sees: (k, v), or in e4m3 (k, v, k_scale, v_scale)."""
-    return attention(q, *seen, plan, **options) if len(seen) == 2 else attention_e4m3(q, *seen, plan, **options)
+    if len(seen) == 2:
+        out: Tensor = attention(q, seen[0], seen[1], plan, **options)
+        return out
+    k, v, k_scale, v_scale = seen
+    return attention_e4m3(q, k, v, k_scale, v_scale, plan, **options)
 
 
 def _autocast(x: Tensor) -> Tensor:
