@@ -108,12 +108,10 @@ def test_opcheck_and_counted_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
     q, k, v, k_scale, v_scale = inputs(torch.float32)
-    operator = torch.ops.aadkern.range_attention_e4m3.default
     given = (q, k, v, k_scale, v_scale, list(RAGGED.code), 0.3, "auto")
     # Not test_schema, which multiplies its inputs: torch 2.13 multiplies no e4m3.
-    torch.library.opcheck(
-        operator, given, test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    )
+    tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.aadkern.range_attention_e4m3.default, given, test_utils=tests)
     with FlopCounterMode(display=False) as counter:
         api.attention_e4m3(q, k, v, k_scale, v_scale, RAGGED)
     assert counter.get_total_flops() == 2 * RAGGED.flops(3, 8)

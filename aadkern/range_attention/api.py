@@ -118,8 +118,8 @@ def attention_e4m3(
 def attend(q: Tensor, seen: tuple[Tensor, ...], plan: AttentionPlan, **options: Any) -> Tensor:
     """``attention`` over what a layer sees: (k, v), or in e4m3 (k, v, k_scale, v_scale)."""
     if len(seen) == 2:
-        k, v = seen
-        return attention(q, k, v, plan, **options)
+        out: Tensor = attention(q, seen[0], seen[1], plan, **options)
+        return out
     k, v, k_scale, v_scale = seen
     return attention_e4m3(q, k, v, k_scale, v_scale, plan, **options)
 
