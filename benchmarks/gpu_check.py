@@ -81,7 +81,7 @@ class Check:
             print(f"gpu_check: {error}", file=sys.stderr)
             path.write_text(json.dumps(self.document, indent=1, default=str) + "\n")
 
-    def look(self) -> None:
+    def read_environment(self) -> None:
         """What is here, told by a process of its own: this one never touches CUDA, so that no error can stick to it."""
         code = "import json, sys; from benchmarks import results; print(json.dumps(results.environment(*sys.argv[1:])))"
         asked = [self.options.device, *([self.options.commit] if self.options.commit else [])]
@@ -233,7 +233,7 @@ class Check:
         return {"build": self.build, "fa3": self.fa3, "rooms": self.rooms}[name](deadline)
 
     def run(self) -> None:
-        self.look()
+        self.read_environment()
         for name in self.options.stages:
             began = time.monotonic()
             if self.left < 5:

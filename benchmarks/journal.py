@@ -88,11 +88,11 @@ def run_limited(
     limit: float,
     env: Mapping[str, str],
     cwd: Path,
-    look: Callable[[], None] = lambda: None,
+    each_second: Callable[[], None] = lambda: None,
 ) -> str:
     """Run a command, its output appended to ``log``; "passed", or "failed: ..." with the exit status or the limit.
 
-    ``look`` is called about every second while it runs.
+    ``each_second`` is called about every second while it runs.
     """
     end = time.monotonic() + limit
     with log.open("ab") as output:
@@ -105,7 +105,7 @@ def run_limited(
                 if time.monotonic() >= end:
                     stop(process)
                     return f"failed: not done within {limit:.3g} s"
-                look()
+                each_second()
     return "passed" if status == 0 else f"failed: {_death(status)}"
 
 

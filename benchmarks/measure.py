@@ -133,7 +133,7 @@ def _prepare(name: str, problem: Problem, known: Truth, journal: Journal) -> tup
         return _outcome(name, "refused", str(error)), None
     except Exception as error:  # of any library: it is told, and the others go on
         traceback.print_exc()
-        reason = told(error)
+        reason = one_line(error)
         leave_if_beyond_repair(journal, step(case, name), reason, device)
         return _outcome(name, "failed", reason), None
     record = _outcome(name, "checked")
@@ -141,7 +141,7 @@ def _prepare(name: str, problem: Problem, known: Truth, journal: Journal) -> tup
     return record, Ready(attend, trains)
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
@@ -182,7 +182,7 @@ def _times(problem: Problem, ready: dict[str, Ready], records: dict[str, Any], o
             runs[name]()
         except Exception as error:
             traceback.print_exc()
-            records[name].update(status="failed", reason=f"when timed: {told(error)}")
+            records[name].update(status="failed", reason=f"when timed: {one_line(error)}")
             runs.pop(name, None)
             del ready[name]
     return alternate(runs, options.device, options.seconds) if runs else {}

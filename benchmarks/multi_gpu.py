@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import results
-from benchmarks.measure import told
+from benchmarks.measure import one_line
 from benchmarks.multi_gpu_items import KINDS, Bench, lines, told_items
 from benchmarks.streaming_shapes import SIZES
 from benchmarks.timing import keep
@@ -80,7 +80,7 @@ def outcome_of(item: Callable[[], Mapping[str, Any]]) -> tuple[str, Mapping[str,
         return f"missing: {error.name} is not installed", {}
     except Exception as error:  # it is told, and the others go on
         traceback.print_exc()
-        return f"failed: {told(error)}", {}
+        return f"failed: {one_line(error)}", {}
 
 
 def among(outcomes: list[str]) -> str:

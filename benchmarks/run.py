@@ -77,7 +77,7 @@ def cases_asked(options: argparse.Namespace) -> list[AttentionCase]:
     return [case_of(name) if "/" in name else attention_case(name, **sizes) for name in names]
 
 
-def how(options: argparse.Namespace) -> Options:
+def run_options(options: argparse.Namespace) -> Options:
     dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     return Options(torch.device(options.device), getattr(torch, dtype), options.seconds, seed=options.seed)
 
@@ -92,7 +92,7 @@ def timing_conditions(device: str, seconds: float) -> dict[str, str | float]:
     }
 
 
-def work(options: argparse.Namespace) -> None:
+def measure_cases(options: argparse.Namespace) -> None:
     """Measure the cases that the journal does not hold yet."""
     journal = Journal(options.journal)
     state = journal.read()
@@ -100,7 +100,7 @@ def work(options: argparse.Namespace) -> None:
     for case in cases_asked(options):
         if case.id not in state.ended and case.id not in state.lost:
             print(case.id, flush=True)
-            measure(case, names, how(options), journal, given_up(state.lost, case, names))
+            measure(case, names, run_options(options), journal, given_up(state.lost, case, names))
     journal.complete()
 
 
@@ -119,7 +119,7 @@ def measured(options: argparse.Namespace) -> dict[str, object]:
     print(table.heading(document), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
-            document["cases"].append(measure(case, names, how(options), Journal(Path(folder) / "journal")))
+            document["cases"].append(measure(case, names, run_options(options), Journal(Path(folder) / "journal")))
             print("\n" + "\n".join(table.case_lines(document["cases"][-1])), flush=True)
     return document
 
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
                 parser.error(str(error))
         torch.manual_seed(options.seed)
         if options.journal is not None:
-            work(options)
+            measure_cases(options)
             return 0
         if options.report:
             documents = [results.read(path) for path in options.report]

@@ -150,9 +150,9 @@ def measured(bench: Bench, item: str) -> dict[str, Any]:
     return {"vae": bench.vae, "parts": bench.split}[what](rest)
 
 
-def work(size: str, options: argparse.Namespace) -> None:
+def measure_items(size: str, options: argparse.Namespace) -> None:
     """Measure what the journal does not hold yet; runs in a process of its own, which may be lost and begun again."""
-    from benchmarks.measure import leave_if_beyond_repair, told
+    from benchmarks.measure import leave_if_beyond_repair, one_line
     from benchmarks.streaming_contenders import Bench, Missing, WrongVideo, release
     from benchmarks.streaming_shapes import SIZES
 
@@ -173,8 +173,8 @@ def work(size: str, options: argparse.Namespace) -> None:
             record = {"status": "refused", "reason": str(error)}
         except Exception as error:  # of any library: it is told, and the others go on
             traceback.print_exc()
-            record = {"status": "failed", "reason": told(error)}
-            leave_if_beyond_repair(journal, item, told(error), device)
+            record = {"status": "failed", "reason": one_line(error)}
+            leave_if_beyond_repair(journal, item, one_line(error), device)
         journal.end(item, record)
         release()
     journal.complete()
@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         keep({"not_run": reason}, options.out)
         return 0
     if options.journal is not None:
-        work(options.sizes[0], options)
+        measure_items(options.sizes[0], options)
         return 0
     if not in_turn:
         return true_sizes(options)

@@ -17,7 +17,7 @@ from aadkern_train.serve.app import Server
 from aadkern_train.serve.command import config_of, listen
 from aadkern_train.serve.models import About
 from aadkern_train.serve.options import ServeSettings
-from aadkern_train.serve.protocol import Place
+from aadkern_train.serve.protocol import RingPlace
 
 BASE = "http://testserver"  # what Starlette's client calls WebSockets by
 FRAMES = 4
@@ -72,8 +72,8 @@ class DotPlayer:
         return np.stack(frames)
 
     @property
-    def place(self) -> Place:
-        return Place(self.frame, 1 + self.frame % 16, 17, 1)
+    def place(self) -> RingPlace:
+        return RingPlace(self.frame, 1 + self.frame % 16, 17, 1)
 
 
 def dot_frame(seed: int, frame: int, x: int, y: int, side: int) -> np.ndarray:

@@ -226,7 +226,7 @@ def test_a_long_log_keeps_its_ends(tmp_path):
 
 def test_a_stage_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
     check = gpu_check.Check(gpu_check.asked(["--out", str(tmp_path), "--device", "cpu", "--stages", "build", "tests"]))
-    monkeypatch.setattr(check, "look", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
+    monkeypatch.setattr(check, "read_environment", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
     monkeypatch.setattr(check, "build", lambda deadline: 1 / 0)
     monkeypatch.setattr(check, "tests", lambda *_: "passed")
     check.run()
@@ -244,7 +244,7 @@ def test_a_rooms_figures_are_kept_whatever_they_are(tmp_path, monkeypatch):
         return "failed: not done"
 
     monkeypatch.setattr(gpu_check, "run_limited", run_room)
-    monkeypatch.setattr(check, "look", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
+    monkeypatch.setattr(check, "read_environment", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
     check.run()
     document = results.read(tmp_path / "results.json")
     assert document["rooms"] == {"noise": {"ratio": "NaN", "ms": 1.5}}
@@ -267,7 +267,7 @@ def test_streaming_without_diffusers_is_not_run_and_not_failed(tmp_path, monkeyp
         return "passed"
 
     monkeypatch.setattr(gpu_check, "run_limited", run_room)
-    monkeypatch.setattr(check, "look", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
+    monkeypatch.setattr(check, "read_environment", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
     check.run()
     document = results.read(tmp_path / "results.json")
     assert document["stages"][0]["outcome"] == "not run: diffusers is missing"
@@ -342,7 +342,7 @@ def test_a_plan_chooses_tests_cases_and_contenders(tmp_path, monkeypatch):
         return "passed"
 
     monkeypatch.setattr(gpu_check, "supervise", supervised)
-    monkeypatch.setattr(check, "look", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
+    monkeypatch.setattr(check, "read_environment", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
     check.run()
     of_tests, of_cases = commands
     assert not set(calls.CORRECT) & set(of_tests) and "tests/test_fp8_gpu.py" in of_tests

@@ -12,8 +12,9 @@ IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 
 def test_drawings_are_what_the_code_draws(tmp_path):
     copy = shutil.copytree(IMAGES, tmp_path / "images", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(IMAGES.parent / "data", tmp_path / "data")
     drawn = [path for path in copy.glob("*.svg") if path.with_suffix(".py").exists()]
-    assert len(drawn) >= 5
+    assert len(drawn) >= 6
     for path in drawn:
         path.unlink()
     subprocess.run([sys.executable, "draw_all.py"], cwd=copy, check=True, timeout=300)

@@ -18,7 +18,7 @@ from aadkern_train.run import Run
 from aadkern_train.serve.memory import of_run, of_wan
 from aadkern_train.serve.models import RunModel
 from aadkern_train.serve.options import ServeSettings
-from aadkern_train.serve.protocol import Header, Place, chunk_bytes
+from aadkern_train.serve.protocol import Header, RingPlace, chunk_bytes
 from tests.serve_models import Page, client_of
 from tests.tiny_decoder import random_state
 from tests.tiny_runs import small_recipe
@@ -97,7 +97,7 @@ def test_memory_is_told_before_and_is_what_it_will_be(weights, capsys):
 def test_large_frames_are_sent_as_jpeg():
     y, x = np.mgrid[:480, :832]
     frames = np.stack([np.stack([x * 255 // 831, y * 255 // 479, (x + y + 40 * i) % 256], -1) for i in range(3)]).astype(np.uint8)
-    message = chunk_bytes(Header(4, "a", 1, 16.0, 16.0, 0.1, Place(1, 2, 3, 1)), frames)
+    message = chunk_bytes(Header(4, "a", 1, 16.0, 16.0, 0.1, RingPlace(1, 2, 3, 1)), frames)
     import json
 
     length = int.from_bytes(message[:4], "little")

@@ -11,7 +11,7 @@ from aadkern.runtime import on_device
 
 TOKENS, CHANNELS = 8, 512  # of one tile: 32 elements a thread; 512 divides Wan's widths, 1536, 3072 and 5120
 FORWARD_TILES, BACKWARD_TILES = 2, 16  # tiles of one program, down the tokens of a frame; a partial row of dgate for each program
-COUNTS = ["frame_tokens", "parts", "length"]  # another clip is no new binary
+COUNTS = ["tokens_per_frame", "parts", "length"]  # another clip is no new binary
 
 
 @triton.jit
@@ -24,10 +24,10 @@ def own_part(parts, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def own_tokens(frame, part, step, frame_tokens, TILES: tl.constexpr, TOKENS: tl.constexpr):
+def own_tokens(frame, part, step, tokens_per_frame, TILES: tl.constexpr, TOKENS: tl.constexpr):
     """Tokens of the clip [TOKENS, 1] and which of them are the frame's."""
     token = (part * TILES + step) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    return (frame * frame_tokens + token).to(tl.int64), token < frame_tokens
+    return (frame * tokens_per_frame + token).to(tl.int64), token < tokens_per_frame
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def gate_row(gate, frame, stride_b, stride_f, channel, inside):
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x, y, gate, out, frame_tokens, parts, length,
+    x, y, gate, out, tokens_per_frame, parts, length,
     x_stride_b, x_stride_l, y_stride_b, y_stride_l, gate_stride_b, gate_stride_f,
     TILES: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def forward_kernel(
     frame, part, channel, inside = own_part(parts, CHANNELS, WIDTH)
     factor = gate_row(gate, frame, gate_stride_b, gate_stride_f, channel, inside)
     for step in tl.range(TILES):
-        token, there = own_tokens(frame, part, step, frame_tokens, TILES, TOKENS)
+        token, there = own_tokens(frame, part, step, tokens_per_frame, TILES, TOKENS)
         mask = there & inside
         change = tl.load(y + batch * y_stride_b + token * y_stride_l + channel, mask=mask, other=0.0).to(tl.float32)
         base = tl.load(x + batch * x_stride_b + token * x_stride_l + channel, mask=mask, other=0.0).to(tl.float32)
@@ -57,7 +57,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
-    dout, y, gate, dy, partial, frame_tokens, parts, length,
+    dout, y, gate, dy, partial, tokens_per_frame, parts, length,
     dout_stride_b, dout_stride_l, y_stride_b, y_stride_l, gate_stride_b, gate_stride_f,
     TILES: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def backward_kernel(
     factor = gate_row(gate, frame, gate_stride_b, gate_stride_f, channel, inside)
     total = tl.zeros([TOKENS, WIDTH], tl.float32)
     for step in tl.range(TILES):
-        token, there = own_tokens(frame, part, step, frame_tokens, TILES, TOKENS)
+        token, there = own_tokens(frame, part, step, tokens_per_frame, TILES, TOKENS)
         mask = there & inside
         gradient = tl.load(dout + batch * dout_stride_b + token * dout_stride_l + channel, mask=mask, other=0.0).to(tl.float32)
         change = tl.load(y + batch * y_stride_b + token * y_stride_l + channel, mask=mask, other=0.0).to(tl.float32)
@@ -78,9 +78,11 @@ def backward_kernel(
     tl.store(partial + row * CHANNELS + channel, tl.sum(total, 0)[None, :], mask=inside)
 
 
-def launch(tiles: int, frame_tokens: int, frames: int, batch: int, channels: int) -> tuple[tuple[int, int], int, dict[str, int]]:
+def launch(
+    tiles: int, tokens_per_frame: int, frames: int, batch: int, channels: int
+) -> tuple[tuple[int, int], int, dict[str, int]]:
     """The grid, the parts into which each frame's tokens fall, and the constants for ``tiles`` tiles a program."""
-    parts = triton.cdiv(frame_tokens, tiles * TOKENS)
+    parts = triton.cdiv(tokens_per_frame, tiles * TOKENS)
     constants = {"TILES": tiles, "TOKENS": TOKENS, "WIDTH": CHANNELS, "CHANNELS": channels, "num_warps": 4}
     return (frames * parts * triton.cdiv(channels, CHANNELS), batch), parts, constants
 

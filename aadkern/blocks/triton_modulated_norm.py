@@ -15,16 +15,16 @@ from aadkern.runtime import on_device
 
 FORWARD_TOKENS = 16  # of one program; shift and scale are then an eighth of what it reads through L2
 BACKWARD_TOKENS = 64  # partial sums of 2 C float32 for each program: 4 % of the traffic at 1560 tokens a frame
-COUNTS = ["frame_tokens", "parts", "length"]  # another clip is no new binary
+COUNTS = ["tokens_per_frame", "parts", "length"]  # another clip is no new binary
 
 
 @triton.jit
-def own_tokens(frame_tokens, parts, TOKENS: tl.constexpr):
+def own_tokens(tokens_per_frame, parts, TOKENS: tl.constexpr):
     """This program's frame, and its first token and the one after its last."""
     frame = tl.program_id(0) // parts
     first = tl.program_id(0) % parts * TOKENS
-    start = frame * frame_tokens
-    return frame, start + first, start + tl.minimum(first + TOKENS, frame_tokens)
+    start = frame * tokens_per_frame
+    return frame, start + first, start + tl.minimum(first + TOKENS, tokens_per_frame)
 
 
 @triton.jit
@@ -45,13 +45,13 @@ def normalised(row, eps, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x, shift, scale, out, eps, frame_tokens, parts, length,
+    x, shift, scale, out, eps, tokens_per_frame, parts, length,
     x_stride_b, x_stride_l, shift_stride_b, shift_stride_f, scale_stride_b, scale_stride_f,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     channel = tl.arange(0, BLOCK_C)
     mask = channel < CHANNELS
-    frame, first, last = own_tokens(frame_tokens, parts, TOKENS)
+    frame, first, last = own_tokens(tokens_per_frame, parts, TOKENS)
     add = modulation_row(shift, frame, shift_stride_b, shift_stride_f, CHANNELS, BLOCK_C)
     factor = modulation_row(scale, frame, scale_stride_b, scale_stride_f, CHANNELS, BLOCK_C) + 1.0
     batch = tl.program_id(1).to(tl.int64)
@@ -65,13 +65,13 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
-    x, scale, dout, dx, partial, eps, frame_tokens, parts, length,
+    x, scale, dout, dx, partial, eps, tokens_per_frame, parts, length,
     x_stride_b, x_stride_l, scale_stride_b, scale_stride_f, dout_stride_b, dout_stride_l,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     channel = tl.arange(0, BLOCK_C)
     mask = channel < CHANNELS
-    frame, first, last = own_tokens(frame_tokens, parts, TOKENS)
+    frame, first, last = own_tokens(tokens_per_frame, parts, TOKENS)
     factor = modulation_row(scale, frame, scale_stride_b, scale_stride_f, CHANNELS, BLOCK_C) + 1.0
     dshift = tl.zeros([BLOCK_C], tl.float32)
     dscale = tl.zeros([BLOCK_C], tl.float32)

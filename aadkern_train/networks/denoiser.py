@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from aadkern import SequenceGroup
 from aadkern.plans import AttentionPlan, VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
+from aadkern.streaming.generator import PREDICTS
 from aadkern.wan import CausalWan, TextCache
 from aadkern_train.diffusion.flow import x0_from_flow
 from aadkern_train.engine.processes import computing_dtype
-
-PREDICTS = ("flow", "x0")
 
 
 class Denoiser(nn.Module):

@@ -105,7 +105,7 @@ class Networks:
         Raises ValueError, naming the setting.
         """
 
-        def look() -> None:
+        def check_folders() -> None:
             for setting, name in self._settings(stages).items():
                 if not name:
                     raise ValueError(f"{setting} must name a network's folder in diffusers' format, say WAN/transformer")
@@ -118,7 +118,7 @@ class Networks:
 
         if stages:
             self._check_teacher()
-            self.processes.on_main(look)
+            self.processes.on_main(check_folders)
 
     def layers(self, name: str | None) -> int | None:
         """Transformer blocks of a source's network; of one that is still to be trained, those of what it starts from. None where

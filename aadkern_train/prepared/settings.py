@@ -74,7 +74,7 @@ def header(
         "kind": source.kind,
         "shards": math.ceil(len(source.entries) / settings.per_shard),
         "per_shard": settings.per_shard,
-        "entries": source.told(),
+        "entries": source.fingerprint(),
         "text_dim": encoders.text_dim,
         "text_dtype": text_dtype,
         "text_encoder": digest(encoders.text_encoder),

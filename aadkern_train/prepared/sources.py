@@ -47,7 +47,7 @@ class Source:
     entries: tuple[Entry, ...]
     lmdb: Path | None = None
 
-    def told(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What identifies the list, wherever it lies."""
         plain = [(e.id, e.caption, e.source, e.image, e.start, e.end, e.clip, e.row, e.problem) for e in self.entries]
         digest = hashlib.blake2b(json.dumps(plain).encode(), digest_size=16)

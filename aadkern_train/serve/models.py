@@ -17,7 +17,7 @@ from aadkern_train.generate.from_run import chunk_noise, condition_for, find_wei
 from aadkern_train.networks.folders import facts, load
 from aadkern_train.networks.rollout import streaming, turn_to
 from aadkern_train.recipes import recipe_of
-from aadkern_train.serve.protocol import Place
+from aadkern_train.serve.protocol import RingPlace
 from aadkern_train.worlds.base import Steered, World
 
 FPS = 10.0  # of a run's stream: its own pace is for files, and slower than a hand
@@ -57,7 +57,7 @@ class Player(Protocol):
         ...
 
     @property
-    def place(self) -> Place:
+    def place(self) -> RingPlace:
         """Where the newest chunk lies."""
         ...
 
@@ -89,11 +89,11 @@ def backend_on(device: torch.device) -> str:
     return f"{runtime.choose_backend('auto', device.type)} on {device.type}"
 
 
-def place_of(cache: StreamingCache) -> Place:
+def place_of(cache: StreamingCache) -> RingPlace:
     """Where the chunk lies that was made last: its clean pass, which would move the cache on, comes with the next one."""
     frame, sink = cache.frame, cache.window.sink
     slot = frame if frame < sink else sink + (frame - sink) % cache.ring
-    return Place(frame, slot, cache.capacity_frames, sink)
+    return RingPlace(frame, slot, cache.capacity_frames, sink)
 
 
 class RunModel:
@@ -171,5 +171,5 @@ class RunPlayer:
         return np.asarray(self.model.world.to_rgb(shown)[0])
 
     @property
-    def place(self) -> Place:
+    def place(self) -> RingPlace:
         return place_of(self._stream.cache)

@@ -117,7 +117,7 @@ def _number(text: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class Place:
+class RingPlace:
     """Where the newest chunk lies in the cache: its first frame's index and slot, among ``slots`` of which ``sink`` stay."""
 
     frame: int
@@ -137,7 +137,7 @@ class Header:
     fps: float
     rate: float
     seconds: float
-    place: Place
+    place: RingPlace
 
 
 def chunk_bytes(header: Header, frames: np.ndarray) -> bytes:

@@ -20,7 +20,7 @@ from aadkern_train.networks.hub import repository
 from aadkern_train.networks.rollout import turn_to
 from aadkern_train.networks.wan_parts import WanParts, load_part
 from aadkern_train.serve.models import About, Player, backend_on, place_of
-from aadkern_train.serve.protocol import Place
+from aadkern_train.serve.protocol import RingPlace
 
 PICTURES = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 40_000_000
@@ -120,5 +120,5 @@ class WanPlayer:
         return torch.cat([rgb_of(self._decoder.decode(part)) for part in parts]).numpy()
 
     @property
-    def place(self) -> Place:
+    def place(self) -> RingPlace:
         return place_of(self._stream.cache)

@@ -218,11 +218,11 @@ class AdversarialRefinement(Stage):
         if settings.views == 4:
             four = partial(discriminator_objective, count=count, chosen=index, relativistic=settings.relativistic, **weights)
             logits, aim = judged([*first, *second], [*chosen, *chosen_fake], four, last)
-            return told(logits[:count], logits[count : 2 * count], aim)
+            return logged(logits[:count], logits[count : 2 * count], aim)
         side = partial(side_objective, count=count, chosen=index, **weights)
         of_real, aim_real = judged(first, chosen, partial(side, real=True), False)
         of_fake, aim_fake = judged(second, chosen_fake, partial(side, real=False), last)
-        return told(of_real[:count], of_fake[:count], aim_real, aim_fake)
+        return logged(of_real[:count], of_fake[:count], aim_real, aim_fake)
 
     @spanned("adversarial gradient")
     def generator_gradient(
@@ -244,7 +244,7 @@ class AdversarialRefinement(Stage):
         return loss.item(), gradient
 
 
-def told(real: Tensor, fake: Tensor, *objectives: DiscriminatorObjective) -> dict[str, float]:
+def logged(real: Tensor, fake: Tensor, *objectives: DiscriminatorObjective) -> dict[str, float]:
     """What the log keeps of the logits of a discriminator's batch and their objective, or the two of its sides."""
     return {
         "discriminator_loss": sum(objective.adversarial.item() for objective in objectives),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ablation_asd
 import house
 import plans
 import pooling
 import ring
 import stages
 
-for picture in (house, plans, pooling, ring, stages):
+for picture in (ablation_asd, house, plans, pooling, ring, stages):
     picture.main()
