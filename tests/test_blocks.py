@@ -11,7 +11,8 @@ from diffusers.models.transformers import transformer_wan
 
 import aadkern
 from aadkern import StreamingCache, VideoLayout, Window, blocks, ops
-from aadkern.blocks import RotaryGrid, rotary
+from aadkern.blocks import RotaryGrid
+from aadkern.rotary import grid as rotary
 from aadkern.rotary.tables import rotation_table
 from aadkern.wan import CausalContext
 from tests.block_cases import (

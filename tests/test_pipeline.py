@@ -244,7 +244,6 @@ def test_parts_that_wait_elsewhere_are_fetched(pipe, monkeypatch):
         ({"prompt": "a", "video": [picture()] * 9, "image": picture()}, ValueError, "image must be left out with a video"),
         ({"prompt": "a", "video": [picture()] * 9, "strength": 0}, ValueError, r"strength must lie in \(0, 1\]"),
     ],
-    ids=str,
 )
 def test_what_cannot_be(pipe, options, error, says):
     with pytest.raises(error, match=says):
