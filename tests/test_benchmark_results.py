@@ -194,6 +194,13 @@ def test_the_page_of_results_says_what_the_files_say():
         assert path.name in page and document["environment"]["commit"][:7] in page
 
 
+@pytest.mark.parametrize("path", sorted((results.ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
+def test_every_file_of_results_says_when_where_and_on_what_it_was_measured(path):
+    environment = json.loads(path.read_text())["environment"]
+    assert results.problems(environment, results.FORM["environment"]) == []
+    assert len(environment["commit"]) >= 7 and environment["date"] > "2026-11"
+
+
 def test_run_measures_what_it_is_asked_for(tmp_path, capsys):
     sizes = ["--tokens-per-frame", "3", "--heads", "2", "--head-dim", "8", "--seconds", "0.02"]
     asked = ["--device", "cpu", "--case", "ring_chunk", "--contender", "aadkern sdpa", "loop, torch"]
