@@ -30,7 +30,7 @@ def main() -> None:
         ("diffusion/, learning/", "levels, optimisers"),
     )
     parts += row(168, GREEN, *below)
-    parts += [floor(244, 124, "aadkern", "needs torch alone"), arrow(middle, 368, middle, 384)]
+    parts += [floor(244, 178, "aadkern", "needs torch alone"), arrow(middle, 422, middle, 438)]
     parts += row(
         256, BLUE, ("wan/", "CausalWan, VAE, text"), ("streaming/", "ring, merged step"), ("ulysses/", "a clip on many GPUs")
     )
@@ -40,10 +40,11 @@ def main() -> None:
         ("blocks/, fp8/", "norms, linear layers"),
     )
     parts += row(310, BLUE, *below)
-    parts += [floor(386, 70, "csrc", "CUDA C++ for Hopper")]
-    parts += row(399, PALE, ("attention/", "forward, backward"), ("primitives/", "wgmma, TMA: PTX and a host model"))
-    parts += [text(12, 476, "Imports point down only; tests/test_contracts.py holds them to it.")]
-    write("house", WIDTH, 488, *parts)
+    parts += row(364, BLUE, ("rotary/", "positions of frame, row, column"), ("weights/", "Wan's files, names of weights"))
+    parts += [floor(440, 70, "csrc", "CUDA C++ for Hopper")]
+    parts += row(453, PALE, ("attention/", "forward, backward"), ("primitives/", "wgmma, TMA: PTX and a host model"))
+    parts += [text(12, 530, "Imports point down only; tests/test_contracts.py holds them to it.")]
+    write("house", WIDTH, 542, *parts)
 
 
 if __name__ == "__main__":
