@@ -106,10 +106,10 @@ def measure_passes(device: torch.device, seconds: float) -> dict[str, Any]:
     weights = [torch.randn(shape[0], device=device) for _ in views]
 
     def batched() -> Tensor:
-        return network(torch.cat(views), sigma, clip_layout, condition_of=[*range(shape[0])] * 4)
+        return network(torch.cat(views), sigma, None, clip_layout, condition_of=[*range(shape[0])] * 4)
 
     def one_by_one() -> Tensor:
-        return torch.cat([network(view, sigma, clip_layout) for view in views])
+        return torch.cat([network(view, sigma, None, clip_layout) for view in views])
 
     def backward(logits: Tensor) -> None:
         network.zero_grad(set_to_none=True)

@@ -309,6 +309,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
             precision="fp8",
         ),
     ),
+    "StreamingCache.layer": (ready("layer"), lambda: dict(layer=0)),
     "StreamingCache.rewind": (ready("rewind"), lambda: dict(frame=1)),
     "StreamingCache.revisit": (ready("revisit"), lambda: dict(frame=1, oldest=1)),
     "StreamingCache.resume": (ready("resume"), lambda: dict(frame=1)),

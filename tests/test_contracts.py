@@ -66,7 +66,7 @@ ROOMS = (
     "rotary",
     "weights",
 )
-ROOMS += ("range_attention", "noise", "pooling", "fp8", "blocks", "ulysses", "ops", "testing", "streaming", "wan", "compat")
+ROOMS += ("fp8", "range_attention", "noise", "pooling", "blocks", "ulysses", "ops", "testing", "streaming", "wan", "compat")
 
 # Every variable read: our one switch, Triton's own, what torchrun tells the processes that it launches, and what builders of CUDA
 # extensions go by (benchmarks/fa3.py).

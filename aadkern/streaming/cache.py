@@ -140,6 +140,7 @@ class StreamingCache:
 
     def layer(self, layer: int) -> tuple[Tensor, ...]:
         """A layer's keys and values [B, slots * tokens_per_frame, H, D] and, in FP8, the scales of each, [B, slots, H]."""
+        layer = whole(layer, "layer", 0, self.layers - 1)
         scales = () if self.scales is None else self.scales[:, layer].unbind()
         return self.keys[layer], self.values[layer], *scales
 
