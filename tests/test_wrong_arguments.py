@@ -76,7 +76,7 @@ def test_the_raw_operator_refuses_tensors_that_its_plan_is_not_about():
         with pytest.raises(ValueError, match=r"range_attention: plan must fit q \[B, 6, H, D\]"):
             torch.ops.aadkern.range_attention(*wrong, plan.code, 0.5, "auto", False)
     for wrong in ((crooked, q, q), (q, q.double(), q), (q, q, q.to("cpu").half())):
-        with pytest.raises(ValueError, match=r"range_attention: [qkv] must be torch.float32 on cpu, its last dimension"):
+        with pytest.raises(ValueError, match=r"range_attention: [qkv] must be torch.float32 on cpu as q, its last dimension"):
             torch.ops.aadkern.range_attention(*wrong, plan.code, 0.5, "auto", False)
 
 

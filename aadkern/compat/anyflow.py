@@ -22,7 +22,7 @@ from aadkern.compat.builders import padded
 from aadkern.compat.flex import FirstCalls, Original
 from aadkern.compat.handle import Handle
 from aadkern.compat.patching import recorded
-from aadkern.plans import AttentionPlan
+from aadkern.plans import AttentionPlan, full
 from aadkern.range_attention.api import attention
 
 MASKED = ("_forward_train", "_forward_cache")
@@ -97,8 +97,7 @@ class AadAnyFlowProcessor:
             # diffusers pads the keys with as many zeros as the queries, and without a mask these are seen.
             zeros = padded(tokens) - tokens
             k, v = (F.pad(x, (0, 0, 0, 0, 0, zeros)) for x in (k, v))
-            plan = AttentionPlan.from_ranges(tokens, k.shape[1], [((0, tokens), [(0, k.shape[1])])])
-            return attention(q, k, v, plan, backend=self.backend)
+            return attention(q, k, v, full(tokens, k.shape[1]), backend=self.backend)
         plan = mask if isinstance(mask, AttentionPlan) else _unpadded(plan_of_block_mask(mask))
         if plan.q_len != tokens:
             raise ValueError(f"attention_mask must be for the {tokens} tokens of this call, got one for {plan.q_len}")

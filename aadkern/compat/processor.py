@@ -10,7 +10,7 @@ from torch import Tensor
 from aadkern.checks import choice, shown
 from aadkern.compat import anyflow
 from aadkern.compat.handle import Handle
-from aadkern.plans import AttentionPlan, VideoLayout, Window, block_causal
+from aadkern.plans import AttentionPlan, VideoLayout, Window, block_causal, full
 from aadkern.range_attention.api import attention
 from aadkern.runtime import BACKENDS
 
@@ -52,7 +52,7 @@ class AadWanProcessor:
         if rotary_emb is not None:
             q, k = _turned(q, *rotary_emb), _turned(k, *rotary_emb)
         tokens = hidden_states.shape[1]
-        plan = self.plan or AttentionPlan.from_ranges(tokens, tokens, [((0, tokens), [(0, tokens)])])
+        plan = self.plan or full(tokens, tokens)
         out = attention(q.to(v.dtype), k.to(v.dtype), v, plan, backend=self.backend).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 

@@ -78,7 +78,8 @@ def _plan_of(code: Sequence[int], q: Tensor, k: Tensor, v: Tensor, kind: torch.d
     device, wide, of_keys = q.device, of_q[3] > 1, kind or q.dtype
     for name, x, dtype in (("q", q, q.dtype), ("k", k, of_keys), ("v", v, of_keys)):
         if x.dtype != dtype or x.device != device or (wide and x.stride(3) != 1):
-            wanted = f"{dtype} on {q.device}, its last dimension contiguous"
+            as_q = "" if name != "q" and kind else " as q"
+            wanted = f"{dtype} on {q.device}{as_q}, its last dimension contiguous"
             raise ValueError(f"range_attention: {name} must be {wanted}, got {x.dtype} on {x.device}, strides {x.stride()}")
     return plan
 

@@ -68,6 +68,24 @@ def load_decoded(
     return decoded(bits, scale, DTYPE)
 
 
+@triton.jit
+def step(
+    acc, top, total, q, k_head, v_head, k_scales, v_scales, start, end, count, scale_log2,
+    k_stride, v_stride, k_scale_stride, v_scale_stride,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+    FRAME: tl.constexpr,
+):  # fmt: skip
+    """``attend`` over the keys [start, start + BLOCK_K), the first ``count`` of them if MASKED."""
+    k = load_decoded(
+        k_head, k_scales, start, end, k_stride, k_scale_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, FRAME, q.dtype
+    )
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    v = load_decoded(
+        v_head, v_scales, start, end, v_stride, v_scale_stride, BLOCK_K, MASKED, HEAD_DIM, BLOCK_D, WIDE, FRAME, q.dtype
+    )
+    return attend(acc, top, total, scores, v, count, scale_log2, BLOCK_K, MASKED)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def e4m3_kernel(
     q, k, v, k_scale, v_scale, out, lse, tiles, ranges, scale_log2, tile_count, group, heads, bh_count, q_len,
@@ -92,31 +110,19 @@ def e4m3_kernel(
         k_start = tl.load(ranges + 2 * r)
         k_end = tl.load(ranges + 2 * r + 1)
         for start in range(k_start, k_end - (k_end - k_start) % BLOCK_K, BLOCK_K):
-            k_tile = load_decoded(
-                k_head, k_scales, start, k_end, k_stride_l, k_scale_stride_f,
-                BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, FRAME, q_tile.dtype,
+            acc, top, total = step(
+                acc, top, total, q_tile, k_head, v_head, k_scales, v_scales, start, k_end, BLOCK_K, scale_log2,
+                k_stride_l, v_stride_l, k_scale_stride_f, v_scale_stride_f, BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, FRAME,
             )  # fmt: skip
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            v_tile = load_decoded(
-                v_head, v_scales, start, k_end, v_stride_l, v_scale_stride_f,
-                BLOCK_K, False, HEAD_DIM, BLOCK_D, WIDE, FRAME, q_tile.dtype,
-            )  # fmt: skip
-            acc, top, total = attend(acc, top, total, scores, v_tile, BLOCK_K, scale_log2, BLOCK_K, False)
     for r in range(first, last):
         k_end = tl.load(ranges + 2 * r + 1)
         tail = (k_end - tl.load(ranges + 2 * r)) % BLOCK_K
         if tail > 0:
             start = k_end - tail
-            k_tile = load_decoded(
-                k_head, k_scales, start, k_end, k_stride_l, k_scale_stride_f,
-                BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, FRAME, q_tile.dtype,
+            acc, top, total = step(
+                acc, top, total, q_tile, k_head, v_head, k_scales, v_scales, start, k_end, tail, scale_log2,
+                k_stride_l, v_stride_l, k_scale_stride_f, v_scale_stride_f, BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, FRAME,
             )  # fmt: skip
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            v_tile = load_decoded(
-                v_head, v_scales, start, k_end, v_stride_l, v_scale_stride_f,
-                BLOCK_K, True, HEAD_DIM, BLOCK_D, WIDE, FRAME, q_tile.dtype,
-            )  # fmt: skip
-            acc, top, total = attend(acc, top, total, scores, v_tile, tail, scale_log2, BLOCK_K, True)
 
     store_results(
         acc, top, total, out, lse, batch, head, heads, q_start, q_end, q_len, out_stride_b, out_stride_l, out_stride_h,

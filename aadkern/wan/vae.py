@@ -15,7 +15,26 @@ def pixels_per_latent(vae: AutoencoderKLWan) -> int:
     return int(2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1))
 
 
-class StreamingDecoder:
+class _Streaming:
+    """One half of a VAE, with what its causal convolutions look back at."""
+
+    def __init__(self, vae: AutoencoderKLWan, half: str) -> None:
+        self.vae = _whole_frames(vae)
+        self._convolutions = sum(isinstance(module, WanCausalConv3d) for module in getattr(vae, half).modules())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the video; the next frame is a first one."""
+        self._features: list[Any] = [None] * self._convolutions
+        self._shape: tuple[int, ...] | None = None  # of a frame, once there was one
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the features kept: the same from the third latent frame on."""
+        return sum(features.nbytes for features in self._features if isinstance(features, Tensor))
+
+
+class StreamingDecoder(_Streaming):
     """Decodes a video's latents chunk by chunk, with the same result as decoding the whole clip at once.
 
     ::
@@ -32,19 +51,7 @@ class StreamingDecoder:
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        self.vae = _whole_frames(vae)
-        self._convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the video; the next latent frame is a first one."""
-        self._features: list[Any] = [None] * self._convolutions
-        self._shape: tuple[int, ...] | None = None  # of a latent frame, once there was one
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the features kept: the same from the third latent frame on."""
-        return sum(features.nbytes for features in self._features if isinstance(features, Tensor))
+        super().__init__(vae, "decoder")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ class StreamingDecoder:
         return pixels.clamp(-1, 1)
 
 
-class StreamingEncoder:
+class StreamingEncoder(_Streaming):
     """Encodes a video to clean latents chunk by chunk, with the same result as encoding the whole clip at once.
 
     ::
@@ -80,19 +87,7 @@ class StreamingEncoder:
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        self.vae = _whole_frames(vae)
-        self._convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.encoder.modules())
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the video; the next frame is a first one."""
-        self._features: list[Any] = [None] * self._convolutions
-        self._shape: tuple[int, ...] | None = None  # of a frame, once there was one
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the features kept: the same from the second latent frame on."""
-        return sum(features.nbytes for features in self._features if isinstance(features, Tensor))
+        super().__init__(vae, "encoder")
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
