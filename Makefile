@@ -73,7 +73,7 @@ test-all: $(STAMP)  ## all tests
 	@$(call RUN_TESTS)
 
 wan-smoke: $(STAMP)  ## the path of a real Wan with tiny random networks, to runs/wan-smoke (VIDEOS=FOLDER: of your own files)
-	@"$(BIN)/python" -m tests.wan_smoke $(if $(VIDEOS),"$(VIDEOS)")
+	@"$(BIN)/python" -m tests.stages.wan_smoke $(if $(VIDEOS),"$(VIDEOS)")
 
 lint: $(STAMP)  ## ruff, and mypy on aadkern
 	@"$(BIN)/ruff" check .

@@ -30,7 +30,8 @@ SM90_CAPABILITY, SM90_HEAD_DIMS, SM90_DTYPES = (9, 0), (64, 128), ("bfloat16", "
 
 # Where the tests of each backend, and of each other room's kernels, have passed. A GPU entry is
 # "<GPU>: benchmarks/results/<file>.json", written by benchmarks.verified from what benchmarks.gpu_check found on that GPU;
-# tests/test_verified.py holds the entry to what the file says. "auto" takes sm90, which no CPU can run, only once it has an entry.
+# tests/benchmarks/test_verified.py holds the entry to what the file says. "auto" takes sm90, which no CPU can run, only once it
+# has an entry.
 VERIFIED: dict[str, tuple[str, ...]] = {
     "reference": ("cpu",),
     "sdpa": ("cpu",),
@@ -42,8 +43,9 @@ VERIFIED: dict[str, tuple[str, ...]] = {
     "blocks": ("the CPU interpreter",),
     "fp8": ("the CPU interpreter",),
 }
-# Where Triton's attention compiles without a GPU and, at head_dim 64 and 128, without spills (tests/test_triton_compile*.py):
-# compute capability or AMD's name -> GPUs of it, by the names in VERIFIED. docs/triton.md has the table.
+# Where Triton's attention compiles without a GPU and, at head_dim 64 and 128, without spills
+# (tests/attention/test_triton_compile*.py): compute capability or AMD's name -> GPUs of it, by the names in VERIFIED.
+# docs/triton.md has the table.
 COMPILED: dict[str, tuple[str, ...]] = {
     "8.0": ("A100",),
     "8.9": ("RTX 4090", "L40S"),

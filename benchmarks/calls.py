@@ -38,7 +38,7 @@ OURS = ("aadkern sm90", "aadkern sm90 deterministic", "aadkern triton")
 VARIANTS = ("sm90 specialised", "sm90 pingpong", "sm90 wide", "sm90 persistent", "sm90 80 rows")
 RIVALS = ("loop, cuDNN", "loop, FA3", "loop, FA4", "loop, FA2", "loop, torch flash", "flex", "flex FLASH", "aadkern flash")
 # Single primitives first: where an instruction does not do what the model says, nothing that stands on it is worth a look.
-CORRECT = ("tests/test_primitive_checks.py", "tests/test_sm90_gpu.py", "tests/test_triton_attention_gpu.py")
+CORRECT = ("tests/sm90/test_primitive_checks.py", "tests/sm90/test_sm90_gpu.py", "tests/attention/test_triton_attention_gpu.py")
 CALLS = {
     "first": Call(
         6.0,

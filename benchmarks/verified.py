@@ -24,13 +24,13 @@ WITHOUT_A_GPU = {"cpu", "the CPU interpreter"}
 ENTRY = re.compile(r"(?P<gpu>.+): (?P<file>benchmarks/results/[\w.-]+\.json)")
 # The files whose tests on a GPU prove a backend or room, and nothing else does.
 PROOF = {
-    "sm90": ("tests/test_sm90_gpu.py", "tests/test_primitive_checks.py"),
-    "triton": ("tests/test_triton_attention_gpu.py", "tests/test_bad_input.py"),
-    "flash": ("tests/test_flash_gpu.py",),
-    "pooling": ("tests/test_pooling_gpu.py",),
-    "noise": ("tests/test_noise_gpu.py",),
-    "blocks": ("tests/test_blocks_gpu.py",),
-    "fp8": ("tests/test_fp8_gpu.py",),
+    "sm90": ("tests/sm90/test_sm90_gpu.py", "tests/sm90/test_primitive_checks.py"),
+    "triton": ("tests/attention/test_triton_attention_gpu.py", "tests/attention/test_bad_input.py"),
+    "flash": ("tests/attention/test_flash_gpu.py",),
+    "pooling": ("tests/pooling/test_pooling_gpu.py",),
+    "noise": ("tests/noise/test_noise_gpu.py",),
+    "blocks": ("tests/blocks/test_blocks_gpu.py",),
+    "fp8": ("tests/fp8/test_fp8_gpu.py",),
 }
 BAD_OUTCOMES = ("failed", "error", "lost")
 EXCUSED = "needs two CUDA devices"  # the one reason for which a test may be skipped

@@ -13,7 +13,7 @@
 // Weak, so that the library loads into a torch without CUDA too: there its schemas and arguments are still tested.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
-// The tests build this file against the host model, where the kernels take CPU tensors (tests/test_sm90_binding.py).
+// The tests build this file against the host model, where the kernels take CPU tensors (tests/sm90/test_sm90_binding.py).
 #if defined(AADKERN_HOST_MODEL)
 #define AADKERN_DISPATCH_KEY CPU
 #else

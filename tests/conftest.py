@@ -65,8 +65,8 @@ def poisoned_empty():
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """Seeds by the test's name, so that a test draws the same numbers alone, in any order and in any process."""
-    seed = zlib.crc32(request.node.nodeid.encode())
+    """Seeds by the test's file and name, so that a test draws the same numbers alone, in any order, process and folder."""
+    seed = zlib.crc32(request.node.nodeid.rpartition("/")[2].encode())
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -21,7 +21,7 @@ ROUNDS = 10
 EPS_STREAM, DELTA_STREAM = 0, 1
 
 # ln(1 + f) = f - f^2 / 2 + f^3 P(f) on [sqrt(1/2) - 1, sqrt(2) - 1]; sine and cosine on [-pi/4, pi/4]. Minimax coefficients in
-# float32, highest power first; errors measured in tests/test_noise.py.
+# float32, highest power first; errors measured in tests/noise/test_noise.py.
 LOG: tuple[float, ...] = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1)
 LOG += (-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)
 LN_2 = (0.693359375, -2.12194440e-4)  # its high part times any exponent is exact

@@ -27,7 +27,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Tokens and channels of a program's tile, warps, stages. 128 columns of bf16 are 256 contiguous bytes of each row. The largest
-# that compile without spills (tests/test_triton_compile_pooling.py); unverified on a GPU.
+# that compile without spills (tests/pooling/test_triton_compile_pooling.py); unverified on a GPU.
 PRODUCTS = {"BLOCK_N": 64, "BLOCK_C": 128, "num_warps": 8, "num_stages": 3}
 POOL = {"BLOCK_N": 64, "BLOCK_C": 128, "num_warps": 4, "num_stages": 3}
 SMALL = {"BLOCK_N": 16, "BLOCK_C": 32, "num_warps": 4, "num_stages": 1}  # float32, whose products use no tensor cores; tests

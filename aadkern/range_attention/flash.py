@@ -4,7 +4,7 @@ FlashAttention 3, 4 or 2, or xformers, whichever is installed and made for the G
 which nothing of ours is measured yet, and to compare with. Nothing is copied to join ranges, and nothing is padded. With the lse
 of all ranges together each call of the backward gives its own range's part of the gradients exactly (p = exp(score - lse), and
 delta is the dot product of the whole out with its gradient), as in ring attention (Liu et al. 2023, arXiv:2310.01889).
-Unverified on a GPU; tests/test_flash.py runs it against stand-ins with these libraries' signatures.
+Unverified on a GPU; tests/attention/test_flash.py runs it against stand-ins with these libraries' signatures.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # (device class, padded head_dim) -> configuration for bf16 and fp16, chosen from the machine code of Triton 3.6, 3.7 and
 # 3.9: no spills, and on Hopper loads two steps early and exponentials beside wgmma (docs/triton.md says how each was
-# found). tests/test_triton_compile.py holds them to it. No speed measured yet; benchmarks/sweep.py times the rivals.
+# found). tests/attention/test_triton_compile.py holds them to it. No speed measured yet; benchmarks/sweep.py times the rivals.
 CONFIGS: dict[tuple[str, int], Tile] = {
     ("sm90", 64): Tile(128, 64, warps=8, stages=3, ahead=True),  # with 128 keys ptxas leaves the exponentials alone
     ("sm90", 128): Tile(128, 64, warps=8, stages=3, ahead=True),  # with 128 keys the second scores spill

@@ -1,4 +1,4 @@
-// The backward kernels on the host model, for tests/test_sm90_backward.py: plain C entries.
+// The backward kernels on the host model, for tests/sm90/test_sm90_backward.py: plain C entries.
 #include <algorithm>
 
 #include "attention/sm90/backward.cuh"

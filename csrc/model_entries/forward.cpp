@@ -1,4 +1,4 @@
-// The forward kernels on the host model, for tests/test_sm90_forward.py: one plain C entry.
+// The forward kernels on the host model, for tests/sm90/test_sm90_forward.py: one plain C entry.
 #include <algorithm>
 #include <vector>
 

@@ -1,5 +1,5 @@
 // The launches of csrc/attention/launch.h on the host model. With csrc/bindings.cpp they make torch operators that run the very kernels on
-// CPU tensors: tests/test_sm90_binding.py goes through all of aadkern.attention's "sm90" but the device. The report of a run with errors is
+// CPU tensors: tests/sm90/test_sm90_binding.py goes through all of aadkern.attention's "sm90" but the device. The report of a run with errors is
 // the message of the exception.
 #include <algorithm>
 

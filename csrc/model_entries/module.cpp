@@ -1,5 +1,5 @@
 // What Python builds for the attention kernels on the host model: the arguments, with the very structs of attention/launch.h, and
-// calls into a library of forward.cpp or backward.cpp that tests/hopper_host.py has built, of sound sources or with a fault planted.
+// calls into a library of forward.cpp or backward.cpp that tests/sm90/hopper_host.py has built, of sound sources or with a fault planted.
 // Compiled on demand for tests and development; no package holds it.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// The checks of single primitives on a GPU: nvcc -shared -gencode arch=compute_90a,code=sm_90a (tests/hopper_host.py build_primitive_checks), called by
+// The checks of single primitives on a GPU: nvcc -shared -gencode arch=compute_90a,code=sm_90a (tests/sm90/hopper_host.py build_primitive_checks), called by
 // ctypes.
 #include <cstdio>
 #include <functional>

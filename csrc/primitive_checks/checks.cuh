@@ -1,6 +1,6 @@
 // Checks of single primitives: one small kernel for each, to be run before anything that is built from them. Each needs only
 // what those above it in this file have shown; wgmma.cuh comes after. The same kernels run on a GPU (checks.cu) and on
-// the host model (csrc/model_entries/primitive_checks.cpp); tests/primitive_checks.py holds what each must give.
+// the host model (csrc/model_entries/primitive_checks.cpp); tests/sm90/primitive_checks.py holds what each must give.
 #pragma once
 
 #include "primitives/primitives.h"

@@ -1,7 +1,7 @@
 // What Python calls: one extern "C" entry for each check, the same on a GPU and on the host model. The including file defines
 // `Machine` before: input and output copy arrays to where kernels can reach them, map makes tensor maps, run launches,
 // finish copies the outputs back and writes the report ("kind<TAB>count<TAB>message" lines; empty when all went well).
-// Arrays and their sizes come from tests/primitive_checks.py, which also checks what comes back.
+// Arrays and their sizes come from tests/sm90/primitive_checks.py, which also checks what comes back.
 #pragma once
 
 #include <type_traits>

@@ -1,4 +1,4 @@
-"""Draws every picture that code draws anew: ``python docs/images/draw_all.py``. tests/test_pictures.py holds them to the code."""
+"""Draws all pictures that code draws: ``python docs/images/draw_all.py``. tests/house/test_pictures.py holds them to the code."""
 
 from __future__ import annotations
 

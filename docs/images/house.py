@@ -43,7 +43,7 @@ def main() -> None:
     parts += row(364, BLUE, ("rotary/", "positions of frame, row, column"), ("weights/", "Wan's files, names of weights"))
     parts += [floor(440, 70, "csrc", "CUDA C++ for Hopper")]
     parts += row(453, PALE, ("attention/", "forward, backward"), ("primitives/", "wgmma, TMA: PTX and a host model"))
-    parts += [text(12, 530, "Imports point down only; tests/test_contracts.py holds them to it.")]
+    parts += [text(12, 530, "Imports point down only; tests/house/test_contracts.py holds them to it.")]
     write("house", WIDTH, 542, *parts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bad_inputs import CASES, On
+from tests.attention.bad_inputs import CASES, On
 
 
 # numpy, which interprets, warns where a GPU makes inf and NaN quietly.

@@ -11,7 +11,7 @@ from aadkern import StreamingCache, Window
 from aadkern.range_attention import api, ops, reference
 from aadkern.range_attention.triton_e4m3 import decoded
 from tests.interpreter.test_triton_attention import CHUNKED, RAGGED
-from tests.test_fp8_cache import quantised, uneven
+from tests.streaming.test_fp8_cache import quantised, uneven
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import torch
 
 from aadkern import blocks, ops
 from aadkern.blocks import RotaryGrid, triton_gated_residual, triton_modulated_norm, triton_qk_norm_rope
-from tests import test_blocks
-from tests.block_cases import (
+from tests.blocks import test_blocks
+from tests.blocks.block_cases import (
     BATCH,
     FRAMES,
     GRID,
@@ -25,7 +25,7 @@ from tests.block_cases import (
     run_tokens,
     tokens_and_rows,
 )
-from tests.test_blocks import CPU, backends_agree
+from tests.blocks.test_blocks import CPU, backends_agree
 
 DTYPES = [torch.float32, torch.float16]
 

@@ -7,8 +7,8 @@ import torch
 
 import aadkern
 from aadkern import ops
-from tests.pooling_cases import make
-from tests.test_derivatives import block_cases
+from tests.attention.test_derivatives import block_cases
+from tests.pooling.pooling_cases import make
 
 
 def jvp_of(f, primals, tangents):

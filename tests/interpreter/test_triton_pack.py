@@ -11,9 +11,9 @@ import torch
 from aadkern import ops
 from aadkern.blocks import RotaryGrid, triton_qk_norm_rope_pack
 from aadkern.ulysses.exchange import rows_on
-from tests.pack_cases import EPS, compare_packed, moves_of
-from tests.processes import run_processes
-from tests.ulysses_cases import random_plan
+from tests.engine.processes import run_processes
+from tests.ulysses.pack_cases import EPS, compare_packed, moves_of
+from tests.ulysses.ulysses_cases import random_plan
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def test_compiles_to_one_graph():
 
 @pytest.mark.slow
 def test_a_model_on_four_processes():
-    run_processes(str(Path(__file__).parents[1] / "ulysses_models.py"), "4", "packed_by_triton", count=1)
+    run_processes(str(Path(__file__).parents[1] / "ulysses" / "ulysses_models.py"), "4", "packed_by_triton", count=1)
 
 
 def test_nothing_to_do():

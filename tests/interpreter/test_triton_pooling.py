@@ -10,7 +10,7 @@ import torch
 import aadkern
 from aadkern import ops
 from aadkern.pooling import torch_path, triton_forward
-from tests.pooling_cases import check_kernels, gradient_for, make, run, with_lse
+from tests.pooling.pooling_cases import check_kernels, gradient_for, make, run, with_lse
 
 
 @pytest.fixture(autouse=True)

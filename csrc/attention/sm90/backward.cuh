@@ -7,7 +7,7 @@
 //                  dV += P^T dO and dK += dS^T Q without leaving the registers. dQ = dS K sums over all keys of the tile: dS^T goes
 //                  through shared memory, and each warpgroup makes half of dQ.
 // The order of products leaves one in flight behind whatever is computed: P^T under dP^T, dS^T under dV, dQ's way out under dK; at head_dim 128
-// dK is still in flight when S^T and dP^T of the next query tile are issued. Read from the machine code (tests/test_sm90_backward.py).
+// dK is still in flight when S^T and dP^T of the next query tile are issued. Read from the machine code (tests/sm90/test_sm90_backward.py).
 // Where a tile ends early, the rows after it are others' and may hold NaN: they are zeroed in shared memory before use.
 // `deterministic`: a CTA takes its key tile by a ticket, and adds to a query tile after the key tiles of smaller tickets that see it. The
 // CTA of the smallest unfinished ticket waits for nobody, so somebody always goes on, however few of them run at once.

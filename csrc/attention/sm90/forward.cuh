@@ -5,7 +5,7 @@
 //   consumer warpgroups,  issue S(j) = q k(j)^T and O += P(j-1) v(j-1) together; the softmax of S(j) runs while the second is at
 //   64 query rows each    work, and with PingPong while the other consumer's products are
 //
-// Read from the machine code (tests/test_sm90_forward.py): all exponentials and row maxima of the loop stand beside P v.
+// Read from the machine code (tests/sm90/test_sm90_forward.py): all exponentials and row maxima of the loop stand beside P v.
 // With Persistent a CTA does every grid_size_x()-th tile from its own on. Its rings and turns go on from tile to tile; the next q is
 // loaded when both consumers are done with the last product of this one, under their last P v and their way out, and results go out
 // without shared memory, of which the next q, k and v have all there is.

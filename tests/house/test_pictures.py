@@ -1,0 +1,22 @@
+"""The drawings in docs/images are what their programs draw today."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
+
+
+def test_drawings_are_what_the_code_draws(tmp_path):
+    copy = shutil.copytree(IMAGES, tmp_path / "images", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(IMAGES.parent / "data", tmp_path / "data")
+    drawn = [path for path in copy.glob("*.svg") if path.with_suffix(".py").exists()]
+    assert len(drawn) >= 6
+    for path in drawn:
+        path.unlink()
+    subprocess.run([sys.executable, "draw_all.py"], cwd=copy, check=True, timeout=300)
+    for path in drawn:
+        assert path.read_text() == (IMAGES / path.name).read_text(), f"python docs/images/draw_all.py draws {path.name} otherwise"
