@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from aadkern import SequenceGroup
 from aadkern.plans import AttentionPlan, VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
+from aadkern.streaming.context import CausalContext
 from aadkern.streaming.generator import PREDICTS
-from aadkern.wan import CausalWan, TextCache
+from aadkern.wan import CachedChunk, CausalWan, TextCache, WholeClip
 from aadkern_train.diffusion.flow import x0_from_flow
 from aadkern_train.engine.processes import computing_dtype
 
@@ -63,24 +64,22 @@ class Denoiser(nn.Module):
         x: Tensor,
         sigma: Tensor,
         text: Tensor | TextCache | None = None,
+        attention: WholeClip | CachedChunk | AttentionPlan | CausalContext | StreamingCache | None = None,
         *,
-        plan: AttentionPlan | Any = None,
-        cache: StreamingCache | None = None,
-        cache_only: bool = False,
         taps: Sequence[int] | None = None,
         condition_of: Sequence[int] | None = None,
-        clean_frames: int = 0,
     ) -> Any:
         """``text`` [B, T, text_dim], or its cache, or None to leave the cross-attention out. ``condition_of``: x's row i takes row
-        condition_of[i] of sigma and text; the others are CausalWan's."""
-        options = {"plan": plan, "cache": cache, "cache_only": cache_only, "taps": taps, "condition_of": condition_of}
-        out = self.net(x.transpose(1, 2), 1000 * sigma, text, clean_frames=clean_frames, **options)
-        if taps is not None or cache_only:
+        condition_of[i] of sigma and text; ``attention`` and ``taps`` are CausalWan's."""
+        out = self.net(x.transpose(1, 2), 1000 * sigma, text, attention=attention, taps=taps, condition_of=condition_of)
+        chunk = attention if isinstance(attention, CachedChunk) else None
+        if taps is not None or (chunk is not None and chunk.cache_only):
             return out
         flow_or_x0 = out.transpose(1, 2)
         if condition_of is not None:
             sigma = sigma[list(condition_of)]
-        x, sigma = x[:, clean_frames:], sigma[:, clean_frames:]
+        if chunk is not None:
+            x, sigma = x[:, chunk.clean_frames :], sigma[:, chunk.clean_frames :]
         # A copy, as FSDP2 must not be handed a view.
         return flow_or_x0.clone() if self.predicts == "x0" else x0_from_flow(x, flow_or_x0, sigma)
 

@@ -123,6 +123,6 @@ class Discriminator(nn.Module):
     ) -> Tensor:
         """``condition_of``: x's row i takes row condition_of[i] of sigma and text; views of one sample share what is computed of
         these."""
-        taps = self.backbone(x, sigma, text, plan=self.plan(layout, window), taps=self.layers, condition_of=condition_of)
+        taps = self.backbone(x, sigma, text, self.plan(layout, window), taps=self.layers, condition_of=condition_of)
         logits = self.heads(taps, 1 if self.per == "video" else x.shape[1], self.backbone.sequence)
         return (logits[:, 0] if self.per == "video" else logits).clone()  # a copy, as FSDP2 must not be handed a view

@@ -138,7 +138,7 @@ class Networks:
             network = base.view(None)
         else:
             network = self.make(name, frozen=True, storage=self._teacher_dtype(), offload=self.recipe.models.offload_teacher)
-        return Teacher(lambda x, sigma, text: network(x, sigma, text, plan=plan), guidance, self.null)
+        return Teacher(lambda x, sigma, text: network(x, sigma, text, plan), guidance, self.null)
 
     def fake(self, start: str | None) -> str | None:
         """The source of a fake score for a generator that started from ``start``."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from aadkern.plans import VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
 from aadkern.streaming.generator import StreamingGenerator
-from aadkern.wan import TextCache
+from aadkern.wan import CachedChunk, TextCache
 from aadkern_train.diffusion.flow import add_noise
 from aadkern_train.diffusion.steps import StepPlan
 from aadkern_train.engine.processes import accumulating, is_sharded
@@ -68,14 +68,14 @@ class Rollout:
             elif start:
                 write_clean(generator, self.x[:, slice(*self.layout.chunk_frames(made.chunk - 1))].detach(), text, cache)
             with accumulating(generator, last=last and made is self.made[-1]), torch.enable_grad():
-                again = generator(made.exit_input, uniform(made.x, made.exit_level), self.text, cache=cache)
+                again = generator(made.exit_input, uniform(made.x, made.exit_level), self.text, cache)
                 again.backward(gradient[:, start:end])
 
 
 def write_clean(generator: Denoiser, clean: Tensor, text: TextCache | None, cache: StreamingCache) -> None:
     """The keys and values of a finished chunk, which later ones will see."""
     with torch.no_grad():
-        generator(clean, uniform(clean, 0.0), text, cache=cache, cache_only=True)
+        generator(clean, uniform(clean, 0.0), text, CachedChunk(cache, cache_only=True))
     cache.commit()
 
 
@@ -118,10 +118,10 @@ def rollout(
         levels = steps.levels(number == 1)
         for k, level in enumerate(levels[:-1]):
             with torch.no_grad():
-                x0 = generator(x, uniform(x, level), text, cache=cache)
+                x0 = generator(x, uniform(x, level), text, cache)
                 x = add_noise(x0, noise(number, k + 1), uniform(x, levels[k + 1]))
         with nullcontext() if with_grad else torch.no_grad():
-            out = generator(x, uniform(x, levels[-1]), text, cache=cache)
+            out = generator(x, uniform(x, levels[-1]), text, cache)
         made.append(Made(chunk, out, x, levels[-1]))
         clean = out.detach()
     frames = [] if first is None else [first[:, None]]

@@ -140,7 +140,7 @@ def _make(
     frames, (height, width) = (settings.frames + 3) // 4, (side // PIXELS for side in settings.size)
     plan = bidirectional(VideoLayout((frames,), network.tokens_per_frame(height, width)))
     null = padded(source.null(settings.null))[None].float().to(device)
-    teacher = Teacher(lambda x, sigma, text: network(x, sigma, text, plan=plan), settings.guidance, null)
+    teacher = Teacher(lambda x, sigma, text: network(x, sigma, text, plan), settings.guidance, null)
     draws, grid = Draws(settings.seed, "pairs"), solver_grid(settings.steps, settings.shift, settings.levels)
     total = sum(len(_places(shard, settings.count)) for shard in shards)
     done = 0

@@ -174,7 +174,7 @@ class AdversarialSelfDistillation(DmdWarmUp):
         fake, plan = self.learners["fake"].module, bidirectional(self.run.layout)
         with warnings.catch_warnings():  # FSDP2 speaks of what is done to views in place: here nothing is
             warnings.filterwarnings("ignore", message=".*returned a view tensor")
-            taps: list[Tensor] = fake(x, sigma, text, plan=plan, taps=self.settings.layers, condition_of=condition_of)
+            taps: list[Tensor] = fake(x, sigma, text, plan, taps=self.settings.layers, condition_of=condition_of)
         return taps
 
     def logits(self, taps: list[Tensor], count: int) -> Tensor:

@@ -137,7 +137,7 @@ class DmdWarmUp(Stage):
         with torch.no_grad():
             level = draw_levels(draws, "level", samples, self.settings.shift, x_hat, clamp=self.settings.level_range)
             x_tau, sigma = noised(x_hat, level, draw_noise(draws, "eps", samples, x_hat), self.run.clean_frames)
-            x0_fake = self.learners["fake"].module(x_tau, sigma, condition.text, plan=plan)
+            x0_fake = self.learners["fake"].module(x_tau, sigma, condition.text, plan)
             direction = dmd_direction(x_hat, x0_fake, self.teacher(x_tau, sigma, condition), frames)
         leaf = x_hat.detach().requires_grad_()
         loss = surrogate(leaf, direction, frames)

@@ -181,7 +181,7 @@ class OdeInitialisation(Stage):
         noisy = max(1, int((drawn < len(self.levels) - 1).sum())) / self.run.processes.data_size
         for some, last in micro_batches(self.run.batch(step, self.settings.batch), self.settings.accumulate):
             x, sigma, target, text = self.inputs(draws, some)
-            estimate = learner.module(x, sigma, text, plan=self.context)
+            estimate = learner.module(x, sigma, text, self.context)
             frames = (sigma > 0).float()
             loss = regression(estimate, target, frames) * frames.sum() / noisy
             with accumulating(learner.module, last=last):

@@ -57,7 +57,7 @@ def stretches(
     """
     given, chunks = run.recipe.given_frames, len(run.layout.chunks)
     if joint:
-        yield slice(given, run.layout.frames), network(x_sigma, sigma, text, plan=CausalContext(run.layout, run.window))[:, given:]
+        yield slice(given, run.layout.frames), network(x_sigma, sigma, text, CausalContext(run.layout, run.window))[:, given:]
         return
     cached = None if text is None else TextCache.lazy(text)
     sizes = (len(clean), run.world.frame_shape, run.window, max(run.layout.chunks))
@@ -65,6 +65,6 @@ def stretches(
     for chunk in range(chunks):
         frames = slice(*run.layout.chunk_frames(chunk))
         if chunk >= given:
-            yield frames, network(x_sigma[:, frames], sigma[:, frames], text, cache=cache)
+            yield frames, network(x_sigma[:, frames], sigma[:, frames], text, cache)
         if chunk + 1 < chunks:
             write_clean(network, clean[:, frames], cached, cache)

@@ -26,7 +26,7 @@ def denoising_loss(
     network: Denoiser, x_sigma: Tensor, sigma: Tensor, text: Tensor | None, x0: Tensor, frames: Tensor, plan: object
 ) -> Tensor:
     """The regression of a denoiser in the quantity that its network predicts."""
-    estimate = network(x_sigma, sigma, text, plan=plan)
+    estimate = network(x_sigma, sigma, text, plan)
     if network.predicts == "flow":
         return regression(flow_from_x0(x_sigma, estimate, sigma), flow_from_x0(x_sigma, x0, sigma), frames)
     return regression(estimate, x0, frames)

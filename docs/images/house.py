@@ -31,9 +31,13 @@ def main() -> None:
     )
     parts += row(168, GREEN, *below)
     parts += [floor(244, 178, "aadkern", "needs torch alone"), arrow(middle, 422, middle, 438)]
-    parts += row(
-        256, BLUE, ("wan/", "CausalWan, VAE, text"), ("streaming/", "ring, merged step"), ("ulysses/", "a clip on many GPUs")
+    above = (
+        ("compat/", "drop-ins for others"),
+        ("wan/", "CausalWan, VAE, text"),
+        ("streaming/", "ring, merged step"),
+        ("ulysses/", "a clip on many GPUs"),
     )
+    parts += row(256, BLUE, *above)
     below = (
         ("range_attention/", "plans to kernels"),
         ("pooling/, noise/", "judge's heads, views"),

@@ -51,7 +51,7 @@ def test_each_chunk_is_one_pass_over_its_clean_past(generator):
         x = torch.cat([made.x[:, :start], noise(chunk, 0)], dim=1)
         sigma = torch.cat([torch.zeros(2, start), torch.ones(2, end - start)], dim=1).double()
         with torch.no_grad():
-            whole = generator(x, sigma, plan=CausalContext(VideoLayout(CHUNKS[: chunk + 1], 9), WINDOW))
+            whole = generator(x, sigma, attention=CausalContext(VideoLayout(CHUNKS[: chunk + 1], 9), WINDOW))
         torch.testing.assert_close(whole[:, start:], made.x[:, start:end], rtol=1e-8, atol=1e-9)
     assert torch.equal(made.x[:, 0], first)
 
@@ -80,7 +80,7 @@ def test_the_gradient_stays_in_its_own_chunk(generator):
     whole = generator.net.proj_out.weight.grad.clone()
     generator.zero_grad()
     made.cache.rewind(start)
-    generator(made.made[2].exit_input, uniform(made.made[2].x, 1.0), cache=made.cache).sum().backward()
+    generator(made.made[2].exit_input, uniform(made.made[2].x, 1.0), attention=made.cache).sum().backward()
     torch.testing.assert_close(whole, generator.net.proj_out.weight.grad)
 
 
@@ -132,8 +132,8 @@ def test_each_chunk_is_one_pass_under_its_caption(reader, first):
         x = torch.cat([made.x[:, :start], noise(number, 0)], dim=1)
         sigma = torch.cat([torch.zeros(2, start), torch.ones(2, end - start)], dim=1).double()
         with torch.no_grad():
-            whole = reader(x, sigma, condition.text, plan=CausalContext(layout, WINDOW))
-            other = reader(x, sigma, condition.text.flip(0), plan=CausalContext(layout, WINDOW))
+            whole = reader(x, sigma, condition.text, CausalContext(layout, WINDOW))
+            other = reader(x, sigma, condition.text.flip(0), CausalContext(layout, WINDOW))
         torch.testing.assert_close(whole[:, start:], made.x[:, start:end], rtol=1e-8, atol=1e-9)
         assert not torch.allclose(other[:, start:], made.x[:, start:end], atol=1e-4), "each row has its own caption"
 
