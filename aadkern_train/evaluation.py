@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadkern_train.diffusion.flow import integrate_ode, sigma_schedule
-from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.diffusion.flow import integrate_ode
+from aadkern_train.diffusion.steps import StepPlan, sigma_schedule
 from aadkern_train.networks.rollout import TURNS, stream, streaming, turn_to
 from aadkern_train.run import Run
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from aadkern_train.diffusion.steps import sigma_schedule
+
 
 def per_frame(sigma: Tensor) -> Tensor:
     """sigma [B, F] shaped to multiply x [B, F, C, H, W]."""
@@ -46,23 +48,6 @@ def score_from_x0(x_sigma: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     return ((1 - s) * x0 - x_sigma) / s.square()
 
 
-def shift(u: Tensor | float, factor: float) -> Tensor | float:
-    """Wan's timestep shift: factor u / (1 + (factor - 1) u)."""
-    return factor * u / (1 + (factor - 1) * u)
-
-
-def unshift(sigma: float, factor: float) -> float:
-    """The inverse of ``shift``."""
-    return sigma / (factor - (factor - 1) * sigma)
-
-
-def sigma_schedule(steps: int, shift_factor: float) -> list[float]:
-    """``steps + 1`` noise levels from 1 down to 0, evenly spaced before the shift."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    return [float(shift((steps - i) / steps, shift_factor)) for i in range(steps + 1)]
-
-
 def clip_sigma(level: Tensor, frames: int, clean_frames: int) -> Tensor:
     """One level per clip [B] -> sigma [B, frames], the first ``clean_frames`` at 0 (the image of image-to-video)."""
     sigma = level[:, None].expand(-1, frames).clone()
@@ -91,9 +76,9 @@ def integrate_ode(
     return x
 
 
-def solver_grid(steps: int, shift_factor: float, levels: Sequence[float]) -> list[float]:
+def solver_grid(steps: int, shift: float, levels: Sequence[float]) -> list[float]:
     """``sigma_schedule`` widened by ``levels`` themselves, so that a latent stored at one of them has exactly that noise."""
-    return sorted({*sigma_schedule(steps, shift_factor), *levels}, reverse=True)
+    return sorted({*sigma_schedule(steps, shift), *levels}, reverse=True)
 
 
 def ode_trajectory(

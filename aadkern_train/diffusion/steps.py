@@ -1,17 +1,43 @@
-"""How many denoising passes a chunk gets, at which noise levels, and which of them carries the gradient."""
+"""How many denoising passes a chunk gets, at which noise levels, and which of them carries the gradient. Needs no torch."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHIFT = 5.0  # of timesteps towards noise, Self-Forcing's
 STRENGTH = 0.6  # of the noise on a video that another is made from, where nothing else is asked for
 ROUNDING = 1e-6  # of a level that was written with few digits
 Spacing = Literal["prefix", "respaced"]
 """Which of N levels a sampler of n < N passes runs: the first n, or those at i N // n."""
+Level = TypeVar("Level", float, "Tensor")
+
+
+def shifted(level: Level, shift: float) -> Level:
+    """Wan's shift of noise levels, which leaves 0 and 1 where they are: shift u / (1 + (shift - 1) u)."""
+    return shift * level / (1 + (shift - 1) * level)
+
+
+def unshifted(level: float, shift: float) -> float:
+    """The inverse of ``shifted``."""
+    return level / (shift - (shift - 1) * level)
+
+
+def sigma_schedule(steps: int, shift: float) -> list[float]:
+    """``steps + 1`` noise levels from 1 down to 0, evenly spaced before the shift."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return [shifted((steps - i) / steps, shift) for i in range(steps + 1)]
+
+
+def are_falling(levels: Sequence[float]) -> bool:
+    """Whether they are the noise levels of one chunk's passes: falling, in (0, 1], at least one."""
+    return len(levels) > 0 and all(a > b for a, b in itertools.pairwise(levels)) and all(0 < level <= 1 for level in levels)
 
 
 @dataclass(frozen=True)
@@ -29,8 +55,7 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         for name, levels in (("first", self.first), ("rest", self.rest)):
-            falling = all(a > b for a, b in itertools.pairwise(levels))
-            if not levels or not falling or not all(0 < s <= 1 for s in levels):
+            if not are_falling(levels):
                 raise ValueError(f"{name} must be falling noise levels in (0, 1], got {levels}")
         for name in ("exit", "first_exit"):
             index = getattr(self, name)
@@ -73,5 +98,5 @@ def started(levels: Sequence[float], strength: float, shift: float = 1.0) -> tup
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1], from the source as it is to pure noise, got {strength}")
-    level = shift * strength / (1 + (shift - 1) * strength)
+    level = shifted(strength, shift)
     return tuple(s for s in levels if s <= level + ROUNDING) or (level,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from aadkern.streaming.cache import PRECISIONS
-from aadkern_train.diffusion.steps import SHIFT, fewer, started
+from aadkern_train.diffusion.steps import SHIFT, are_falling, fewer, shifted, started
 from aadkern_train.engine.processes import device_of
 from aadkern_train.generate.prompts import changes
 from aadkern_train.networks.rollout import TURNS
@@ -141,8 +140,7 @@ def trained_levels(recipe: Mapping[str, Any], name: str, count: int) -> tuple[fl
 
 
 def noise_levels(steps: str, shift: float = SHIFT) -> tuple[float, ...]:
-    """Noise levels from a count ("4") or a falling list of timesteps ("1000,750,500,250"), both shifted: s -> shift s / (1 +
-    (shift - 1) s).
+    """Noise levels from a count ("4") or a falling list of timesteps ("1000,750,500,250"), both ``shifted``.
 
     A count means timesteps evenly spaced from 1000. "4" and shift 5 give Self-Forcing's levels 1, 0.9375, 0.8333, 0.625. Raises
     ValueError naming ``steps`` or ``shift``.
@@ -158,6 +156,6 @@ def noise_levels(steps: str, shift: float = SHIFT) -> tuple[float, ...]:
             times = [float(word) / 1000 for word in steps.split(",")]
     except ValueError:
         raise ValueError(wanted) from None
-    if not times or not all(0 < s <= 1 for s in times) or any(a <= b for a, b in itertools.pairwise(times)):
+    if not are_falling(times):
         raise ValueError(wanted)
-    return tuple(shift * s / (1 + (shift - 1) * s) for s in times)
+    return tuple(shifted(s, shift) for s in times)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from aadkern import SequenceGroup
+from aadkern.checks import choice
 from aadkern.plans import AttentionPlan, VideoLayout, Window
 from aadkern.streaming.cache import StreamingCache
 from aadkern.streaming.context import CausalContext
@@ -26,9 +27,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, net: CausalWan, predicts: str = "flow") -> None:
         super().__init__()
-        if predicts not in PREDICTS:
-            raise ValueError(f"predicts must be one of {', '.join(PREDICTS)}, got {predicts!r}")
-        self.net, self.predicts = net, predicts
+        self.net, self.predicts = net, choice(predicts, "predicts", PREDICTS)
 
     @property
     def dim(self) -> int:
@@ -52,8 +51,7 @@ class Denoiser(nn.Module):
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """Tokens of one latent frame of that size."""
-        _, patch_h, patch_w = self.net.config.patch_size
-        return (height // patch_h) * (width // patch_w)
+        return self.net.tokens_per_frame(height, width)
 
     def layout(self, chunks: Sequence[int], x: Tensor) -> VideoLayout:
         """The layout of clips shaped like x [..., H, W]."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from aadkern.plans import VideoLayout, bidirectional
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.flow import ode_trajectory, solver_grid
+from aadkern_train.diffusion.steps import are_falling
 from aadkern_train.engine.processes import device_of
 from aadkern_train.engine.run_folder import Progress
 from aadkern_train.networks.conditions import Condition
@@ -51,8 +52,7 @@ class PairSettings:
         for name in ("count", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        falling = list(self.levels) == sorted(set(self.levels), reverse=True)
-        if not falling or not self.levels or self.levels[0] != 1 or self.levels[-1] <= 0:
+        if not are_falling(self.levels) or self.levels[0] != 1:
             raise ValueError(f"levels must fall from 1 and stay above 0, say 1,0.8333, got {list(self.levels)}")
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift must be above 0 and finite, got {self.shift}")

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from aadkern.spans import spanned
 from aadkern_train.diffusion.draws import Draws
-from aadkern_train.diffusion.flow import add_noise, clip_sigma, unshift
+from aadkern_train.diffusion.flow import add_noise, clip_sigma
 from aadkern_train.diffusion.losses import DiscriminatorObjective, discriminator_objective, generator_loss, side_objective
+from aadkern_train.diffusion.steps import unshifted
 from aadkern_train.engine.processes import accumulating
 from aadkern_train.engine.recipe import Count, Rate, Recipe, StageSettings, Whole
 from aadkern_train.engine.work import Member, Pass, Work
@@ -183,7 +184,7 @@ class AdversarialRefinement(Stage):
         """sigma [B, F] at which the discriminator looks: the interval that the exit pass answers for (methods 1.4)."""
         low, high = self.run.recipe.steps.interval(exit)
         factor = self.settings.shift
-        level = draw_levels(draws, name, samples, factor, like, between=(unshift(low, factor), unshift(high, factor)))
+        level = draw_levels(draws, name, samples, factor, like, between=(unshifted(low, factor), unshifted(high, factor)))
         return clip_sigma(level, like.shape[1], self.clean_frames)
 
     def logits(self, x: Tensor, sigma: Tensor, text: Tensor | None, condition_of: list[int] | None = None) -> Tensor:

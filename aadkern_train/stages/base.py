@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from aadkern_train.diffusion.draws import Draws
-from aadkern_train.diffusion.flow import add_noise, clip_sigma, shift
+from aadkern_train.diffusion.flow import add_noise, clip_sigma
+from aadkern_train.diffusion.steps import shifted
 from aadkern_train.engine.recipe import StageSettings
 from aadkern_train.learning.learner import Learner
 from aadkern_train.networks.denoiser import Denoiser
@@ -110,10 +111,10 @@ def draw_levels(
     between: tuple[float, float] = (0.0, 1.0),
     clamp: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """One noise level per clip [B]: clamp(shift(U[between]; factor)); the lineage clamps the scores' levels to [0.02, 0.98]."""
+    """One noise level per clip [B]: clamp(shifted(U[between], factor)); the lineage clamps the scores' levels to [0.02, 0.98]."""
     low, high = between
     u = low + (high - low) * draws.uniform(name, samples, device=like.device)
-    return shift(u, factor).clamp(*clamp)
+    return shifted(u, factor).clamp(*clamp)
 
 
 def draw_noise(draws: Draws, name: str, samples: Sequence[int], like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aadkern_train.diffusion import flow
+from aadkern_train.diffusion.steps import shifted, sigma_schedule, unshifted
 from aadkern_train.worlds.linear_gaussian import LinearGaussianWorld
 
 
@@ -32,16 +33,16 @@ def test_clean_frames_stand_still():
 
 @pytest.mark.parametrize("u, sigma", [(1.0, 1.0), (0.75, 0.9375), (0.5, 5 / 6), (0.25, 0.625), (0.0, 0.0)])
 def test_shift_five_gives_self_forcings_levels(u, sigma):
-    assert flow.shift(u, 5.0) == pytest.approx(sigma)
-    assert flow.unshift(sigma, 5.0) == pytest.approx(u)
+    assert shifted(u, 5.0) == pytest.approx(sigma)
+    assert unshifted(sigma, 5.0) == pytest.approx(u)
 
 
 def test_schedule_falls_from_one_to_zero():
-    sigmas = flow.sigma_schedule(24, 5.0)
+    sigmas = sigma_schedule(24, 5.0)
     assert len(sigmas) == 25 and sigmas[0] == 1.0 and sigmas[-1] == 0.0
     assert all(a > b for a, b in itertools.pairwise(sigmas))
     with pytest.raises(ValueError, match="steps"):
-        flow.sigma_schedule(0, 5.0)
+        sigma_schedule(0, 5.0)
 
 
 def test_clip_sigma_keeps_the_given_frame_clean():
@@ -57,7 +58,7 @@ def test_euler_converges_to_the_closed_form(given):
     exact = world.endpoint(noise, first)
     errors = []
     for steps in (25, 100):
-        x = flow.integrate_ode(world.denoise, noise, flow.sigma_schedule(steps, 5.0), first)
+        x = flow.integrate_ode(world.denoise, noise, sigma_schedule(steps, 5.0), first)
         errors.append(((x - exact).norm() / exact.norm()).item())
     assert errors[1] < 0.03 and 3 < errors[0] / errors[1] < 5, "Euler's method is of first order"
     if given:

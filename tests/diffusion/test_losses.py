@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from aadkern_train.diffusion import losses
-from aadkern_train.diffusion.flow import add_noise, clip_sigma, per_frame, shift
+from aadkern_train.diffusion.flow import add_noise, clip_sigma, per_frame
+from aadkern_train.diffusion.steps import shifted
 from aadkern_train.worlds.linear_gaussian import LinearGaussianWorld, gaussian_w2
 
 
@@ -47,7 +48,7 @@ def test_dmd_with_exact_scores_reaches_the_teacher_and_a_flipped_sign_leaves_it(
         for _ in range(updates):
             z = torch.randn(256, size, dtype=torch.float64)
             x_hat = (z @ weight.T).reshape(256, frames, 2, 1, 1)
-            sigma = clip_sigma(shift(torch.rand(256, dtype=torch.float64), 5.0).clamp(0.02, 0.98), frames, 0)
+            sigma = clip_sigma(shifted(torch.rand(256, dtype=torch.float64), 5.0).clamp(0.02, 0.98), frames, 0)
             x_tau = add_noise(x_hat.detach(), torch.randn_like(x_hat), sigma)
             own = (weight @ weight.T).detach()
             a = (1 - sigma).repeat_interleave(2, 1)

@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from aadkern_train.diffusion.flow import integrate_ode, sigma_schedule
+from aadkern_train.diffusion.flow import integrate_ode
+from aadkern_train.diffusion.steps import sigma_schedule
 from aadkern_train.worlds.digits import DigitsWorld
 from aadkern_train.worlds.digits_captions import VELOCITIES
 from aadkern_train.worlds.digits_teacher import ExactTeacher
