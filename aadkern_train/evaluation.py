@@ -16,13 +16,13 @@ from aadkern_train.run import Run
 
 SOLVER_SHIFT = 5.0  # of the teacher's own samples
 Measured = tuple[dict[str, Any], dict[str, Tensor]]
-"""Metrics, under "long" those of longer clips; and the clips [N, F, C, H, W] by name."""
+"""Metrics, under "long" those of longer clips, under "3 times" those of their beginnings; and clips [N, F, C, H, W] by name."""
 
 
-def lengthened(run: Run) -> tuple[int, ...]:
-    """The layout of a clip ``evaluate.long`` as long after what is given: its generated chunks, repeated."""
+def lengthened(run: Run, times: int | None = None) -> tuple[int, ...]:
+    """The layout of a clip so many ``times`` (``evaluate.long``) as long after what is given: its generated chunks, repeated."""
     chunks, given = run.recipe.chunks, run.recipe.given_frames
-    return (*chunks[:given], *(chunks[given:] * run.recipe.evaluate.long))
+    return (*chunks[:given], *(chunks[given:] * (run.recipe.evaluate.long if times is None else times)))
 
 
 @torch.no_grad()
@@ -76,6 +76,8 @@ def evaluate(run: Run, network: Any, count: int, *, long: bool, steps: StepPlan 
         clips["long"] = in_batches(run, count, lambda s: streamed(run, network, s, chunks, plan))
         _check_finite(clips["long"])
         metrics["long"] = measured(run, clips["long"])
+        for times in run.recipe.evaluate.lengths:
+            metrics[f"{times} times"] = measured(run, clips["long"][:, : sum(lengthened(run, times))])
     network.train()
     return metrics, clips
 

@@ -11,13 +11,15 @@ from aadkern_train.ablate.cells import Cell
 from aadkern_train.engine.files import read_json, replace_file
 from aadkern_train.recipes.ablations import Grid
 
-LONG = "long"
+SHORT, LONG = "measured", "long"
 
 
 def collected(name: str, grid: Grid, cells: Sequence[Cell], out: Path, words: Sequence[str]) -> dict[str, Any]:
-    """What the finished cells have measured: {cell: {row: {measure: {seed: value}}}}, and the same of longer clips."""
+    """What the finished cells have measured: {cell: {row: {measure: {seed: value}}}}, the same of longer clips, and of lengths
+    between where a cell has some."""
     told: dict[str, Any] = {"grid": name, "recipe": grid.recipe, "settings": list(words), "expected": grid.expected}
-    told |= {"cells": {cell: list(own) for cell, own in grid.cells.items()}, "machines": [], "titles": {}, "measured": {}, LONG: {}}
+    told |= {"cells": {cell: list(own) for cell, own in grid.cells.items()}, "machines": [], "titles": {}}
+    told |= {place: {} for place in lengths(cells)}
     for cell in cells:
         file = cell.folder(out) / "metrics.json"
         if not file.is_file():
@@ -27,7 +29,8 @@ def collected(name: str, grid: Grid, cells: Sequence[Cell], out: Path, words: Se
         for row in grid.rows:
             values = metrics["stages"].get(row, {})
             told["titles"].setdefault(row, metrics["titles"].get(row, row))
-            for place, found in (("measured", values), (LONG, values.get(LONG, {}))):
+            for place in lengths(cells):
+                found = values if place == SHORT else values.get(place, {})
                 of_row = told[place].setdefault(cell.name, {}).setdefault(row, {})
                 for measure in grid.measures:
                     if isinstance(found.get(measure), (int, float)):
@@ -35,18 +38,25 @@ def collected(name: str, grid: Grid, cells: Sequence[Cell], out: Path, words: Se
     return told
 
 
+def lengths(cells: Sequence[Cell]) -> list[str]:
+    """The lengths at which a cell's clips are measured, from the trained one on, by their names in metrics.json."""
+    return [SHORT, *(f"{times} times" for times in sorted({n for cell in cells for n in cell.recipe.evaluate.lengths})), LONG]
+
+
 def page(told: Mapping[str, Any], grid: Grid) -> str:
     """The outcome in Markdown: for each row of reports a table of cells by measures, at the trained length and beyond."""
     lines = [f"# Ablation: {told['grid']}", "", f"Expected, before the first run: {told['expected']}", ""]
     lines += [f"Recipe `{told['recipe']}`" + (f" with `{' '.join(told['settings'])}`" if told["settings"] else "") + "."]
-    lines += ["Mean over the seeds, in brackets the least and the most; trained length / longer clips.", ""]
+    places = [SHORT, *(place for place in told if place.endswith(" times")), LONG]
+    between = "".join(f" / {place} it, where it was measured" for place in places[1:-1])
+    lines += [f"Mean over the seeds, in brackets the least and the most; trained length{between} / longest clips.", ""]
     for row in grid.rows:
         lines += [f"## {told['titles'].get(row, row)}", "", f"| cell | seeds | {' | '.join(grid.measures)} |"]
         lines += ["|---|" + "---:|" * (1 + len(grid.measures))]
         for cell, own in grid.cells.items():
-            short, long = (told[place].get(cell, {}).get(row, {}) for place in ("measured", LONG))
-            values = [" / ".join(filter(None, (_shown(part.get(name, {})) for part in (short, long)))) for name in grid.measures]
-            seeds = len({seed for found in short.values() for seed in found})
+            parts = [told[place].get(cell, {}).get(row, {}) for place in places]
+            values = [" / ".join(filter(None, (_shown(part.get(name, {})) for part in parts))) for name in grid.measures]
+            seeds = len({seed for found in parts[0].values() for seed in found})
             said = f"{cell} (`{' '.join(own)}`)" if own else cell
             lines.append(f"| {said} | {seeds} | {' | '.join(value or '-' for value in values)} |")
         lines.append("")

@@ -151,6 +151,7 @@ class EvaluationSettings(Config):
     final_clips: Whole = 512  # clips in a stage's last one; 0 leaves measuring out
     batch: Count = 128
     long: Count = 3  # the long measurement is this many times the trained length
+    lengths: tuple[Count, ...] = ()  # shorter ones, in the same unit, at which the long clips are measured on the way
     show: Count = 8  # clips kept for the report
     teacher_steps: Count = 16  # network passes of the teacher's own samples, beside which the stages are shown
     steps: tuple[Count, ...] = ()  # passes a chunk, fewer than the levels, in which a stage is measured at its end as well
@@ -233,6 +234,9 @@ class Recipe(Config):
             if count >= len(self.levels) or self.evaluate.steps.count(count) > 1:
                 most = f"different counts below {len(self.levels)}, the levels that a stage is measured at anyway"
                 raise ValueError(f"evaluate.steps must be {most}, got {list(self.evaluate.steps)}")
+        lengths, long = self.evaluate.lengths, self.evaluate.long
+        if len(set(lengths)) < len(lengths) or not all(1 < times < long for times in lengths):
+            raise ValueError(f"evaluate.lengths must be different counts between 1 and evaluate.long, {long}, got {list(lengths)}")
         self._check_lora()
         return self
 

@@ -32,6 +32,9 @@ is the best in quality where the teacher has one clip for a prompt; under a broa
 (provable for the optimum of a one-step student), AFD does not."""
 
 
+TEN_TIMES = ("evaluate.long=10", "evaluate.lengths=[3]")
+
+
 @dataclass(frozen=True)
 class Grid:
     """``cells``: a name and the settings in which it differs from ``base``, settings of ``recipe``. The stages ``shared`` are
@@ -82,10 +85,10 @@ GRIDS = {
             "II five times as long": ("dmd.steps=300", "adversarial.steps=0"),
             "two steps": ("levels=[1.0,0.5]",),
             "four steps, II alone": ("levels=[1.0,0.75,0.5,0.25]", "adversarial.steps=0"),
-            "window 9, sink 1, x 10": ("evaluate.long=10",),
-            "window 9, no sink, x 10": ("sink=0", "evaluate.long=10"),
-            "window 5, sink 1, x 10": ("window=5", "evaluate.long=10"),
-            "window of all, x 10": ("window=121", "evaluate.long=10"),
+            "window 9, sink 1, x 10": TEN_TIMES,
+            "window 9, no sink, x 10": ("sink=0", *TEN_TIMES),
+            "window 5, sink 1, x 10": ("window=5", *TEN_TIMES),
+            "window of all, x 10": ("window=121", *TEN_TIMES),
         },
         shared=("pretrain", "ode", "dmd"),
         rows=("dmd", "adversarial"),

@@ -10,6 +10,7 @@ import torch
 from aadkern import VideoLayout, Window
 from aadkern.streaming.context import CausalContext
 from aadkern_train.diffusion.steps import StepPlan
+from aadkern_train.evaluation import evaluate
 from aadkern_train.networks.conditions import Condition
 from aadkern_train.networks.rollout import rollout, stream, uniform
 from aadkern_train.run import Run
@@ -91,6 +92,17 @@ def test_streaming_equals_the_rollout_and_goes_on(generator):
         streamed = torch.cat([first[:, None], *itertools.islice(chunks, 12)], dim=1)
     torch.testing.assert_close(streamed[:, : made.x.shape[1]], made.x, rtol=1e-9, atol=1e-10)
     assert streamed.shape[1] == 25 and streamed.isfinite().all()
+
+
+def test_the_beginning_of_a_long_clip_is_measured_as_the_shorter_one(tmp_path):
+    found = {}
+    for name, words in (("longer", ["evaluate.long=3", "evaluate.lengths=[2]"]), ("shorter", ["evaluate.long=2"])):
+        run = Run.alone(small_recipe(*words), tmp_path / name)
+        torch.manual_seed(0)
+        network = run.networks.plain(None)
+        torch.nn.init.normal_(network.net.proj_out.weight, std=0.3)
+        found[name], _ = evaluate(run, network, 8, long=True)
+    assert found["longer"]["2 times"] == found["shorter"]["long"] != found["longer"]["long"]
 
 
 def test_step_plans():

@@ -10,7 +10,7 @@ import pytest
 
 from aadkern_train.ablate import cells as module
 from aadkern_train.ablate.cells import cells_of, take
-from aadkern_train.ablate.table import page
+from aadkern_train.ablate.table import collected, page
 from aadkern_train.cli import main
 from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.recipes.ablations import GRIDS
@@ -125,7 +125,25 @@ def test_what_is_shared_is_trained_once_and_a_stopped_grid_goes_on(tmp_path, mon
     assert told["long"]["none"]["asd"]["quality"] == {"0": 80.0, "4": 84.0} and told["expected"] == ASD.expected
     shown = (out / "asd.md").read_text()
     assert "## ASD, 1 step a chunk" in shown and "95.0 [93, 97] / 85.0 [83, 87]" in shown and ASD.expected in shown
+    assert "trained length / longest clips" in shown
     assert page(told, ASD) == shown and "| none (`first_levels=null asd.alpha=0`) | 2 | 92.0 [90, 94]" in shown
+
+
+def test_lengths_between_stand_between(tmp_path, monkeypatch):
+    """Cells that measure their clips at two and three times too say so in each figure; a cell that does not has two."""
+    longer = replace(ASD, cells={"none": (), "more": ("evaluate.long=4", "evaluate.lengths=[3,2]")})
+    _, cells = cells_of(longer, 0, SMALL)
+    row = {"quality": 9.0, "2 times": {"quality": 8.0}, "3 times": {"quality": 7.0}, "long": {"quality": 6.0}}
+    for cell in cells:
+        own = row if cell.name == "more" else {"quality": 5.0, "long": {"quality": 4.0}}
+        cell.folder(tmp_path).mkdir(parents=True)
+        (cell.folder(tmp_path) / "metrics.json").write_text(json.dumps({"stages": {"asd": own}, "titles": {}, "machine": {}}))
+    found = collected("asd", longer, cells, tmp_path, [])
+    assert found["2 times"]["more"]["asd"] == {"quality": {"0": 8.0}} and found["2 times"]["none"]["asd"] == {}
+    shown = page(found, longer)
+    assert "length / 2 times it, where it was measured / 3 times it, where it was measured / longest clips." in shown
+    none, more = (line.split("|")[3].strip() for line in shown.splitlines()[-2:])
+    assert (none, more) == ("5.0 / 4.0", "9.0 / 8.0 / 7.0 / 6.0")
 
 
 def test_a_stage_is_taken_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -60,6 +60,11 @@ def test_profiles_are_recipes(profile):
         (["chunks=[1]"], "chunks must start with the first frame's own chunk of 1 and have another"),
         (["task=t2v", "chunks=[]"], "chunks must have at least one chunk"),
         (["levels=[0.5, 0.9]"], "must be falling noise levels"),
+        (["evaluate.lengths=[3]"], "evaluate.lengths must be different counts between 1 and evaluate.long, 3, got [3]"),
+        (
+            ["evaluate.long=9", "evaluate.lengths=[3, 3]"],
+            "evaluate.lengths must be different counts between 1 and evaluate.long, 9",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(words, says):
