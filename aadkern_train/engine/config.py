@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 class Config(pydantic.BaseModel):
     """Base of all settings: unknown keys are errors, values cannot be changed in place."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     opened: ClassVar[str | None] = None
     """A field of sections by name whose names may also be written alone: `dmd.steps` for `stages.dmd.steps`."""

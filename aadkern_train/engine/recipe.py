@@ -18,10 +18,9 @@ from aadkern_train.engine.work import Member, Sizes, Work
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Guidance = Annotated[float, Field(allow_inf_nan=False)]
 
 
 RESERVED = ("real", "static", "web", "teacher", "random")
@@ -213,6 +212,9 @@ class Recipe(Config):
         if not self.chunks:
             raise ValueError("chunks must have at least one chunk, got none")
         _ = self.view, self.steps  # each says what it does not accept; no assert, which python -O leaves out
+        for name, levels in (("levels", self.levels), ("first_levels", self.first_levels)):
+            if levels is not None and levels[:1] != (1.0,):
+                raise ValueError(f"{name} must start at 1, as rollouts start from noise alone, got {list(levels)}")
         if self.window < self.sink + max(self.chunks):
             raise ValueError(f"window must hold the sink and a chunk, {self.sink + max(self.chunks)} frames, got {self.window}")
         self.data.check(self)

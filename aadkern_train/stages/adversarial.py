@@ -44,7 +44,7 @@ class AdversarialRefinement(Stage):
         adapts = True
         kind: str = "adversarial"
         start: str | None = "dmd"
-        steps: int = 180
+        steps: Whole = 180
         real: str = "curated"  # the sort of clips that it holds up as real, and whose first frames and captions rollouts have
         discriminator_first: Whole = 20  # steps in which only the discriminator learns
         generator_per_discriminator: Count = 1  # generator updates for each of the discriminator's (paper: unstated)

@@ -75,7 +75,7 @@ class FeedbackDistillation(Stage):
         adapts = True
         kind: str = "afd"
         start: str | None = "dmd"
-        steps: int = 150
+        steps: Whole = 150
         batch: Count = 32
         real: Literal["curated", "train"] = "curated"  # the sort of clips that are the teacher's, whose prompts the student gets
         group: Annotated[int, Field(ge=2)] = 4  # the student's clips for a prompt

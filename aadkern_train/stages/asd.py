@@ -57,7 +57,7 @@ class AdversarialSelfDistillation(DmdWarmUp):
         discriminator. Rates, batch, head and the penalties' weights are open in it. alpha 0 is stage II with drawn exits."""
 
         kind: str = "asd"
-        alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+        alpha: Annotated[float, Field(ge=0)] = 1.0
         # The clips that those of all N steps are held against, there being none of N + 1: a sort of real ones ("curated"), or None:
         # when N is drawn, the student learns from the teacher alone.
         real: Literal["train", "curated"] | None = None
@@ -65,7 +65,7 @@ class AdversarialSelfDistillation(DmdWarmUp):
         first_exit: Literal["last", "drawn"] = "last"  # of a first chunk with levels of its own: all of them, or as stage II
         layers: tuple[int, ...] = (1, 2, 3)  # the fake score's blocks that the heads read
         queries: Count = 1
-        penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 16.0  # lambda of R1 and R2, as in stage III
+        penalty: Annotated[float, Field(ge=0)] = 16.0  # lambda of R1 and R2, as in stage III
         delta: Rate = 0.25
         penalty_every: Count = 2
         heads: OptimConfig = OptimConfig(lr=1e-3, betas=(0.0, 0.99))

@@ -20,7 +20,7 @@ from aadkern.spans import spanned
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.diffusion.losses import dmd_direction, surrogate
 from aadkern_train.engine.processes import accumulating
-from aadkern_train.engine.recipe import Count, Decay, Guidance, Rate, Recipe, Share, StageSettings
+from aadkern_train.engine.recipe import Count, Decay, Rate, Recipe, Share, StageSettings, Whole
 from aadkern_train.engine.work import Member, Pass, Work
 from aadkern_train.learning.learner import Learner, gradient_of
 from aadkern_train.learning.optim import OptimConfig
@@ -60,11 +60,11 @@ class DmdWarmUp(Stage):
         adapts = True
         kind: str = "dmd"
         start: str | None = "ode"
-        steps: int = 200
+        steps: Whole = 200
         fake_per_generator: Count = 3
         # "fresh": each update of the fake score makes clips of its own, as the lineage does; "same" takes the generator's.
         fake_rollouts: Literal["same", "fresh"] = "same"
-        guidance: Guidance = 1.0  # the teacher's, x0_null + guidance (x0_text - x0_null)
+        guidance: float = 1.0  # the teacher's, x0_null + guidance (x0_text - x0_null)
         shift: Rate = 5.0
         level_range: Annotated[tuple[Share, Share], AfterValidator(_rising)] = (0.02, 0.98)
         generator: OptimConfig = OptimConfig(lr=6e-4, betas=(0.0, 0.99), decay="cosine")

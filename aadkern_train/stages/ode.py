@@ -23,7 +23,7 @@ from aadkern_train.diffusion.flow import ode_trajectory, solver_grid
 from aadkern_train.diffusion.losses import regression
 from aadkern_train.engine.files import atomic_path, save_tensors
 from aadkern_train.engine.processes import accumulating
-from aadkern_train.engine.recipe import Count, Guidance, Rate, Recipe, StageSettings
+from aadkern_train.engine.recipe import Count, Rate, Recipe, StageSettings, Whole
 from aadkern_train.engine.run_folder import Progress
 from aadkern_train.engine.work import Member, PairsWork, Pass, Work
 from aadkern_train.learning.learner import Learner
@@ -56,11 +56,11 @@ class OdeInitialisation(Stage):
         adapts = True
         kind: str = "ode"
         start: str | None = "pretrain"
-        steps: int = 700
-        batch: int = 12
+        steps: Whole = 700
+        batch: Count = 12
         pairs: Count = 1024  # how many the run makes for itself
         pairs_from: str | None = None  # a folder of `aad pairs`, whose own captions they have; None: the run makes them
-        guidance: Guidance = 1.0  # the teacher's, x0_null + guidance (x0_text - x0_null)
+        guidance: float = 1.0  # the teacher's, x0_null + guidance (x0_text - x0_null)
         solver_steps: Count = 16  # the pairs cost pairs * solver_steps forwards of the teacher
         shift: Rate = (
             5.0  # of the solver's grid: the student's levels are shifted by 5 too; Self-Forcing's pairs by 8 (its issue 68)

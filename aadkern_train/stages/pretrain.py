@@ -13,7 +13,7 @@ from aadkern.plans import bidirectional
 from aadkern_train.diffusion.flow import flow_from_x0
 from aadkern_train.diffusion.losses import regression
 from aadkern_train.engine.processes import accumulating
-from aadkern_train.engine.recipe import Decay, Rate, Recipe, Share, StageSettings
+from aadkern_train.engine.recipe import Count, Decay, Rate, Recipe, Share, StageSettings, Whole
 from aadkern_train.engine.work import Member, Pass, Work
 from aadkern_train.learning.learner import Learner
 from aadkern_train.learning.optim import OptimConfig
@@ -40,8 +40,8 @@ class Pretrain(Stage):
 
     class Settings(StageSettings):
         kind: str = "pretrain"
-        steps: int = 1600
-        batch: int = 12
+        steps: Whole = 1600
+        batch: Count = 12
         ema: Decay = 0.99
         shift: Rate = 4.0  # noise levels drawn for training; digits move legally or not at sigma 0.85 to 0.95
         drop_text: Share = 0.12  # share of the samples that see the null text

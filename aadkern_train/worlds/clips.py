@@ -42,7 +42,7 @@ class ClipsData(WorldSettings):
     path: str = ""
     height: Count = 32  # pixels, after resize and centre crop
     width: Count = 32
-    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0  # frames per second that the model sees
+    fps: Annotated[float, Field(gt=0)] = 8.0  # frames per second that the model sees
     patch: Count = 4  # pixels per side of a latent's patch
     channels: Count = 16  # principal components kept of the 3 patch^2 numbers in a patch
 

@@ -34,7 +34,7 @@ class DigitsData(WorldSettings):
     kind: str = "digits"
     captions: bool = True  # every clip is made under a digit and a direction; without, velocities are kept and none is told
     sprites: Annotated[int, Field(ge=1, le=10)] = 4
-    torus: int = 16  # pixels; a multiple of the 4-pixel lattice
+    torus: Annotated[int, Field(ge=12, multiple_of=4)] = 16  # pixels; a multiple of the 4-pixel lattice
     keep: Share | None = None  # probability that a frame moves as captioned (or as before, without captions); None: 0.9 (0.75)
     blur: Share = 0.7  # of the clips that networks are pretrained on
     curated_keep: Share = 1.0  # keep, in the sharp clips that stage III shows its discriminator

@@ -38,7 +38,7 @@ class Settings(Config):
     data: Digits | Clips = Digits()
     extra: dict[str, float] = pydantic.Field(default_factory=dict)
     flag: bool = False
-    limit: float = float("inf")
+    limit: float = 9.5
     mode: Literal["off", "on"] | int = "on"
 
     @pydantic.model_validator(mode="after")
@@ -59,13 +59,13 @@ def test_overrides_take_yaml_values_in_order():
             "control.steps=3",
             "extra.z=2",
             "flag=true",
-            "limit=.inf",
+            "limit=1e3",
             "seed=1",
             "seed=2",
         ],
     )
     ode = Ode(steps=400, lr=1e-4, level=1.0, betas=(0.0, 0.99))
-    expected = Settings(seed=2, chunks=(1, 4, 4, 4), ode=ode, control=Ode(steps=3), extra={"z": 2.0}, flag=True, limit=float("inf"))
+    expected = Settings(seed=2, chunks=(1, 4, 4, 4), ode=ode, control=Ode(steps=3), extra={"z": 2.0}, flag=True, limit=1e3)
     assert changed == expected
     assert apply_overrides(changed, ["control=null"]).control is None
     assert Settings() == apply_overrides(Settings(), [])

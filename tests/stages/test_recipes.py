@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from aadkern_train.engine.config import from_yaml, to_yaml
+from aadkern_train.engine.config import apply_overrides, from_yaml, to_yaml
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.recipes import PROFILES, RECIPES, make_recipe
 
@@ -60,6 +62,9 @@ def test_profiles_are_recipes(profile):
         (["chunks=[1]"], "chunks must start with the first frame's own chunk of 1 and have another"),
         (["task=t2v", "chunks=[]"], "chunks must have at least one chunk"),
         (["levels=[0.5, 0.9]"], "must be falling noise levels"),
+        (["levels=[0.9, 0.5]"], "levels must start at 1, as rollouts start from noise alone, got [0.9, 0.5]"),
+        (["first_levels=[0.9, 0.5]"], "first_levels must start at 1"),
+        (["first_levels=[]"], "first_levels must start at 1, as rollouts start from noise alone, got []"),
         (["evaluate.lengths=[3]"], "evaluate.lengths must be different counts between 1 and evaluate.long, 3, got [3]"),
         (
             ["evaluate.long=9", "evaluate.lengths=[3, 3]"],
@@ -71,6 +76,28 @@ def test_what_does_not_fit_is_named(words, says):
     with pytest.raises(ValueError) as caught:
         make_recipe("digits", words)
     assert says in str(caught.value), str(caught.value)
+
+
+def numbers(tree, prefix=""):
+    """Every number among the settings, by its key."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_number_is_bounded(name):
+    """No rate, count or share takes a negative value, and nothing takes one that is not finite. Guidance may be negative: it is the
+    factor of a difference."""
+    recipe = make_recipe(name)
+    keys = list(numbers(recipe.model_dump(mode="json")))
+    assert len(keys) > 30
+    for key in keys:
+        for value in (".inf", ".nan") if key.endswith(".guidance") else ("-1", ".inf", ".nan"):
+            with pytest.raises(ValueError, match=re.escape(key.rpartition(".")[2])):
+                apply_overrides(recipe, [f"{key}={value}"])
 
 
 def test_a_folder_of_videos_has_no_captions():
