@@ -8,7 +8,7 @@ project, author = "aadkern", "The aadkern authors"
 version = release = aadkern.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
-exclude_patterns = ["images/*.py"]
+exclude_patterns = ["images/*.py", "data/*.py"]
 html_theme = "furo"
 html_title = f"aadkern {release}"
 

@@ -44,9 +44,9 @@ def run_ablate(args: argparse.Namespace) -> None:
         if not finished(shared, out):
             say(f"seed {shared.seed}: {', '.join(grid.shared)}, for all cells")
             train(shared, out)
-        for cell in cells:
+        for number, cell in enumerate(cells, 1):
             if not finished(cell, out):
-                say(f"seed {cell.seed}: cell {cell.name}")
+                say(f"seed {cell.seed}: cell {number} of {len(cells)}, {cell.name}")
                 train(cell, out, grid.shared, shared.folder(out))
             path = write(collected(names[0], grid, every, out, words), grid, out)
     print(f"The table: {path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def collected(name: str, grid: Grid, cells: Sequence[Cell], out: Path, words: Se
     between where a cell has some."""
     told: dict[str, Any] = {"grid": name, "recipe": grid.recipe, "settings": list(words), "expected": grid.expected}
     told |= {"cells": {cell: list(own) for cell, own in grid.cells.items()}, "machines": [], "titles": {}}
+    told |= {"clips": max(cell.recipe.evaluate.final_clips for cell in cells), "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"}
     told |= {place: {} for place in lengths(cells)}
     for cell in cells:
         file = cell.folder(out) / "metrics.json"
@@ -55,6 +57,8 @@ def page(told: Mapping[str, Any], grid: Grid) -> str:
         lines += ["|---|" + "---:|" * (1 + len(grid.measures))]
         for cell, own in grid.cells.items():
             parts = [told[place].get(cell, {}).get(row, {}) for place in places]
+            if not parts[0] and any(told[SHORT].get(cell, {}).values()):
+                continue  # a cell without that stage
             values = [" / ".join(filter(None, (_shown(part.get(name, {})) for part in parts))) for name in grid.measures]
             seeds = len({seed for found in parts[0].values() for seed in found})
             said = f"{cell} (`{' '.join(own)}`)" if own else cell

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from aadkern_train.recipes.asd import LEVELS
+
 PAPER_ASD = """\
 The paper (arXiv 2511.01419, table 2) has Total VBench in one step: none 78.1, ASD 80.7, FFE 83.0, both 83.9; in two: 82.6, 83.3,
 83.8, 84.3. So of quality and obey, at 1 step and at 2, is expected: none < ASD < FFE < both, each gaining more in one step than in
@@ -82,9 +84,9 @@ GRIDS = {
             "no penalty": ("adversarial.penalty=0",),
             "penalty x 2.5": ("adversarial.penalty=20",),
             "III without II": ("adversarial.start=ode",),
-            "II five times as long": ("dmd.steps=300", "adversarial.steps=0"),
-            "two steps": ("levels=[1.0,0.5]",),
-            "four steps, II alone": ("levels=[1.0,0.75,0.5,0.25]", "adversarial.steps=0"),
+            "II five times as long": ("dmd.steps=300", "dmd.stop_below_dynamic=0", "adversarial.steps=0"),
+            "two steps": ("levels=[1.0,0.8333]",),
+            "four steps, II alone": (f"levels={list(LEVELS)}", "adversarial.steps=0"),
             "window 9, sink 1, x 10": TEN_TIMES,
             "window 9, no sink, x 10": ("sink=0", *TEN_TIMES),
             "window 5, sink 1, x 10": ("window=5", *TEN_TIMES),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ablation_aad1
+import ablation_afd
 import ablation_asd
 import house
 import plans
@@ -9,5 +11,5 @@ import pooling
 import ring
 import stages
 
-for picture in (ablation_asd, house, plans, pooling, ring, stages):
+for picture in (ablation_aad1, ablation_afd, ablation_asd, house, plans, pooling, ring, stages):
     picture.main()

@@ -1,7 +1,9 @@
-"""The drawings in docs/images are what their programs draw today."""
+"""The drawings in docs/images are what their programs draw today, and the tables of ablations what their data say."""
 
 from __future__ import annotations
 
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -20,3 +22,10 @@ def test_drawings_are_what_the_code_draws(tmp_path):
     subprocess.run([sys.executable, "draw_all.py"], cwd=copy, check=True, timeout=300)
     for path in drawn:
         assert path.read_text() == (IMAGES / path.name).read_text(), f"python docs/images/draw_all.py draws {path.name} otherwise"
+
+
+def test_the_tables_of_ablations_are_those_of_their_data():
+    page = (IMAGES.parent / "ablations.md").read_text()
+    written = runpy.run_path(str(IMAGES.parent / "data" / "write_tables.py"))["written"]
+    assert written(page) == page, "python docs/data/write_tables.py writes other tables"
+    assert written(re.sub(r"\| both \|.*", "| both |", page)) == page
