@@ -107,13 +107,13 @@ def flex_attention_for(original: Callable[..., Any], first_calls: FirstCalls) ->
             return _put_together(flex_attention, (query, key, value), block_mask, given)
         ours = isinstance(block_mask, AttentionPlan)
         beyond = {"score_mod": score_mod, "enable_gqa": enable_gqa, **others}
-        asked = [name for name, given in beyond.items() if given not in (None, False)]
-        if block_mask is None or (asked and not ours):
+        unserved = [name for name, given in beyond.items() if given not in (None, False)]
+        if block_mask is None or (unserved and not ours):
             extra = {"return_lse": True} if return_lse else {}  # deprecated in torch, so not said unless asked
             options = {"scale": scale, "kernel_options": kernel_options, **extra, **beyond}
             return original(query, key, value, block_mask=block_mask, **options)
-        if asked:
-            raise ValueError(f"flex_attention: {', '.join(asked)} cannot be combined with an aadkern plan as block_mask")
+        if unserved:
+            raise ValueError(f"flex_attention: {', '.join(unserved)} cannot be combined with an aadkern plan as block_mask")
         plan = block_mask if ours else plan_of_block_mask(block_mask)
         if (query.shape[-2], key.shape[-2]) != (plan.q_len, plan.k_len):
             raise ValueError(
