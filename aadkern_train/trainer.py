@@ -275,11 +275,11 @@ def finish(run: Run, stage: Stage, progressed: Progressed) -> None:
             for suffix, x in made.items():
                 save_sample(run, f"{name}_{suffix}" if suffix else name, x)
         run.folder.write_json(run.folder.metrics_file, report)
-        told = {"stage": stage.name, "step": steps, "streams": stage.streams}
+        run_facts = {"stage": stage.name, "step": steps, "streams": stage.streams}
         for name in stage.exports:
             other = stage.learners[name].module
-            run.networks.write(run.folder.weights(f"{stage.name}.{name}"), other, **{**told, "streams": False})
-        run.networks.write(run.folder.weights(stage.name), network, **told)
+            run.networks.write(run.folder.weights(f"{stage.name}.{name}"), other, **{**run_facts, "streams": False})
+        run.networks.write(run.folder.weights(stage.name), network, **run_facts)
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:

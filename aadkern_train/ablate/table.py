@@ -16,35 +16,43 @@ LONG = "long"
 
 def collected(name: str, grid: Grid, cells: Sequence[Cell], out: Path, words: Sequence[str]) -> dict[str, Any]:
     """What the finished cells have measured: {cell: {row: {measure: {seed: value}}}}, and the same of longer clips."""
-    told: dict[str, Any] = {"grid": name, "recipe": grid.recipe, "settings": list(words), "expected": grid.expected}
-    told |= {"cells": {cell: list(own) for cell, own in grid.cells.items()}, "machines": [], "titles": {}, "measured": {}, LONG: {}}
+    document: dict[str, Any] = {"grid": name, "recipe": grid.recipe, "settings": list(words), "expected": grid.expected}
+    document |= {
+        "cells": {cell: list(own) for cell, own in grid.cells.items()},
+        "machines": [],
+        "titles": {},
+        "measured": {},
+        LONG: {},
+    }
     for cell in cells:
         file = cell.folder(out) / "metrics.json"
         if not file.is_file():
             continue
         metrics = read_json(file)
-        told["machines"] += [machine for machine in (metrics["machine"],) if machine not in told["machines"]]
+        document["machines"] += [machine for machine in (metrics["machine"],) if machine not in document["machines"]]
         for row in grid.rows:
             values = metrics["stages"].get(row, {})
-            told["titles"].setdefault(row, metrics["titles"].get(row, row))
+            document["titles"].setdefault(row, metrics["titles"].get(row, row))
             for place, found in (("measured", values), (LONG, values.get(LONG, {}))):
-                of_row = told[place].setdefault(cell.name, {}).setdefault(row, {})
+                of_row = document[place].setdefault(cell.name, {}).setdefault(row, {})
                 for measure in grid.measures:
                     if isinstance(found.get(measure), (int, float)):
                         of_row.setdefault(measure, {})[str(cell.seed)] = round(float(found[measure]), 3)
-    return told
+    return document
 
 
-def page(told: Mapping[str, Any], grid: Grid) -> str:
+def page(document: Mapping[str, Any], grid: Grid) -> str:
     """The outcome in Markdown: for each row of reports a table of cells by measures, at the trained length and beyond."""
-    lines = [f"# Ablation: {told['grid']}", "", f"Expected, before the first run: {told['expected']}", ""]
-    lines += [f"Recipe `{told['recipe']}`" + (f" with `{' '.join(told['settings'])}`" if told["settings"] else "") + "."]
+    lines = [f"# Ablation: {document['grid']}", "", f"Expected, before the first run: {document['expected']}", ""]
+    lines += [
+        f"Recipe `{document['recipe']}`" + (f" with `{' '.join(document['settings'])}`" if document["settings"] else "") + "."
+    ]
     lines += ["Mean over the seeds, in brackets the least and the most; trained length / longer clips.", ""]
     for row in grid.rows:
-        lines += [f"## {told['titles'].get(row, row)}", "", f"| cell | seeds | {' | '.join(grid.measures)} |"]
+        lines += [f"## {document['titles'].get(row, row)}", "", f"| cell | seeds | {' | '.join(grid.measures)} |"]
         lines += ["|---|" + "---:|" * (1 + len(grid.measures))]
         for cell, own in grid.cells.items():
-            short, long = (told[place].get(cell, {}).get(row, {}) for place in ("measured", LONG))
+            short, long = (document[place].get(cell, {}).get(row, {}) for place in ("measured", LONG))
             values = [" / ".join(filter(None, (_shown(part.get(name, {})) for part in (short, long)))) for name in grid.measures]
             seeds = len({seed for found in short.values() for seed in found})
             said = f"{cell} (`{' '.join(own)}`)" if own else cell
@@ -62,9 +70,9 @@ def _shown(values: Mapping[str, float]) -> str:
     return mean if len(found) == 1 else f"{mean} [{min(found):.4g}, {max(found):.4g}]"
 
 
-def write(told: Mapping[str, Any], grid: Grid, out: Path) -> Path:
+def write(document: Mapping[str, Any], grid: Grid, out: Path) -> Path:
     """Writes OUT/GRID.json and OUT/GRID.md; returns the page."""
-    replace_file(out / f"{told['grid']}.json", json.dumps(told, indent=1) + "\n")
-    path = out / f"{told['grid']}.md"
-    replace_file(path, page(told, grid))
+    replace_file(out / f"{document['grid']}.json", json.dumps(document, indent=1) + "\n")
+    path = out / f"{document['grid']}.md"
+    replace_file(path, page(document, grid))
     return path

@@ -23,14 +23,14 @@ TOO_LARGE = ("out of memory", "can't allocate memory", "storage size calculation
 """What torch says, as RuntimeErrors, of tensors that no machine or none here can hold."""
 
 
-def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
-    """The exit status of ``work``, the command ``name``: 2 for what a user or a disk did wrong, 1 for losses that left the numbers
-    and for a lost rank, 130 for Ctrl-C, 128 + its number for a signal that asked the run to save and leave. ``goes_on`` is how what
-    was interrupted goes on. What else is raised is this package's fault, and raised on.
+def status_of(action: Callable[[], int], name: str, goes_on: str = "") -> int:
+    """The exit status of ``action``, the command ``name``: 2 for what a user or a disk did wrong, 1 for losses that left the
+    numbers and for a lost rank, 130 for Ctrl-C, 128 + its number for a signal that asked the run to save and leave. ``goes_on`` is
+    how what was interrupted goes on. What else is raised is this package's fault, and raised on.
     """
     saved = f"; {goes_on}" if goes_on else ""
     try:
-        status = work()
+        status = action()
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:

@@ -64,7 +64,7 @@ def asked(
     if num_inference_steps is not None:
         given: dict[str, Any] = {"steps": str(whole(num_inference_steps, "num_inference_steps", 1))}
         given |= {} if shift is None else {"shift": shift}
-        settings = replace(settings, steps=wan_settings(given, pipe.told).steps, first_steps=None)
+        settings = replace(settings, steps=wan_settings(given, pipe.run_facts).steps, first_steps=None)
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("prompt must be given, or prompt_embeds in its place")
     if video is None and strength is not None:

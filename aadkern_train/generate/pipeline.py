@@ -65,7 +65,7 @@ class CausalWanPipeline(DiffusionPipeline):
         self.settings = settings or WanSettings()
         self.new_decoder: Callable[[], Any] = lambda: StreamingDecoder(self.vae)
         self.pixels = PIXELS if vae is None else pixels_per_latent(vae)
-        self.told: Mapping[str, Any] = {}
+        self.run_facts: Mapping[str, Any] = {}
         self._held: tuple[Any, StreamingGenerator] | None = None
         self._interrupt = False
 
@@ -89,12 +89,12 @@ class CausalWanPipeline(DiffusionPipeline):
             raise ValueError(f"torch_dtype must be torch.float32 or torch.bfloat16, got {torch_dtype}")
         rest = None if parts is None else Path(parts)
         model = hub_checkpoint(Path(checkpoint), rest)
-        told = facts(model)
-        chosen = replace(wan_settings({}, told), **{"device": "cpu", **settings, "dtype": names[torch_dtype]})
-        found = fitting_parts(model, rest or trained_parts(told), chosen)
+        run_facts = facts(model)
+        chosen = replace(wan_settings({}, run_facts), **{"device": "cpu", **settings, "dtype": names[torch_dtype]})
+        found = fitting_parts(model, rest or trained_parts(run_facts), chosen)
         encoder = load_text_encoder(found.text_encoder, torch_dtype, "cpu")
         pipe = cls.from_parts(found, chosen, encoder, load_tokenizer(found.tokenizer))
-        pipe.told = told
+        pipe.run_facts = run_facts
         return pipe
 
     @classmethod
@@ -143,10 +143,10 @@ class CausalWanPipeline(DiffusionPipeline):
 
             def after(_chunk: int, _step: int, level: float, x: Tensor) -> Tensor | None:
                 nonlocal passed
-                told = callback_on_step_end and callback_on_step_end(self, passed, 1000 * level, {"latents": x})
+                callback_outputs = callback_on_step_end and callback_on_step_end(self, passed, 1000 * level, {"latents": x})
                 passed += 1
                 bar.update()
-                return told.get("latents") if told else None
+                return callback_outputs.get("latents") if callback_outputs else None
 
             parts += self._made(video, after)
         if not parts:

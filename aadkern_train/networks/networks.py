@@ -167,8 +167,8 @@ class Networks:
 
     def _teacher_dtype(self) -> torch.dtype | None:
         """What a frozen network is kept in; None: fp32."""
-        told, cuda = self.recipe.models.teacher_dtype, self.processes.device.type == "cuda"
-        return torch.bfloat16 if told == "bf16" or (told == "auto" and cuda) else None
+        dtype, cuda = self.recipe.models.teacher_dtype, self.processes.device.type == "cuda"
+        return torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and cuda) else None
 
     def _check_teacher(self) -> None:
         if self.recipe.models.offload_teacher and self.processes.device.type != "cuda":

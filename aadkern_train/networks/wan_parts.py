@@ -66,15 +66,15 @@ def is_wan(checkpoint: Path) -> bool:
         if checkpoint.suffix.lower() not in (*PICKLES, SINGLE):
             raise ValueError(f"checkpoint must be a Wan folder, {FILES}, a run or its RUN/weights/STAGE, got {checkpoint}")
         return True
-    told = facts(checkpoint)
-    if "recipe" in told:
-        return trained_parts(told) is not None
+    run_facts = facts(checkpoint)
+    if "recipe" in run_facts:
+        return trained_parts(run_facts) is not None
     return any((checkpoint / name).exists() for name in ("model_index.json", "config.json", "transformer"))
 
 
-def trained_parts(told: Mapping[str, Any]) -> Path | None:
+def trained_parts(run_facts: Mapping[str, Any]) -> Path | None:
     """The Wan folder whose latents a run was trained on, by its weights' run.json; None: latents of another kind."""
-    recipe = told.get("recipe")
+    recipe = run_facts.get("recipe")
     data = recipe.get("data") if isinstance(recipe, dict) else None
     parts = data.get("parts") if isinstance(data, dict) else None
     return Path(parts) if isinstance(parts, str) and parts else None

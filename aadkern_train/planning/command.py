@@ -58,9 +58,9 @@ def run_plan(args: argparse.Namespace) -> None:
 
     names, own, rest = _words(args)
     recipe, fixed = _recipe(names, own, rest)
-    told = make_plan(recipe, own, fixed, trace=args.trace)
-    title, assumptions = told["title"], told["assumptions"]
-    print(json.dumps(told, indent=1) if args.json else text(title, told["stages"], told["disk"], assumptions))
+    plan = make_plan(recipe, own, fixed, trace=args.trace)
+    title, assumptions = plan["title"], plan["assumptions"]
+    print(json.dumps(plan, indent=1) if args.json else text(title, plan["stages"], plan["disk"], assumptions))
 
 
 def _words(args: argparse.Namespace) -> tuple[list[str], dict[str, str], list[str]]:

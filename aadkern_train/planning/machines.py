@@ -102,9 +102,9 @@ def measured(known: Machine, name: str, files: Iterable[Path]) -> tuple[Machine,
     if found is None:
         return known, f"the table of GPUs, none measured here ({known.source})"
     file, rates = found
-    told = ", ".join(f"{name} {value:.0f}" for name, value in rates.items())
-    told = f"{told} TFLOP/s measured in {file.name} of {newest[:10]}; the rest by the table ({known.source})"
-    return replace(known, **rates), told
+    source = ", ".join(f"{name} {value:.0f}" for name, value in rates.items())
+    source = f"{source} TFLOP/s measured in {file.name} of {newest[:10]}; the rest by the table ({known.source})"
+    return replace(known, **rates), source
 
 
 def _rates(document: dict) -> dict[str, float]:

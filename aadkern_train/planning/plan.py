@@ -34,16 +34,16 @@ def make_plan(recipe: Recipe, own: Mapping[str, str], fixed: Collection[str], tr
     layout = VideoLayout(recipe.chunks, (height // patch) * (width // patch))
     clip = Clip(layout, recipe.view, recipe.given_frames, recipe.steps, sizes)
     roles = {role: own[role] for role in ROLES if role in own}
-    stages, untold = _stages(recipe, own.get("stage"))
+    stages, left_out = _stages(recipe, own.get("stage"))
     found = search(recipe, stages, clip, cluster, fixed, roles)
-    told = {one.name: values(one, clip, cluster) | {"words": words(one, recipe)} for one in found}
+    stage_values = {one.name: values(one, clip, cluster) | {"words": words(one, recipe)} for one in found}
     kept = disk(recipe, found, clip, gpu, roles)
-    assumptions = [f"GPU rates: {source}", *sized, *untold, *_shapes(recipe, roles), *_always(found, cluster)]
+    assumptions = [f"GPU rates: {source}", *sized, *left_out, *_shapes(recipe, roles), *_always(found, cluster)]
     if trace:
         from aadkern_train.planning.trace import trace as traced
 
         for one in found:
-            told[one.name]["trace"] = traced_values(traced(one, recipe, clip))
+            stage_values[one.name]["trace"] = traced_values(traced(one, recipe, clip))
     worst = max(found, key=lambda one: one.bytes).name
     shape = f"sequence {found[0].layout.sequence}, replicate {found[0].layout.replicate}"
     return {
@@ -51,9 +51,9 @@ def make_plan(recipe: Recipe, own: Mapping[str, str], fixed: Collection[str], tr
         "recipe": recipe.recipe,
         "gpu": gpu.name,
         "stage": worst,
-        **told[worst],
+        **stage_values[worst],
         "fits": all(one.fits for one in found),
-        "stages": told,
+        "stages": stage_values,
         "hours": round(sum(one.total for one in found) / 3600, 3),
         "disk": {
             "gigabytes": {what: round(count / 1e9, 3) for what, count in kept.bytes.items()},
@@ -111,7 +111,7 @@ def _sizes(recipe: Recipe, size: str | None) -> tuple[Sizes, list[str]]:
 
 
 def _shapes(recipe: Recipe, roles: Mapping[str, str]) -> list[str]:
-    network, named = recipe.network, [f"{role} {told}" for role, told in roles.items()]
+    network, named = recipe.network, [f"{role} {model}" for role, model in roles.items()]
     shape = f"{network.layers} blocks of {network.heads} x {network.head_dim}, ffn {network.ffn}"
     if recipe.models.generator == "":
         named.append(f"every network whose folder is not named: {shape}, as the recipe states")

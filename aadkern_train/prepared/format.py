@@ -58,7 +58,7 @@ class Prepared:
         self.kind: str = self.header["kind"]
         items: list[Item] = []
         skipped: list[dict[str, Any]] = []
-        told = hashlib.blake2b((folder / "dataset.json").read_bytes(), digest_size=16)
+        fingerprint = hashlib.blake2b((folder / "dataset.json").read_bytes(), digest_size=16)
         count = self.header["shards"]
         missing = [shard for shard in range(count) if not layout.lines(folder, shard).is_file()]
         if missing:
@@ -74,7 +74,7 @@ class Prepared:
         for shard in range(count):
             file = layout.lines(folder, shard)
             content = file.read_bytes()
-            told.update(b"%d %d " % (shard, len(content)) + content)
+            fingerprint.update(b"%d %d " % (shard, len(content)) + content)
             for record in layout.records(file, content, self.kind):
                 if record["id"] in seen and record["ok"]:
                     raise ValueError(f"{file} must hold new items, {record['id']!r} is in {seen[record['id']]} already")
@@ -86,7 +86,7 @@ class Prepared:
                 else:
                     skipped.append(record)
         self.items, self.skipped = tuple(items), tuple(skipped)
-        self.fingerprint = told.hexdigest()
+        self.fingerprint = fingerprint.hexdigest()
         self._files: dict[Path, TensorFile] = {}
         self._verified: set[tuple[str, str]] = set()
 
@@ -181,8 +181,8 @@ class Writer:
         file = self.folder / "dataset.json"
         if not file.exists():
             with own_path(file) as waiting:
-                told = json.dumps(self.header, ensure_ascii=False, indent=1, sort_keys=True)
-                waiting.write_bytes(f"{told}\n".encode("utf-8", "backslashreplace"))
+                text = json.dumps(self.header, ensure_ascii=False, indent=1, sort_keys=True)
+                waiting.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))
         self._agree()
         clear_leftovers(self.folder)
 

@@ -179,7 +179,7 @@ class Job:
         vae: Any,
     ) -> dict[str, Any]:
         """An item's line; its latents go to ``latents``."""
-        told: dict[str, Any] = {"id": entry.id, "caption": entry.caption, "source": entry.source}
+        line: dict[str, Any] = {"id": entry.id, "caption": entry.caption, "source": entry.source}
         problem, more = entry.problem, {}
         if not problem and not texts[entry.id].isfinite().all():
             problem = "text not finite"
@@ -191,19 +191,19 @@ class Job:
                 problem = str(reason)
         if problem:
             _refuse(entry, problem if self.settings.strict else "")
-            return {**told, "ok": False, "reason": problem}
+            return {**line, "ok": False, "reason": problem}
         cut = {"cut": True} if tokens[entry.id][1] else {}
-        return {**told, "ok": True, "split": split_of(entry.group), **more, **cut}
+        return {**line, "ok": True, "split": split_of(entry.group), **more, **cut}
 
     def _latents(self, entry: Entry, vae: Any) -> tuple[Tensor, dict[str, Any]]:
         """fp16 [F, C, H, W] and what to tell of them. Raises BadItem."""
-        told: dict[str, Any] = {}
+        facts: dict[str, Any] = {}
         try:
             if self.rows is not None:
                 assert entry.row is not None
                 latents = self.rows.latents(entry.row).float()
             else:
-                frames, told = self._frames(entry)
+                frames, facts = self._frames(entry)
         except ValueError as error:
             raise BadItem(str(error)) from error
         if self.rows is None:
@@ -217,13 +217,13 @@ class Job:
             raise BadItem(f"latents out of range: {largest:g} in size, of at most {LARGEST:g}")
         made = latents.half().cpu()
         moments = {"mean": round(float(made.double().mean()), 4), "std": round(float(made.double().std()), 4)}
-        return made, {**told, **moments}
+        return made, {**facts, **moments}
 
     def _frames(self, entry: Entry) -> tuple[Tensor, dict[str, Any]]:
         settings, file = self.settings, entry.file
         assert file is not None
         if entry.image:
-            frames, told = videos.read_picture(file, settings.size), {}
+            frames, facts = videos.read_picture(file, settings.size), {}
         else:
             start = entry.start
             if settings.clips_per_video > 1:
@@ -231,10 +231,10 @@ class Job:
                 span = settings.frames / settings.fps
                 start = videos.clip_start(file, entry.clip, settings.clips_per_video, span, start, entry.end, draw)
             frames = videos.read_frames(file, settings.size, settings.fps, settings.frames, start, entry.end)
-            told = {"start": round(start, 6), **({"still": True} if videos.still(frames) else {})}
+            facts = {"start": round(start, 6), **({"still": True} if videos.still(frames) else {})}
         if videos.blank(frames):
             raise ValueError("blank: its pixels vary by less than 1 of 255")
-        return frames, told
+        return frames, facts
 
 
 def exactly(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -125,13 +125,13 @@ def _folder(path: Path) -> Iterator[Entry]:
         looked = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
         raise ValueError(f"source must hold videos with captions, found none in {path} or below (looked for {looked})")
     for file in files:
-        told, caption, problem = file.with_suffix(".txt"), "", ""
+        caption_file, caption, problem = file.with_suffix(".txt"), "", ""
         try:
-            caption = told.read_text(encoding="utf-8-sig")
+            caption = caption_file.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
-            problem = f"no caption: {told.name} is missing"
+            problem = f"no caption: {caption_file.name} is missing"
         except (OSError, UnicodeDecodeError) as error:
-            problem = f"unreadable caption: {told.name}, {error}"
+            problem = f"unreadable caption: {caption_file.name}, {error}"
         name = file.relative_to(path)
         yield Entry(name.with_suffix("").as_posix(), caption.strip(), name.as_posix(), file, problem=problem)
 

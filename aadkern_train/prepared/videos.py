@@ -54,8 +54,8 @@ def clip_start(path: Path, clip: int, count: int, span: float, start: float, end
     Raises ValueError where the video has no room for it, or does not tell how long it is.
     """
     with _opened(path) as (container, stream):
-        told = [stream.duration and float(stream.duration * stream.time_base), container.duration and container.duration / 1e6]
-    length = next((seconds for seconds in told if seconds), None)
+        lengths = [stream.duration and float(stream.duration * stream.time_base), container.duration and container.duration / 1e6]
+    length = next((seconds for seconds in lengths if seconds), None)
     if length is None:
         raise ValueError("unknown length: the file does not tell it, and so gives one clip alone")
     length = (length if end is None else min(end, length)) - start

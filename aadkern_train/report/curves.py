@@ -137,9 +137,9 @@ def segment_charts(run: RunRecord, long: bool) -> str:
 
 def steering_chart(run: RunRecord) -> str:
     """How streams follow a caption that changes on the way, chunk by chunk, in each way of going on; "" where that is absent."""
-    told = mapping(run.metrics.get("steering"))
+    steering = mapping(run.metrics.get("steering"))
     ways = {}
-    for way, values in mapping(told.get("ways")).items():
+    for way, values in mapping(steering.get("ways")).items():
         points = [
             (i + 1.0, y) for i, value in enumerate(values if isinstance(values, list) else []) if (y := number(value)) is not None
         ]
@@ -147,13 +147,13 @@ def steering_chart(run: RunRecord) -> str:
             ways[str(way)] = points
     if not ways:
         return ""
-    key = told.get("metric")
+    key = steering.get("metric")
     measure = run.measures[key].name if isinstance(key, str) else "% that follow the new caption"
     series = [Series(way, points, colour) for (way, points), colour in zip(ways.items(), LINES, strict=False)]
     ticks = [(x, f"{x:.0f}") for x in sorted({x for points in ways.values() for x, _ in points})]
     chart = line_chart(f"{measure}, after the change", series, "chunk after the change", x_ticks=ticks, may_be_log=False)
-    stage = f"A stream of {run.label(told['stage'])}" if isinstance(told.get("stage"), str) else "A stream"
-    change = f" ({told['change']})" if isinstance(told.get("change"), str) else ""
+    stage = f"A stream of {run.label(steering['stage'])}" if isinstance(steering.get("stage"), str) else "A stream"
+    change = f" ({steering['change']})" if isinstance(steering.get("change"), str) else ""
     ends = "; ".join(
         f"{way}: {points[0][1]:.0f} in chunk {points[0][0]:.0f}, {points[-1][1]:.0f} in chunk {points[-1][0]:.0f}"
         for way, points in ways.items()

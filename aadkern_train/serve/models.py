@@ -152,8 +152,8 @@ class RunPlayer:
         world, recipe = self.model.world, self.model.recipe
         # Of the frames that fit a prompt there may be but one.
         condition = condition_for(world, recipe, prompt, None, seed if prompt is None else 0)
-        told = world.describe(condition)
-        self.prompt = prompt if prompt is not None else told[0] if told else ""
+        captions = world.describe(condition)
+        self.prompt = prompt if prompt is not None else captions[0] if captions else ""
         self._stream.reset()
         self._stream.set_text(condition.text)
         self._first = condition.first

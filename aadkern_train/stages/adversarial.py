@@ -165,8 +165,8 @@ class AdversarialRefinement(Stage):
                     made.forget_cache()  # or those of the whole batch would wait for the discriminator
                 if discriminator_step is None:
                     continue
-                told = self.discriminator_part(draws, some, made.x.detach(), made.text, exit, last)
-                for name, value in told.items():
+                values = self.discriminator_part(draws, some, made.x.detach(), made.text, exit, last)
+                for name, value in values.items():
                     logged[name] = logged.get(name, 0.0) + value / settings.accumulate
             if discriminator_step is not None:
                 logged["discriminator_norm"] = discriminator.update(discriminator_step)

@@ -229,8 +229,8 @@ class FeedbackDistillation(Stage):
             for samples, _ in micro_batches(self.run.batch(number, settings.batch), settings.accumulate):
                 prompts = range(samples.start // of_group, samples.stop // of_group)
                 real = self.run.clips(prompts, settings.real)
-                asked = self.run.condition(prompts, settings.real)
-                condition = asked.rows([i for i in range(len(prompts)) for _ in range(of_group)])
+                condition = self.run.condition(prompts, settings.real)
+                condition = condition.rows([i for i in range(len(prompts)) for _ in range(of_group)])
                 clean = rolled(self.run, network, draws, samples, condition) if settings.learns == "feedback" else real
                 noised, sigma = noised_again(self.run, draws, samples, clean, joint=settings.context == "joint")
                 reward = torch.full((len(samples),), 0.5, device=clean.device)

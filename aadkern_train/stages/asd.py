@@ -137,15 +137,15 @@ class AdversarialSelfDistillation(DmdWarmUp):
         return made, Compared(samples, made.x.detach(), self.run.condition(samples), count, better)
 
     def generator_gradient(self, draws: Draws, clips: Clips) -> tuple[dict[str, float], Tensor]:
-        told, gradient = super().generator_gradient(draws, clips)
+        values, gradient = super().generator_gradient(draws, clips)
         assert isinstance(clips, Compared)
         if clips.better is None:
-            return told, gradient
+            return values, gradient
         loss, push = self.self_gradient(draws, clips, clips.better)
         push = self.settings.alpha * push
         size, other = push.norm().item(), gradient.norm().item()
-        told |= {"self_loss": loss, "self_share": size / max(size + other, 1e-30)}
-        return told, gradient + push
+        values |= {"self_loss": loss, "self_share": size / max(size + other, 1e-30)}
+        return values, gradient + push
 
     @spanned("self-distillation gradient")
     def self_gradient(self, draws: Draws, clips: Compared, better: Tensor) -> tuple[float, Tensor]:
@@ -185,14 +185,14 @@ class AdversarialSelfDistillation(DmdWarmUp):
 
     def follow(self, draws: Draws, step: int, k: int, made: Sequence[Clips]) -> dict[str, float]:
         """The fake score's update, and after it the heads', on the same clips."""
-        told = super().follow(draws, step, k, made)
+        values = super().follow(draws, step, k, made)
         compared = [clips for clips in made if isinstance(clips, Compared) and clips.better is not None]
         for i, clips in enumerate(compared):
             for name, value in self.heads_part(draws, k, clips, clips.better, len(compared), i == len(compared) - 1).items():
-                told[name] = told.get(name, 0.0) + value / len(compared)
+                values[name] = values.get(name, 0.0) + value / len(compared)
         if compared:
             self.learners["heads"].update(step * self.settings.fake_per_generator + k)
-        return told
+        return values
 
     @spanned("self-distillation heads")
     def heads_part(self, draws: Draws, k: int, clips: Compared, better: Tensor, parts: int, last: bool) -> dict[str, float]:

@@ -100,7 +100,7 @@ class DmdWarmUp(Stage):
         generator, draws = self.learners["generator"], self.run.draws(self.name, step)
         fresh, updates = self.settings.fake_rollouts == "fresh", self.settings.fake_per_generator
         samples = self.run.batch(step * (1 + updates) if fresh else step, self.settings.batch)
-        told: list[dict[str, float]] = []
+        part_values: list[dict[str, float]] = []
         made: list[Clips] = []
         with gathered_once(self.run, generator.module):
             for some, last in micro_batches(samples, self.settings.accumulate):
@@ -108,9 +108,9 @@ class DmdWarmUp(Stage):
                 made.append(clips)
                 values, gradient = self.generator_gradient(draws, clips)
                 send_back(rolled, gradient / self.settings.accumulate, generator.module, last, self.settings.replay)
-                told.append(values)
+                part_values.append(values)
                 del rolled  # its cache, before the next one and the fake score's updates
-        logged = {**averages(told), "grad_norm": generator.update(step)}
+        logged = {**averages(part_values), "grad_norm": generator.update(step)}
         followed = [self.follow(draws, step, k, self.fresh_clips(step, k) if fresh else made) for k in range(updates)]
         return {**logged, **averages(followed)}
 
