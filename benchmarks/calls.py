@@ -92,8 +92,8 @@ def learned(document: dict[str, Any]) -> Iterator[str]:
                 ratios.append(table.times(min(rivals, key=lambda pair: pair[1]["median_ms"])[1], best))
         if won:
             wins = ", ".join(f"{name} in {count}" for name, count in won.most_common())
-            told = f", {statistics.median(ratios):.2f} x the fastest rival (median of {len(ratios)})" if ratios else ""
-            yield f"fastest of ours, {direction}: {wins} of {won.total()} cases{told}"
+            comparison = f", {statistics.median(ratios):.2f} x the fastest rival (median of {len(ratios)})" if ratios else ""
+            yield f"fastest of ours, {direction}: {wins} of {won.total()} cases{comparison}"
     for case, found in document["rooms"].get("sweep", {}).get("cases", {}).items():
         best_tiles = [f"{kernel} {records[0]['tile']}" for kernel, records in found.items() if records and "ms" in records[0]]
         if best_tiles:

@@ -84,12 +84,12 @@ class Check:
     def read_environment(self) -> None:
         """What is here, told by a process of its own: this one never touches CUDA, so that no error can stick to it."""
         code = "import json, sys; from benchmarks import results; print(json.dumps(results.environment(*sys.argv[1:])))"
-        asked = [self.options.device, *([self.options.commit] if self.options.commit else [])]
-        outcome = run_limited([sys.executable, "-c", code, *asked], self.scratch / "environment", 120, self.environment, ROOT)
-        told = (self.scratch / "environment").read_text().strip().splitlines()
-        found = [line for line in told if line.startswith("{")]
+        words = [self.options.device, *([self.options.commit] if self.options.commit else [])]
+        outcome = run_limited([sys.executable, "-c", code, *words], self.scratch / "environment", 120, self.environment, ROOT)
+        output = (self.scratch / "environment").read_text().strip().splitlines()
+        found = [line for line in output if line.startswith("{")]
         if outcome != "passed" or not found:
-            raise SystemExit(f"gpu_check: the environment could not be read: {outcome}\n" + "\n".join(told[-5:]))
+            raise SystemExit(f"gpu_check: the environment could not be read: {outcome}\n" + "\n".join(output[-5:]))
         timed = run.timing_conditions(self.options.device, self.options.seconds)
         conditions = {"data": f"standard normal, seed {self.options.seed}", "minutes": self.options.minutes, **timed}
         conditions |= {"plan": self.options.plan} if self.options.plan else {}
@@ -218,8 +218,8 @@ class Check:
         if name in ("tests", "sanitizer"):
             everything = marked_files()
             ours = self.plan.tests or (file for file in everything if file not in CORRECT) if self.plan else everything
-            asked = self.options.tests or ours
-            return self.tests(deadline, name, [file for file in asked if ("sanitizer" in file) == (name == "sanitizer")])
+            tests = self.options.tests or ours
+            return self.tests(deadline, name, [file for file in tests if ("sanitizer" in file) == (name == "sanitizer")])
         if name == "cases":
             ours = list(self.plan.cases) if self.plan else core_cases()
             return self.cases(deadline, self.options.cases or (DRY_CASES if dry else ours), name)
@@ -303,7 +303,7 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def asked(argv: list[str] | None = None) -> argparse.Namespace:
+def call_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, with a plan's where none was given."""
     parser = arguments()
     options = parser.parse_args(argv)
@@ -325,7 +325,7 @@ def asked(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """0 if every stage passed or was not run for want of a package, 1 if any failed or was not reached."""
-    check = Check(asked(argv))
+    check = Check(call_options(argv))
     try:
         check.run()
         check.write()
@@ -333,10 +333,10 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(check.scratch, ignore_errors=True)
     (check.out / "chart.svg").write_text(chart.draw([check.document]))
     (check.out / "table.txt").write_text("\n".join(table.lines(check.document)) + "\n")
-    told = list(table.short_lines(check.document))
+    summary = list(table.short_lines(check.document))
     if check.options.plan:
-        told += ["", f"learned by --plan {check.options.plan}", *learned(check.document), *next_lines(check.options.plan)]
-    print("\n" + "\n".join(told), flush=True)
+        summary += ["", f"learned by --plan {check.options.plan}", *learned(check.document), *next_lines(check.options.plan)]
+    print("\n" + "\n".join(summary), flush=True)
     stages = check.document["stages"]
     well = all(stage["outcome"] == "passed" or stage["outcome"].startswith("not run") for stage in stages)
     return 0 if well and len(stages) == len(check.options.stages) else 1

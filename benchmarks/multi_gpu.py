@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from benchmarks import results
 from benchmarks.measure import one_line
-from benchmarks.multi_gpu_items import KINDS, Bench, lines, told_items
+from benchmarks.multi_gpu_items import KINDS, Bench, lines, named_items
 from benchmarks.streaming_shapes import SIZES
 from benchmarks.timing import keep
 
@@ -104,7 +104,7 @@ def measured(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     }
     items = document["items"]
     wrong = False
-    for name, item in told_items(Bench(device, options.rounds), models, options.kinds):
+    for name, item in named_items(Bench(device, options.rounds), models, options.kinds):
         items[name] = {"outcome": "not ended: whoever waits for a rank gives up after the limit, and the process with it"}
         if main:
             keep(document, options.out)

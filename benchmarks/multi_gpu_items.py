@@ -45,7 +45,7 @@ TIMED_CHUNKS = 8
 Item = Callable[[], Mapping[str, Any]]
 
 
-def told_items(bench: Bench, models: Sequence[str], kinds: Sequence[str]) -> Iterator[tuple[str, Item]]:
+def named_items(bench: Bench, models: Sequence[str], kinds: Sequence[str]) -> Iterator[tuple[str, Item]]:
     """Every item by name, correctness first, and CUDA graphs with collectives inside, which nobody has tried, last."""
     for kind in KINDS:
         for model in models if kind in kinds else ():
@@ -64,8 +64,8 @@ def told_items(bench: Bench, models: Sequence[str], kinds: Sequence[str]) -> Ite
 def lines(name: str, record: Mapping[str, Any]) -> list[str]:
     """An item for people."""
     figures = [f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, (int, float)) and key != "seconds"]
-    told = [f"{name}: {record['outcome']}" + (f"; {', '.join(figures)}" if figures else "")]
-    return told + [
+    rows = [f"{name}: {record['outcome']}" + (f"; {', '.join(figures)}" if figures else "")]
+    return rows + [
         f"    {key}: " + ", ".join(f"{of} {value:.4g}" for of, value in found.items())
         for key, found in record.items()
         if isinstance(found, dict)

@@ -133,12 +133,12 @@ def measure(size: str, rounds: int, device: str) -> dict[str, Any]:
     return {**results.header(device), **about, "ms_per_chunk": medians, "over_merged": ratios}
 
 
-def items(device: str, asked: Sequence[str] | None = None) -> list[str]:
-    """What is measured of a size: ``asked``, or the device's own. Raises ValueError for a word that is no item."""
-    for item in asked or []:
+def items(device: str, names: Sequence[str] | None = None) -> list[str]:
+    """What is measured of a size: ``names``, or the device's own. Raises ValueError for a word that is no item."""
+    for item in names or []:
         if not re.fullmatch(ITEM, item):
             raise ValueError(f"item must be 'rate: NAME, N NFE', 'vae: NAME' or 'parts: NAME', got {item!r}")
-    return list(asked or (ON_CUDA if device == "cuda" else ON_CPU))
+    return list(names or (ON_CUDA if device == "cuda" else ON_CPU))
 
 
 def measured(bench: Bench, item: str) -> dict[str, Any]:

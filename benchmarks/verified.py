@@ -116,8 +116,8 @@ def not_run(document: dict[str, Any], what: str) -> list[str]:
 def entries() -> list[tuple[str, str, str]]:
     """(backend or room, GPU, results file) of every entry of ``VERIFIED`` that is of a GPU. Raises ValueError for another form."""
     found = []
-    for what, told in runtime.VERIFIED.items():
-        for entry in told:
+    for what, claims in runtime.VERIFIED.items():
+        for entry in claims:
             said = ENTRY.fullmatch(entry)
             if said is None and entry not in WITHOUT_A_GPU:
                 raise ValueError(f"VERIFIED[{what!r}]: {entry!r} is not '<GPU>: {FOLDER}/<file>.json'")
@@ -163,8 +163,8 @@ def with_entries(source: str, entered: dict[str, str]) -> str:
             raise ValueError(f"runtime.VERIFIED has no line of its own for {what!r}")
         if entry in line[1]:
             continue
-        told = "".join(f"{text.strip()}, " for text in line[1].split(",") if text.strip())
-        source = source.replace(line[0], f'    "{what}": ({told}"{entry}"{"" if told else ","}),')
+        existing = "".join(f"{text.strip()}, " for text in line[1].split(",") if text.strip())
+        source = source.replace(line[0], f'    "{what}": ({existing}"{entry}"{"" if existing else ","}),')
     return source
 
 
