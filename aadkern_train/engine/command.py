@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from aadkern_train.engine.leaving import Leave, LostRankError
+from aadkern_train.engine.stops import LostRankError, SignalStop
 
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, or name another place"),
@@ -35,7 +35,7 @@ def status_of(action: Callable[[], int], name: str, goes_on: str = "") -> int:
         return status
     except KeyboardInterrupt:
         return _tell(name, f"interrupted; what was saved stays{saved.replace(';', ', and', 1)}", 130)
-    except Leave as error:
+    except SignalStop as error:
         return _tell(name, f"{error}{saved}", 128 + error.number)
     except BrokenPipeError:  # `| head` has seen enough
         _drop_stdout()

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from aadkern_train.engine.config import differences
-from aadkern_train.engine.leaving import LostRankError
 from aadkern_train.engine.lock import beginning, this_process
+from aadkern_train.engine.stops import LostRankError
 
 PATIENCE = 10.0  # seconds that a rank looks for who was lost: a process that ends closes its connections before it is gone
 

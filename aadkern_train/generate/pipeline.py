@@ -29,9 +29,9 @@ from aadkern.wan import lora
 from aadkern.wan.offload import offload_blocks
 from aadkern.wan.text import embed, load_text_encoder, load_tokenizer, tokens_of
 from aadkern.wan.vae import StreamingDecoder, StreamingEncoder, encode_image, pixels_per_latent
-from aadkern_train.generate.asked import FRAMES, Video, asked
 from aadkern_train.generate.options import wan_settings
 from aadkern_train.generate.pictures import latent_frames, pixels_of
+from aadkern_train.generate.request import FRAMES, VideoRequest, video_request
 from aadkern_train.generate.streams import stream_chunks
 from aadkern_train.generate.wan_decoder import decoders
 from aadkern_train.generate.wan_model import fitting_parts, prepare_model, wan_stream
@@ -135,10 +135,10 @@ class CausalWanPipeline(DiffusionPipeline):
         """
         choice(output_type, "output_type", OUTPUTS)
         frames = FRAMES if num_frames is None and "video" not in options else num_frames
-        video = asked(self, prompt, frames if frames is None else whole(frames, "num_frames", 1), **options)
-        first, rest = (len(levels) for levels in (video.settings.first_steps or video.settings.steps, video.settings.steps))
-        parts = [] if video.first is None else [video.first]
-        with self.progress_bar(total=first + ((video.chunks or 1) - 1) * rest) as bar:
+        request = video_request(self, prompt, frames if frames is None else whole(frames, "num_frames", 1), **options)
+        first, rest = (len(levels) for levels in (request.settings.first_steps or request.settings.steps, request.settings.steps))
+        parts = [] if request.first is None else [request.first]
+        with self.progress_bar(total=first + ((request.chunks or 1) - 1) * rest) as bar:
             passed = 0
 
             def after(_chunk: int, _step: int, level: float, x: Tensor) -> Tensor | None:
@@ -148,16 +148,16 @@ class CausalWanPipeline(DiffusionPipeline):
                 bar.update()
                 return callback_outputs.get("latents") if callback_outputs else None
 
-            parts += self._made(video, after)
+            parts += self._made(request, after)
         if not parts:
             raise ValueError("video must hold as many frames as its file tells, it ended before the first chunk")
         if hasattr(self.transformer, "_hf_hook"):
             self._held = None  # the cache makes room for the VAE
-        made: Any = torch.cat(parts, dim=2)[:, :, : latent_frames(video.frames or 1)]
+        made: Any = torch.cat(parts, dim=2)[:, :, : latent_frames(request.frames or 1)]
         if output_type != "latent":
             self._ready(self.vae)
             decoder = self._decoder()
-            pixels = torch.cat([decoder.decode(part) for part in parts], dim=2)[:, :, : video.frames]
+            pixels = torch.cat([decoder.decode(part) for part in parts], dim=2)[:, :, : request.frames]
             made = VideoProcessor(vae_scale_factor=self.pixels).postprocess_video(pixels.float(), output_type=output_type)
         self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=made) if return_dict else (made,)
@@ -167,12 +167,12 @@ class CausalWanPipeline(DiffusionPipeline):
         end, or to the end of the source video. ``options`` are those of a call. ``set_prompt`` steers between two chunks."""
         choice(output_type, "output_type", OUTPUTS)
         with torch.no_grad():
-            video = asked(self, prompt, None, **options)
-        return self._shown(video, output_type)
+            request = video_request(self, prompt, None, **options)
+        return self._shown(request, output_type)
 
-    def _shown(self, video: Video, output_type: str) -> Iterator[Any]:
-        chunks, decoder = self._made(video, None), None if output_type == "latent" else self._decoder()
-        processor, given = VideoProcessor(vae_scale_factor=self.pixels), video.first
+    def _shown(self, request: VideoRequest, output_type: str) -> Iterator[Any]:
+        chunks, decoder = self._made(request, None), None if output_type == "latent" else self._decoder()
+        processor, given = VideoProcessor(vae_scale_factor=self.pixels), request.first
         while True:
             with torch.no_grad():
                 self._ready(self.transformer)
@@ -205,11 +205,11 @@ class CausalWanPipeline(DiffusionPipeline):
         self.text_encoder.to(home)
         return text
 
-    def _made(self, video: Video, after: After | None) -> Iterator[Tensor]:
+    def _made(self, request: VideoRequest, after: After | None) -> Iterator[Tensor]:
         """The latents of the chunks that are asked for, less those after an interruption."""
         self._interrupt = False
         for chunk in self.latents(
-            video.text, video.noise, video.settings, video.chunks, first=video.first, source=video.source, after=after
+            request.text, request.noise, request.settings, request.chunks, first=request.first, source=request.source, after=after
         ):
             yield chunk
             if self._interrupt:

@@ -23,7 +23,7 @@ FRAMES = 81  # 5 seconds, as the family trains
 
 
 @dataclass
-class Video:
+class VideoRequest:
     """A video that is asked for: ``chunks`` of latents (None: without end), its ``frames``, and what it starts from."""
 
     settings: WanSettings
@@ -35,7 +35,7 @@ class Video:
     source: Iterator[Tensor] | None
 
 
-def asked(
+def video_request(
     pipe: Any,
     prompt: str | None,
     frames: int | None,
@@ -50,7 +50,7 @@ def asked(
     generator: torch.Generator | None = None,
     prompt_embeds: Tensor | None = None,
     **other: Any,
-) -> Video:
+) -> VideoRequest:
     """The video of so many ``frames`` (None: the source video's, else without end). ``CausalWanPipeline.__call__`` tells the
     options.
 
@@ -91,4 +91,4 @@ def asked(
     def noise(_chunk: int, _step: int) -> Tensor:
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-    return Video(settings, text, noise, chunks, frames, first, source)
+    return VideoRequest(settings, text, noise, chunks, frames, first, source)
