@@ -84,9 +84,9 @@ def _installed() -> Path | None:
             places.append(Path(url2pathname(urlparse(origin["url"]).path)) / "aadkern")
         else:
             places.append(Path(str(distribution.locate_file("aadkern"))))
-    found = [place.resolve() for place in places if (place / "__init__.py").is_file()]
+    folders = [place.resolve() for place in places if (place / "__init__.py").is_file()]
     here = Path(__file__).resolve().parent
-    return here if here in found else next(iter(found), None)
+    return here if here in folders else next(iter(folders), None)
 
 
 def describe() -> str:

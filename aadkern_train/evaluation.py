@@ -144,10 +144,10 @@ def steering(run: Run, network: Any, count: int) -> dict[str, list[float]]:
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     network.eval()
-    found = {}
+    by_turn = {}
     for turn in TURNS:
         x = in_batches(run, count, lambda s, turn=turn: turned(s, turn))
         ends = [given + (BEFORE + i) * size for i in range(AFTER + 1)]
-        found[turn] = [run.world.follows(x, new, (a, b)) for a, b in pairwise(ends)]
+        by_turn[turn] = [run.world.follows(x, new, (a, b)) for a, b in pairwise(ends)]
     network.train()
-    return found
+    return by_turn

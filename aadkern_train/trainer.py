@@ -305,13 +305,13 @@ def read_metrics(run: Run) -> dict[str, Any]:
 def check_metrics(file: Path) -> dict[str, Any]:
     """metrics.json with all that stages write into it."""
     try:
-        found = read_json(file)
+        metrics = read_json(file)
         for name in ("stages", "reference", "steps", "titles", "seconds_per_stage"):
-            if not isinstance(found.get(name), dict):
+            if not isinstance(metrics.get(name), dict):
                 raise ValueError(f"{file} must hold {name}, and does not")
     except ValueError as error:
         raise ValueError(f"{error}; put it back, or remove it: the figures of the stages that are finished are then lost") from None
-    return found
+    return metrics
 
 
 def machine(run: Run) -> dict[str, Any]:

@@ -65,10 +65,10 @@ def processes(device: str, limit: float) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def everyone(said: Any) -> list[Any]:
+def everyone(value: Any) -> list[Any]:
     """What each rank says."""
     heard: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(heard, said)
+    dist.all_gather_object(heard, value)
     return heard
 
 

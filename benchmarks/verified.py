@@ -118,11 +118,11 @@ def entries() -> list[tuple[str, str, str]]:
     found = []
     for what, claims in runtime.VERIFIED.items():
         for entry in claims:
-            said = ENTRY.fullmatch(entry)
-            if said is None and entry not in WITHOUT_A_GPU:
+            match = ENTRY.fullmatch(entry)
+            if match is None and entry not in WITHOUT_A_GPU:
                 raise ValueError(f"VERIFIED[{what!r}]: {entry!r} is not '<GPU>: {FOLDER}/<file>.json'")
-            if said is not None:
-                found.append((what, said["gpu"], said["file"]))
+            if match is not None:
+                found.append((what, match["gpu"], match["file"]))
     return found
 
 

@@ -115,7 +115,7 @@ def _flex_of(module: ModuleType) -> Callable[..., Any]:
 
 def _builders_of(module: ModuleType) -> list[tuple[type, str, Callable[..., Any]]]:
     """The mask builders of the classes that the module defines, their signatures looked at."""
-    found = []
+    builders = []
     defined = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
     for cls in dict.fromkeys(defined):  # a class may have two names there
         for name in [name for name in BUILDERS if name in vars(cls)]:
@@ -131,10 +131,10 @@ def _builders_of(module: ModuleType) -> list[tuple[type, str, Callable[..., Any]
                 raise ValueError(f"patch: {cls.__name__}.{name} must take {wanted}; it takes ({', '.join(parameters)})")
             if "create_block_mask" not in original.__globals__:
                 raise ValueError(f"patch: {cls.__name__}.{name} must call a global create_block_mask, and its module has none")
-            found.append((cls, name, original))
-    if not found:
+            builders.append((cls, name, original))
+    if not builders:
         raise ValueError(f"patch: a class of target {module.__name__} must have one of {', '.join(BUILDERS)}, and none has")
-    return found
+    return builders
 
 
 def _sharing_of(module: ModuleType, builders: list[tuple[type, str, Callable[..., Any]]]) -> ModuleType | None:

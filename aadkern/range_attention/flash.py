@@ -64,10 +64,10 @@ def _check_served(q: Tensor) -> Served:
     if q.shape[3] % HEAD_DIM_STEP or q.shape[3] > MOST_HEAD_DIM:
         wanted = f"a head_dim that is a multiple of {HEAD_DIM_STEP} up to {MOST_HEAD_DIM}"
         raise ValueError(f"backend 'flash' serves {wanted}, got {q.shape[3]}; 'triton' or 'sdpa' serves it")
-    found = served(str(q.device))
-    if isinstance(found, str):
-        raise ValueError(f"backend 'flash' cannot serve tensors on {str(q.device)!r}: {found}")
-    return found
+    answer = served(str(q.device))
+    if isinstance(answer, str):
+        raise ValueError(f"backend 'flash' cannot serve tensors on {str(q.device)!r}: {answer}")
+    return answer
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:

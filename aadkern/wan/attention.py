@@ -66,8 +66,8 @@ def attention_spec(attention: Any, older: dict[str, Any]) -> Attention:
 
 def check_attention(attention: Any, older: dict[str, Any], spec: Attention) -> None:
     """Raise ValueError for arguments that exclude one another, TypeError for one of another type than is taken."""
-    said = (AttentionPlan, CausalContext, WholeClip, CachedChunk)
-    if attention is not None and not isinstance(attention, said) and not _is_cache(attention):
+    types = (AttentionPlan, CausalContext, WholeClip, CachedChunk)
+    if attention is not None and not isinstance(attention, types) and not _is_cache(attention):
         wanted = "a WholeClip, a CachedChunk, an AttentionPlan, a CausalContext, a StreamingCache or None"
         raise TypeError(f"attention must be {wanted}, got {shown(attention)}")
     given = [name for name, value in older.items() if not (isinstance(value, type(OLDER[name])) and value == OLDER[name])]

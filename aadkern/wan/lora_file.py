@@ -159,8 +159,8 @@ def _check_halves(down: Tensor, up: Tensor, name: str, shapes: Mapping[str, tupl
     rank = down.shape[0] if down.dim() else 0
     fits = rank and list(down.shape[1:]) == into and list(up.shape[:2]) == [out, rank] and up.numel() == out * rank
     if not fits:
-        found = f"{list(up.shape)} by {list(down.shape)}"
-        raise ValueError(f"lora must fit the model: {name} is {[out, *into]}, {file} holds {found} for it")
+        shapes_held = f"{list(up.shape)} by {list(down.shape)}"
+        raise ValueError(f"lora must fit the model: {name} is {[out, *into]}, {file} holds {shapes_held} for it")
 
 
 def _lora_config(file: Path, metadata: Mapping[str, str], stored: Mapping[str, Tensor]) -> Mapping[str, Any]:

@@ -295,11 +295,11 @@ class CausalWan(WanTransformer3DModel):
             cache_only, clean_frames, graphs = spec.cache_only, spec.clean_frames, spec.graphs
         recorded = torch.is_grad_enabled() and not cache_only
 
-        def said() -> str:
+        def statement() -> str:
             what = (attention_word(spec), recorded, self.training, taps, condition_of, encoder_hidden_states is None)
             return f"{list(hidden_states.shape)}, {list(times.shape)}, {what}"
 
-        with nullcontext() if self.sequence is None else self.sequence.together("forward: what ranks come with", said):
+        with nullcontext() if self.sequence is None else self.sequence.together("forward: what ranks come with", statement):
             batch, frames, height, width = check_clip(self, hidden_states, times, encoder_hidden_states, condition_of)
             check_attention(attention, older, spec)
             if return_dict is not None:

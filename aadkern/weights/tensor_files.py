@@ -128,8 +128,8 @@ def _stem(stored: str, endings: Sequence[str]) -> str | None:
 def _check_scale(scale: str, held: _Entry, stored: str, weight: _Entry, name: str) -> None:
     rows = (weight.shape[0], *[1] * (len(weight.shape) - 1))
     if held.kind not in WIDE or (math.prod(held.shape) != 1 and held.shape != rows):
-        found = f"{held.kind} {list(held.shape)}"
-        raise ValueError(f"{name} must scale {stored} by one float or one a row, {list(rows)}, {scale} is {found}")
+        form = f"{held.kind} {list(held.shape)}"
+        raise ValueError(f"{name} must scale {stored} by one float or one a row, {list(rows)}, {scale} is {form}")
 
 
 def _check_forms(entries: Mapping[str, _Entry], metadata: Mapping[str, str], name: str) -> None:

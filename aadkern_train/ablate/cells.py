@@ -83,8 +83,8 @@ def train(cell: Cell, out: Path, stages: Sequence[str] = (), source: Path | None
 
 def take(stage: str, source: Path, folder: Path) -> None:
     """Copies what a finished stage left, its own weights last, since they mark it as finished."""
-    found = sorted((source / "weights").glob(f"{stage}*"), key=lambda path: path.name == stage)
-    for weights in found:
+    folders = sorted((source / "weights").glob(f"{stage}*"), key=lambda path: path.name == stage)
+    for weights in folders:
         goal = folder / "weights" / weights.name
         if weights.name.partition(".")[0] != stage or goal.exists():
             continue

@@ -33,11 +33,11 @@ def collected(name: str, grid: Grid, cells: Sequence[Cell], out: Path, words: Se
         for row in grid.rows:
             values = metrics["stages"].get(row, {})
             document["titles"].setdefault(row, metrics["titles"].get(row, row))
-            for place, found in (("measured", values), (LONG, values.get(LONG, {}))):
+            for place, figures in (("measured", values), (LONG, values.get(LONG, {}))):
                 of_row = document[place].setdefault(cell.name, {}).setdefault(row, {})
                 for measure in grid.measures:
-                    if isinstance(found.get(measure), (int, float)):
-                        of_row.setdefault(measure, {})[str(cell.seed)] = round(float(found[measure]), 3)
+                    if isinstance(figures.get(measure), (int, float)):
+                        of_row.setdefault(measure, {})[str(cell.seed)] = round(float(figures[measure]), 3)
     return document
 
 
@@ -54,9 +54,9 @@ def page(document: Mapping[str, Any], grid: Grid) -> str:
         for cell, own in grid.cells.items():
             short, long = (document[place].get(cell, {}).get(row, {}) for place in ("measured", LONG))
             values = [" / ".join(filter(None, (_shown(part.get(name, {})) for part in (short, long)))) for name in grid.measures]
-            seeds = len({seed for found in short.values() for seed in found})
-            said = f"{cell} (`{' '.join(own)}`)" if own else cell
-            lines.append(f"| {said} | {seeds} | {' | '.join(value or '-' for value in values)} |")
+            seeds = len({seed for by_seed in short.values() for seed in by_seed})
+            label = f"{cell} (`{' '.join(own)}`)" if own else cell
+            lines.append(f"| {label} | {seeds} | {' | '.join(value or '-' for value in values)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -65,9 +65,9 @@ def _shown(values: Mapping[str, float]) -> str:
     """The mean of a measure's values by seed, and how far they lie apart."""
     if not values:
         return ""
-    found = list(values.values())
-    mean = f"{sum(found) / len(found):.1f}" if max(map(abs, found)) >= 2 else f"{sum(found) / len(found):.2f}"
-    return mean if len(found) == 1 else f"{mean} [{min(found):.4g}, {max(found):.4g}]"
+    numbers = list(values.values())
+    mean = f"{sum(numbers) / len(numbers):.1f}" if max(map(abs, numbers)) >= 2 else f"{sum(numbers) / len(numbers):.2f}"
+    return mean if len(numbers) == 1 else f"{mean} [{min(numbers):.4g}, {max(numbers):.4g}]"
 
 
 def write(document: Mapping[str, Any], grid: Grid, out: Path) -> Path:

@@ -55,8 +55,8 @@ def status_of(action: Callable[[], int], name: str, goes_on: str = "") -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in TOO_LARGE):
             raise
-        said = str(error).partition("\n")[0] or "no more is there"
-        return _tell(name, f"out of memory: {said}; smaller sizes need less, or a batch in parts (STAGE.accumulate=N){saved}", 2)
+        reason = str(error).partition("\n")[0] or "no more is there"
+        return _tell(name, f"out of memory: {reason}; smaller sizes need less, or a batch in parts (STAGE.accumulate=N){saved}", 2)
 
 
 def _tell(name: str, text: str, status: int) -> int:
@@ -81,8 +81,8 @@ def _drop_stdout() -> None:
 
 def two_numbers(text: str, between: str, wanted: str) -> tuple[int, int]:
     """ "2/8" as (2, 8). Raises ValueError, which says what is ``wanted``."""
-    first, found, second = text.lower().partition(between)
-    if not (found and first.isdecimal() and second.isdecimal()):
+    first, separator, second = text.lower().partition(between)
+    if not (separator and first.isdecimal() and second.isdecimal()):
         raise ValueError(f"{wanted}, got {text!r}")
     return int(first), int(second)
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from aadkern import SequenceGroup
-from aadkern_train.engine.peers import Peers, found
+from aadkern_train.engine.peers import Peers, rendezvous
 
 SHARD_BLOCKS_ABOVE = 50_000_000
 """Parameters of a module above which its blocks are sharded one by one, so that only one block is gathered at a time.
@@ -213,12 +213,12 @@ class Processes:
 
 def device_of(name: str | None) -> torch.device:
     """The device of a name, None: the GPU if there is one. Raises ValueError for one that is not there."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
+    available = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or found)
+        device = torch.device(name or available)
     except RuntimeError as error:
         raise ValueError(f"device must be cpu or cuda, got {name!r}") from error
-    if device.type not in ("cpu", found):
+    if device.type not in ("cpu", available):
         raise ValueError(f"device must be cpu: torch finds no {device.type} device here, got {name!r}")
     return device
 
@@ -251,7 +251,7 @@ def start(
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            store, rank, size = found(timeout)
+            store, rank, size = rendezvous(timeout)
             if size > 1:
                 words = {"parallel": {"replicate": replicate, "sequence": sequence}, **(alike or {})}
                 peers = Peers.meet(dist.PrefixStore("aadkern", store), rank, size, timeout_minutes, words)

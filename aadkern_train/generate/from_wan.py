@@ -61,9 +61,9 @@ def generate_wan(
         source = SourceVideo.open(video, settings.fps, out)
         chunks = min(settings.chunks, whole_chunks(source.count, settings.chunk_frames))
         settings = replace(settings, chunks=chunks, fps=source.fps)
-    found = fitting_parts(checkpoint, parts, settings)
+    wan_parts = fitting_parts(checkpoint, parts, settings)
     device, dtype = settings.placement()
-    rows, columns = (found.pixels * side for side in found.patch)
+    rows, columns = (wan_parts.pixels * side for side in wan_parts.patch)
     tokens = settings.size[0] // rows * (settings.size[1] // columns)
     with start(device.type) as processes, sequence_of(processes, tokens) as group:
         pixels = None if image is None or not processes.is_main else read_image(image, settings.size)
@@ -72,8 +72,8 @@ def generate_wan(
             tell_cropping("video", source.sides, settings.size)
         later = changes(settings.then, settings.chunks)
         prompts = [prompt, *later.values()]
-        text, *others = processes.on_main(lambda: embed_prompts(found, prompts, device, dtype, kept="cpu"))
-        streamer = WanStreamer(found, settings, processes, group)
+        text, *others = processes.on_main(lambda: embed_prompts(wan_parts, prompts, device, dtype, kept="cpu"))
+        streamer = WanStreamer(wan_parts, settings, processes, group)
         taking_over = dict(zip(later, others, strict=True))
         streamer.write(file, text, settings.seed, pixels=pixels, later=taking_over, source=source)
     return out

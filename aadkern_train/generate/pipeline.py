@@ -91,9 +91,9 @@ class CausalWanPipeline(DiffusionPipeline):
         model = hub_checkpoint(Path(checkpoint), rest)
         run_facts = facts(model)
         chosen = replace(wan_settings({}, run_facts), **{"device": "cpu", **settings, "dtype": names[torch_dtype]})
-        found = fitting_parts(model, rest or trained_parts(run_facts), chosen)
-        encoder = load_text_encoder(found.text_encoder, torch_dtype, "cpu")
-        pipe = cls.from_parts(found, chosen, encoder, load_tokenizer(found.tokenizer))
+        wan_parts = fitting_parts(model, rest or trained_parts(run_facts), chosen)
+        encoder = load_text_encoder(wan_parts.text_encoder, torch_dtype, "cpu")
+        pipe = cls.from_parts(wan_parts, chosen, encoder, load_tokenizer(wan_parts.tokenizer))
         pipe.run_facts = run_facts
         return pipe
 

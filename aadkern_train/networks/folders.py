@@ -133,8 +133,8 @@ def check_shapes(config: Mapping[str, Any], shapes: Shapes, path: Path) -> None:
         wanted = CausalWan.from_config(dict(config)).state_dict()
     for name, tensor in wanted.items():
         if shapes.get(name) != tuple(tensor.shape):
-            found = f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else "nothing"
-            raise ValueError(f"transformer must hold {name} {list(tensor.shape)} by its configuration, found {found} in {path}")
+            stored = f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else "nothing"
+            raise ValueError(f"transformer must hold {name} {list(tensor.shape)} by its configuration, found {stored} in {path}")
 
 
 def stated(config: Mapping[str, Any], name: str, folder: Path) -> Any:

@@ -137,10 +137,10 @@ def _encoders(folder: Path) -> Encoders:
 def _check_fits(config: Mapping[str, Any], encoders: Encoders) -> None:
     channels, width = encoders.channels, encoders.text_dim
     for name in ("in_channels", "out_channels"):
-        found = config.get(name)
-        if found != channels:
+        count = config.get(name)
+        if count != channels:
             raise ValueError(
-                f"transformer must have {name} {channels}, the VAE's, got {found}: a VAE must be its transformer's own, and "
+                f"transformer must have {name} {channels}, the VAE's, got {count}: a VAE must be its transformer's own, and "
                 "image-to-video weights that take the image as more channels cannot stream"
             )
     if config.get("text_dim") != width:

@@ -209,9 +209,9 @@ def flops(one: Pass, net: Net, clip: Clip, checkpointing: str) -> dict[str, floa
         reads = 0 if net.judge is None else 2 * tokens * net.shape.dim**2 * len(net.judge.taps)  # the keys behind each tap
         linear += often * one.rows * (net.shape.linear(tokens, net.depth) + reads)
         attention += often * one.rows * net.shape.attention(area, net.depth)
-    said = net.shape.words(net.depth) + net.shape.levels(clip.layout.frames)
+    conditioning = net.shape.words(net.depth) + net.shape.levels(clip.layout.frames)
     texts = 1.0 if one.gradient == "none" or one.sees != "exits" else len(clip.pieces(one.sees))
-    linear += texts * said * (one.rows if one.role == "teacher" else 1)
+    linear += texts * conditioning * (one.rows if one.role == "teacher" else 1)
     if one.gradient == "none":
         return {"linear": linear, "attention": attention, "attention backward": 0.0}
     recorded = one.sees == "exits" and not one.replay  # in the rollout, which is counted by itself

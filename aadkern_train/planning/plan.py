@@ -35,26 +35,26 @@ def make_plan(recipe: Recipe, own: Mapping[str, str], fixed: Collection[str], tr
     clip = Clip(layout, recipe.view, recipe.given_frames, recipe.steps, sizes)
     roles = {role: own[role] for role in ROLES if role in own}
     stages, left_out = _stages(recipe, own.get("stage"))
-    found = search(recipe, stages, clip, cluster, fixed, roles)
-    stage_values = {one.name: values(one, clip, cluster) | {"words": words(one, recipe)} for one in found}
-    kept = disk(recipe, found, clip, gpu, roles)
-    assumptions = [f"GPU rates: {source}", *sized, *left_out, *_shapes(recipe, roles), *_always(found, cluster)]
+    planned = search(recipe, stages, clip, cluster, fixed, roles)
+    stage_values = {one.name: values(one, clip, cluster) | {"words": words(one, recipe)} for one in planned}
+    kept = disk(recipe, planned, clip, gpu, roles)
+    assumptions = [f"GPU rates: {source}", *sized, *left_out, *_shapes(recipe, roles), *_always(planned, cluster)]
     if trace:
         from aadkern_train.planning.trace import trace as traced
 
-        for one in found:
+        for one in planned:
             stage_values[one.name]["trace"] = traced_values(traced(one, recipe, clip))
-    worst = max(found, key=lambda one: one.bytes).name
-    shape = f"sequence {found[0].layout.sequence}, replicate {found[0].layout.replicate}"
+    worst = max(planned, key=lambda one: one.bytes).name
+    shape = f"sequence {planned[0].layout.sequence}, replicate {planned[0].layout.replicate}"
     return {
         "title": f"{recipe.recipe} on {cluster.gpus} x {gpu.name} ({shape}): clips {_clip(clip)}",
         "recipe": recipe.recipe,
         "gpu": gpu.name,
         "stage": worst,
         **stage_values[worst],
-        "fits": all(one.fits for one in found),
+        "fits": all(one.fits for one in planned),
         "stages": stage_values,
-        "hours": round(sum(one.total for one in found) / 3600, 3),
+        "hours": round(sum(one.total for one in planned) / 3600, 3),
         "disk": {
             "gigabytes": {what: round(count / 1e9, 3) for what, count in kept.bytes.items()},
             "pair_gpu_hours": round(kept.pair_hours, 1),
@@ -118,8 +118,8 @@ def _shapes(recipe: Recipe, roles: Mapping[str, str]) -> list[str]:
     return ["shapes: " + "; ".join(named)] if named else []
 
 
-def _always(found: list[Planned], cluster: Cluster) -> list[str]:
-    first = found[0].layout
+def _always(planned: list[Planned], cluster: Cluster) -> list[str]:
+    first = planned[0].layout
     lines = [
         f"{100 * RESERVE:.0f} % of the GPU's memory is left free for the allocator, CUDA and NCCL; no stage was run to check this",
         "activations by multiples fitted to a trace with plain operators; fused ones keep less; bf16 compute, fp32 states",

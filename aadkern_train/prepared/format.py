@@ -138,10 +138,10 @@ class Prepared:
         return file.read(item.id, frames, axis)
 
     def _check(self, item: Item, what: str, tensor: Tensor) -> None:
-        found, wanted = crc32(tensor), item.record["crc32"][what]
-        if found != wanted:
+        checksum, recorded = crc32(tensor), item.record["crc32"][what]
+        if checksum != recorded:
             raise ValueError(
-                f"item {item.id!r} of shard {item.shard} is damaged: the crc32 of its {what} is {found}, and was {wanted}; "
+                f"item {item.id!r} of shard {item.shard} is damaged: the crc32 of its {what} is {checksum}, and was {recorded}; "
                 + self._remake(layout.lines(self.folder, item.shard))
             )
 
@@ -189,10 +189,10 @@ class Writer:
     def _agree(self) -> None:
         """Raises ValueError where dataset.json says something else, as after a job with other settings that began just now."""
         file = self.folder / "dataset.json"
-        found = layout.read_header(self.folder)
-        for key in sorted({*found, *self.header}):
-            if found.get(key) != self.header.get(key):
-                had, got = _short(found.get(key)), _short(self.header.get(key))
+        stored = layout.read_header(self.folder)
+        for key in sorted({*stored, *self.header}):
+            if stored.get(key) != self.header.get(key):
+                had, got = _short(stored.get(key)), _short(self.header.get(key))
                 raise ValueError(f"{key} must be {had}, as {file} says, got {got}: name another folder, or go on as it was begun")
 
     def done(self, shard: int) -> bool:

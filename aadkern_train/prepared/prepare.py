@@ -46,14 +46,14 @@ def prepare(source: Path, out: Path, wan: Path, settings: PrepareSettings | None
         raise ValueError("preparing needs transformers: pip install 'aadkern[wan]'")
     encoders = find_encoders(hub_folder(wan, "wan", ENCODERS))
     settings.check_size(encoders)
-    found = read_source(source, settings.columns, settings.clips_per_video, settings.limit)
-    rows = None if found.lmdb is None else _rows(found.lmdb, encoders)
+    listing = read_source(source, settings.columns, settings.clips_per_video, settings.limit)
+    rows = None if listing.lmdb is None else _rows(listing.lmdb, encoders)
     if settings.strict:
-        for entry in found.entries:
+        for entry in listing.entries:
             _refuse(entry, entry.problem)
     text_dtype = settings.text_dtype or ("bf16" if device.type == "cuda" else "fp32")
-    writer = Writer(out, header(settings, encoders, found, text_dtype, rows))
-    job = Job(settings, encoders, found, rows, writer, device, TORCH_DTYPES[text_dtype])
+    writer = Writer(out, header(settings, encoders, listing, text_dtype, rows))
+    job = Job(settings, encoders, listing, rows, writer, device, TORCH_DTYPES[text_dtype])
     job.tell_size()
     job.run()
     text, good = summary(out, writer.header, job.shards)

@@ -80,10 +80,10 @@ def read_source(path: Path, columns: Mapping[str, str] | None = None, clips_per_
         kind, entries = "prompts", _prompts(path)
     else:
         raise ValueError(f"source must be a folder, .jsonl, .csv or .txt, got {path}")
-    found = list(_checked(_clips(entries, clips_per_video) if kind == "clips" and lmdb is None else entries))
-    if not found:
+    checked = list(_checked(_clips(entries, clips_per_video) if kind == "clips" and lmdb is None else entries))
+    if not checked:
         raise ValueError(f"source must hold something to prepare, {path} holds nothing")
-    return Source(kind, tuple(found[:limit]), lmdb)
+    return Source(kind, tuple(checked[:limit]), lmdb)
 
 
 def _checked(entries: Iterable[Entry]) -> Iterator[Entry]:

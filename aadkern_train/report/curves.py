@@ -63,11 +63,11 @@ def _groups(fields: dict[str, list[Point]]) -> list[tuple[str, list[tuple[str, l
 
 def lanes(run: RunRecord, measured: Measured) -> list[Lane]:
     """The measured stages in order, those that started from the same stage or folder together."""
-    found: dict[str, Lane] = {}
+    groups: dict[str, Lane] = {}
     for name, stage in run.stages.items():
         if any(values for _, values in measured.get(name, [])):
-            found.setdefault(f"from {stage.start}" if stage.start else f"own {name}", []).append(name)
-    return list(found.values())
+            groups.setdefault(f"from {stage.start}" if stage.start else f"own {name}", []).append(name)
+    return list(groups.values())
 
 
 def metric_charts(run: RunRecord, long: bool) -> str:
@@ -76,19 +76,19 @@ def metric_charts(run: RunRecord, long: bool) -> str:
     Each lane has a stretch of the axis of its own, all equally wide, from step 0 to its last.
     """
     measured = {s: [(step, after if long else short) for step, short, after in rows] for s, rows in run.evaluations.items()}
-    found = lanes(run, measured)
-    if not any(sum(bool(values) for _, values in measured[name]) > 1 for lane in found for name in lane):
+    stretches = lanes(run, measured)
+    if not any(sum(bool(values) for _, values in measured[name]) > 1 for lane in stretches for name in lane):
         return ""
     references = {name: row for name, row in run.rows(long)[1].items() if name != "static"}
-    ends = [max(step for name in lane for step, values in measured[name] if values) or 1.0 for lane in found]
-    bands = [Band(i, i + 1, _band(run, lane, len(found))) for i, lane in enumerate(found)]
+    ends = [max(step for name in lane for step, values in measured[name] if values) or 1.0 for lane in stretches]
+    bands = [Band(i, i + 1, _band(run, lane, len(stretches))) for i, lane in enumerate(stretches)]
     ticks = [(0.0, "0")]
     ticks += [(i + share, f"{share * end:.0f}") for i, end in enumerate(ends) for share in (0.5, 1.0)]
     charts, names = [], dict[tuple[str, str, bool], None]()
-    for key in run.measures.in_order(key for lane in found for name in lane for _, values in measured[name] for key in values):
+    for key in run.measures.in_order(key for lane in stretches for name in lane for _, values in measured[name] for key in values):
         series = [
             Series(run.label(name), _points(measured[name], key, i, ends[i]), run.colour(name), name in controls(run))
-            for i, lane in enumerate(found)
+            for i, lane in enumerate(stretches)
             for name in lane
         ]
         levels = [(run.label(name), row[key], run.colour(name)) for name, row in references.items() if key in row]

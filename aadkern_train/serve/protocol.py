@@ -91,8 +91,8 @@ _MESSAGES: TypeAdapter[Any] = TypeAdapter(Annotated[Join | Command, Discriminato
 class BadMessage(ValueError):
     """What a page sent is no message; ``id`` is its number where that could be read."""
 
-    def __init__(self, said: str, number: int | None = None) -> None:
-        super().__init__(said)
+    def __init__(self, message: str, number: int | None = None) -> None:
+        super().__init__(message)
         self.id = number
 
 

@@ -205,8 +205,8 @@ class AdversarialSelfDistillation(DmdWarmUp):
         twins = [*chosen, *(count + i for i in chosen)]
         rows, text = [*range(2 * count), *twins], clips.condition.text
         with torch.no_grad():
-            said = None if text is None else torch.cat([text, text])
-            taps = self.taps(torch.cat([views, moved[twins]]), sigma, said, rows)
+            texts = None if text is None else torch.cat([text, text])
+            taps = self.taps(torch.cat([views, moved[twins]]), sigma, texts, rows)
         logits = self.logits(taps, clips.count)
         index = torch.tensor(chosen, dtype=torch.int64, device=better.device)
         aim = discriminator_objective(logits.detach(), count, index, weight=settings.penalty, share=share, relativistic=True)

@@ -256,10 +256,10 @@ class LatentsWorld:
         if key not in self._real:
             self._real[key] = self._described(real)[0]
         descriptions, moves = self._described(x)
-        found: dict[str, Any] = {**compare(self._real[key], descriptions), "dynamic": 100 * float(moves.double().mean())}
+        figures: dict[str, Any] = {**compare(self._real[key], descriptions), "dynamic": 100 * float(moves.double().mean())}
         moved = x.diff(dim=1).abs().mean((0, 2, 3, 4))
-        found["segments"] = {"motion": (100 * moved / real.diff(dim=1).abs().mean().clamp_min(1e-6)).tolist()}
-        return found
+        figures["segments"] = {"motion": (100 * moved / real.diff(dim=1).abs().mean().clamp_min(1e-6)).tolist()}
+        return figures
 
     def held_out(self, index: int, caption: str | None = None) -> Condition:
         """A held-out first frame and caption; another caption needs the text encoder, which is not loaded here."""
@@ -284,8 +284,8 @@ class LatentsWorld:
         if condition.text is None:
             return None
         known = {item.record["crc32"]["text"]: item.caption for data in self._data.values() for item in data.items}
-        found = [known.get(crc32(row[: int(row.any(dim=1).sum())].bfloat16())) for row in condition.text.cpu()]
-        return None if None in found else found  # type: ignore[return-value]
+        captions = [known.get(crc32(row[: int(row.any(dim=1).sum())].bfloat16())) for row in condition.text.cpu()]
+        return None if None in captions else captions  # type: ignore[return-value]
 
     def turned(self, condition: Condition) -> None:
         """None: what another course is, no caption says."""
@@ -313,8 +313,8 @@ def _fitting(prepared: Prepared, frames: int, frame_shape: tuple[int, int, int],
     fitting = [item for item in prepared.items if item.bucket and item.bucket[0] >= frames and item.bucket[1:] == frame_shape[1:]]
     wanted = f"clips of {frames} latent frames of {frame_shape[1]}x{frame_shape[2]}"
     if not fitting:
-        found = Counter(item.bucket for item in prepared.items)
-        raise ValueError(f"data.{setting} must hold {wanted}, {prepared.folder} holds (frames, rows, columns): {dict(found)}")
+        buckets = Counter(item.bucket for item in prepared.items)
+        raise ValueError(f"data.{setting} must hold {wanted}, {prepared.folder} holds (frames, rows, columns): {dict(buckets)}")
     if len(fitting) < len(prepared.items):
         left = len(prepared.items) - len(fitting)
         warnings.warn(f"data.{setting}: {left} of {len(prepared.items)} clips are left out, the run takes {wanted}", stacklevel=2)
