@@ -270,9 +270,9 @@ def finish(run: Run, stage: Stage, progressed: Progressed) -> None:
         report["steps"][stage.name] = steps
         rows = {**({stage.name: (title, (metrics, clips))} if metrics else {}), **fewer}
         report["titles"][stage.name] = title
-        for name, (called, (values, made)) in rows.items():
+        for name, (called, (values, samples)) in rows.items():
             report["stages"][name], report["titles"][name] = values, called
-            for suffix, x in made.items():
+            for suffix, x in samples.items():
                 save_sample(run, f"{name}_{suffix}" if suffix else name, x)
         run.folder.write_json(run.folder.metrics_file, report)
         run_facts = {"stage": stage.name, "step": steps, "streams": stage.streams}

@@ -87,13 +87,13 @@ class Check:
         words = [self.options.device, *([self.options.commit] if self.options.commit else [])]
         outcome = run_limited([sys.executable, "-c", code, *words], self.scratch / "environment", 120, self.environment, ROOT)
         output = (self.scratch / "environment").read_text().strip().splitlines()
-        found = [line for line in output if line.startswith("{")]
-        if outcome != "passed" or not found:
+        documents = [line for line in output if line.startswith("{")]
+        if outcome != "passed" or not documents:
             raise SystemExit(f"gpu_check: the environment could not be read: {outcome}\n" + "\n".join(output[-5:]))
         timed = run.timing_conditions(self.options.device, self.options.seconds)
         conditions = {"data": f"standard normal, seed {self.options.seed}", "minutes": self.options.minutes, **timed}
         conditions |= {"plan": self.options.plan} if self.options.plan else {}
-        self.document = results.empty(json.loads(found[-1]), conditions)
+        self.document = results.empty(json.loads(documents[-1]), conditions)
 
     def build(self, deadline: float) -> str:
         """The CUDA kernels that lie beside the sources, if they load; else the one build of the package, put there."""
@@ -108,11 +108,11 @@ class Check:
         folders = ["--build-lib", str(self.scratch / "built"), "--build-temp", str(self.scratch / "build")]
         command = [sys.executable, "setup.py", "build_ext", *folders]
         outcome = run_limited(command, self.log, deadline - time.monotonic(), wanted, ROOT)
-        for made in (self.scratch / "built" / "aadkern").glob("*.so") if outcome == "passed" else ():
-            there = ROOT / "aadkern" / made.name
+        for library in (self.scratch / "built" / "aadkern").glob("*.so") if outcome == "passed" else ():
+            there = ROOT / "aadkern" / library.name
             if there.exists():  # what was brought along is not lost
-                there.replace(there.with_name(f"{made.name}.before"))
-            shutil.copy2(made, there)
+                there.replace(there.with_name(f"{library.name}.before"))
+            shutil.copy2(library, there)
             self.document["conditions"]["cuda_library"] = "built in this run"
         return outcome
 
@@ -189,21 +189,21 @@ class Check:
 
     def room(self, name: str, stage: str, limit: float, *words: str) -> str:
         """``python -m benchmarks.NAME --out FILE``; what it wrote becomes part of the results, also where it did not end well."""
-        made = self.scratch / f"{name}.json"
+        file = self.scratch / f"{name}.json"
         words = (*words, "--commit", self.options.commit) if self.options.commit else words
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(made), *words]
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(file), *words]
 
         def gather() -> None:
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
-                found = json.loads(made.read_text(), parse_constant=str)
-                if self.document["rooms"].get(name) != found:
-                    self.document["rooms"][name] = found
+                room_document = json.loads(file.read_text(), parse_constant=str)
+                if self.document["rooms"].get(name) != room_document:
+                    self.document["rooms"][name] = room_document
                     self.write()
 
         outcome = run_limited(command, self.log, limit, self.environment, ROOT, gather)
         gather()
-        found = self.document["rooms"].get(name, {})
-        return f"not run: {found['not_run']}" if "not_run" in found else outcome
+        room_document = self.document["rooms"].get(name, {})
+        return f"not run: {room_document['not_run']}" if "not_run" in room_document else outcome
 
     def share(self, name: str) -> float:
         """The most of the time left that a stage may take: all of it where no other follows."""

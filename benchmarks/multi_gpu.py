@@ -110,12 +110,12 @@ def measured(options: argparse.Namespace, device: torch.device) -> dict[str, Any
             keep(document, options.out)
         began = time.monotonic()
         if wrong and not name.startswith(RIGHT):
-            outcome, found = "not run: what it would time is not right", {}
+            outcome, figures = "not run: what it would time is not right", {}
         else:
-            outcome, found = outcome_of(item)
+            outcome, figures = outcome_of(item)
         outcome = among(everyone(outcome))
         wrong |= name.startswith(RIGHT) and outcome != "passed"
-        items[name] = {"outcome": outcome, "seconds": round(time.monotonic() - began, 3), **found}
+        items[name] = {"outcome": outcome, "seconds": round(time.monotonic() - began, 3), **figures}
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if main:
@@ -134,11 +134,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds must be at least 1 and --limit more than 0, got {options.rounds} and {options.limit}")
     torch.manual_seed(0)
     with processes(options.device, options.limit) as device:
-        found = measured(options, device)
-        bad = [name for name, item in found["items"].items() if not item["outcome"].startswith(("passed", "missing"))]
+        document = measured(options, device)
+        bad = [name for name, item in document["items"].items() if not item["outcome"].startswith(("passed", "missing"))]
         if dist.get_rank() == 0:
             print(
-                f"\n{len(found['items']) - len(bad)} of {len(found['items'])} items are well; the file is {options.out}", flush=True
+                f"\n{len(document['items']) - len(bad)} of {len(document['items'])} items are well; the file is {options.out}",
+                flush=True,
             )
     return 1 if bad else 0
 

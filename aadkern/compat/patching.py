@@ -204,10 +204,10 @@ def _in_order(mask_mod: Callable[..., Any], plan: AttentionPlan, tokens: int, ra
 
 def recorded(original: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Callable[..., Any], int, int]:
     """The mask_mod, q_len and k_len that ``original`` would make a BlockMask of; none is made."""
-    made: list[tuple[Callable[..., Any], int, int]] = []
+    masks: list[tuple[Callable[..., Any], int, int]] = []
 
     def record(mask_mod: Any, B: Any = None, H: Any = None, Q_LEN: Any = None, KV_LEN: Any = None, **_: Any) -> str:
-        made.append((mask_mod, int(Q_LEN), int(KV_LEN)))
+        masks.append((mask_mod, int(Q_LEN), int(KV_LEN)))
         return "a plan of aadkern"
 
     names = original.__globals__
@@ -221,9 +221,9 @@ def recorded(original: Callable[..., Any], arguments: dict[str, Any]) -> tuple[C
             original(**arguments)
     finally:
         names.update(before)
-    if len(made) != 1:
-        raise RuntimeError(f"patch: {original.__name__} made {len(made)} masks, not one; undo the patch")
-    return made[0]
+    if len(masks) != 1:
+        raise RuntimeError(f"patch: {original.__name__} made {len(masks)} masks, not one; undo the patch")
+    return masks[0]
 
 
 def _equal_plan(

@@ -131,9 +131,9 @@ def exchange_into(
     """``exchange_ends`` without gradient, to heads, that writes the last of its tensors where they are to be."""
     arrived, batch = _arrived(parts, moves, group.name, ends, head_dim)
     first = moves.new_shapes[: len(moves.new_shapes) - len(last)]
-    made = (*(arrived.new_empty(batch, *shape, head_dim) for shape in first), *last)
-    ops.unpack_into(made, arrived, _flat(moves.received), moves.together)
-    return made
+    outputs = (*(arrived.new_empty(batch, *shape, head_dim) for shape in first), *last)
+    ops.unpack_into(outputs, arrived, _flat(moves.received), moves.together)
+    return outputs
 
 
 def rows_sent(moves: Moves, batch: int) -> tuple[list[Any], int]:

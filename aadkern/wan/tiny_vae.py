@@ -119,12 +119,12 @@ class StreamingTinyDecoder:
         """
         self._shape = chunk_shape(latents, CHANNELS, self._shape)
         weight = next(self.decoder.parameters())
-        made = []
+        frames = []
         for frame in latents.to(weight.device, weight.dtype).split(1, dim=2):
             trimmed = TRIMMED if self._memory is None else 0
             pixels, self._memory = self.decoder(frame, self._memory)
-            made.append(pixels[:, :, trimmed:])
-        return torch.cat(made, dim=2) * 2 - 1
+            frames.append(pixels[:, :, trimmed:])
+        return torch.cat(frames, dim=2) * 2 - 1
 
 
 def load_tiny_decoder(path: str | os.PathLike[str]) -> TinyDecoder:

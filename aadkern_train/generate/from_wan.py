@@ -134,10 +134,10 @@ class WanStreamer:
             yield from latents
             return
         while True:
-            made = self._processes.on_main(lambda: None if (one := next(latents, None)) is None else one.cpu())
-            if made is None:
+            chunk = self._processes.on_main(lambda: None if (one := next(latents, None)) is None else one.cpu())
+            if chunk is None:
                 return
-            yield made.to(self._device)
+            yield chunk.to(self._device)
 
 
 def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: GrowingVideo, chunks: int) -> None:
@@ -155,12 +155,12 @@ def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: 
                     break
                 if latents.device.type == "cuda":
                     torch.cuda.synchronize(latents.device)
-                made = time.monotonic()
+                generated = time.monotonic()
                 frames = rgb_of(decoder.decode(latents))
                 decoded = time.monotonic()
                 video.write(frames)
                 seconds = time.monotonic() - began
-                share = (decoded - made) / seconds
+                share = (decoded - generated) / seconds
                 rate = f"{seconds:.2f} s ({share:.0%} of it decoding), {len(frames) / seconds:.1f} frames a second"
                 print(f"\rchunk {count}/{chunks}: {rate}   ", end="", file=sys.stderr, flush=True)
         except (KeyboardInterrupt, OSError) as error:

@@ -153,14 +153,14 @@ class CausalWanPipeline(DiffusionPipeline):
             raise ValueError("video must hold as many frames as its file tells, it ended before the first chunk")
         if hasattr(self.transformer, "_hf_hook"):
             self._held = None  # the cache makes room for the VAE
-        made: Any = torch.cat(parts, dim=2)[:, :, : latent_frames(request.frames or 1)]
+        video: Any = torch.cat(parts, dim=2)[:, :, : latent_frames(request.frames or 1)]
         if output_type != "latent":
             self._ready(self.vae)
             decoder = self._decoder()
             pixels = torch.cat([decoder.decode(part) for part in parts], dim=2)[:, :, : request.frames]
-            made = VideoProcessor(vae_scale_factor=self.pixels).postprocess_video(pixels.float(), output_type=output_type)
+            video = VideoProcessor(vae_scale_factor=self.pixels).postprocess_video(pixels.float(), output_type=output_type)
         self.maybe_free_model_hooks()
-        return WanPipelineOutput(frames=made) if return_dict else (made,)
+        return WanPipelineOutput(frames=video) if return_dict else (video,)
 
     def stream(self, prompt: str | None = None, *, output_type: str = "np", **options: Any) -> Iterator[Any]:
         """Yields the frames of each chunk as it is made, as ``__call__``'s ``frames[0]`` (with "latent" [1, C, f, h, w]), without

@@ -76,9 +76,9 @@ class Networks:
         fill(denoiser.net, stored)
         return module
 
-    def own(self, made: Callable[[], nn.Module]) -> nn.Module:
+    def own(self, make: Callable[[], nn.Module]) -> nn.Module:
         """A module of a stage's own, with its first weights, sharded."""
-        return shard(made(), self.processes)
+        return shard(make(), self.processes)
 
     def roles(self, starts: Mapping[str, str | None]) -> dict[str, Denoiser]:
         """The networks that a stage trains, by role, each from its source: whole ones, or with ``models.lora`` adapters on one base

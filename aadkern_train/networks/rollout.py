@@ -179,8 +179,8 @@ def stream(
     held = condition.first if condition.first is not None else condition.text
     if held is None:
         raise ValueError("condition must have a first frame or a text, it has neither")
-    made = streaming(generator, held.shape[0], frame_shape, window, steps or StepPlan(), condition.text)
-    chunks = made.chunks(lambda number, step: noise(number, step).transpose(1, 2), first_frame=first)
+    generator_stream = streaming(generator, held.shape[0], frame_shape, window, steps or StepPlan(), condition.text)
+    chunks = generator_stream.chunks(lambda number, step: noise(number, step).transpose(1, 2), first_frame=first)
     for _, chunk in zip(sizes, chunks, strict=False):
         yield chunk.transpose(1, 2)
 

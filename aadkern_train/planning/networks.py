@@ -91,15 +91,15 @@ def nets(members: tuple[Member, ...], recipe: Recipe, sizes: Sizes, given: Mappi
 
     Raises ValueError, naming the role, for a size or folder that there is none of.
     """
-    made: dict[str, Net] = {}
+    by_role: dict[str, Net] = {}
     for member in members:
         model = given.get(member.role.replace(" ", "_"), given.get(member.role.split()[0]))
         shape = shape_of(model, member.role, recipe, sizes) if model else _own(member, recipe, sizes)
         judge = Judge(shape, member.taps, member.queries, max(1, member.reads)) if member.taps else None
         if judge is not None and judge.depth > shape.layers:
             raise ValueError(f"layers must be blocks below {shape.layers}, the {member.role}'s, got {list(member.taps)}")
-        made[member.role] = Net(member, shape, judge)
-    return made
+        by_role[member.role] = Net(member, shape, judge)
+    return by_role
 
 
 def shape_of(model: str, role: str, recipe: Recipe, sizes: Sizes) -> Shape:

@@ -113,9 +113,9 @@ class TracedNetworks(Networks):
         held._apply(lambda t: torch.empty_like(t, device="cpu"))
         return module
 
-    def own(self, made: Callable[[], nn.Module]) -> nn.Module:
+    def own(self, make: Callable[[], nn.Module]) -> nn.Module:
         with unset_fake_temporarily(), torch.device("meta"):
-            module = shard(made(), replace(self.processes, device=torch.device("meta")), bf16=True)
+            module = shard(make(), replace(self.processes, device=torch.device("meta")), bf16=True)
         return module._apply(lambda t: torch.empty_like(t, device="cpu"))
 
 

@@ -94,9 +94,11 @@ def run_pairs(args: argparse.Namespace) -> None:
     if args.size is not None:
         given["size"] = rows_and_columns(args.size)
     part = (1, 1) if args.part is None else two_numbers(args.part, "/", "part must be i/n, say 2/8")
-    made = make_pairs(args.wan, args.prompts, args.out, PairSettings(**given), part=part, device=args.device)
+    pairs = make_pairs(args.wan, args.prompts, args.out, PairSettings(**given), part=part, device=args.device)
     print(
-        f"{args.out}: {len(made.items)} pairs" if made else f"{args.out}: this part is finished, shards of other parts are missing"
+        f"{args.out}: {len(pairs.items)} pairs"
+        if pairs
+        else f"{args.out}: this part is finished, shards of other parts are missing"
     )
 
 

@@ -78,17 +78,17 @@ def check_header(header: dict[str, Any], name: str) -> None:
 
 def records(file: Path, content: bytes, kind: str) -> list[dict[str, Any]]:
     """A shard's lines, checked. Raises ValueError, naming file and line."""
-    lines = []
+    parsed = []
     for number, line in enumerate(content.decode("utf-8", "replace").split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} must hold JSON lines, line {number} is none: {error}") from None
         check_record(record, kind, f"{file}, line {number},")
-        lines.append(record)
+        parsed.append(record)
     if content and not content.endswith(b"\n"):
         raise ValueError(f"{file} must end with a whole line, and is cut off")
-    return lines
+    return parsed
 
 
 def check_record(record: Any, kind: str, name: str) -> None:

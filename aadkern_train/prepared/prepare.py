@@ -160,15 +160,15 @@ class Job:
         done = 0
         with Progress("texts", sum(count for _, count in missing)) as progress:
             for shard, _ in missing:
-                made: dict[str, Tensor] = {}
+                texts: dict[str, Tensor] = {}
                 same: dict[tuple[int, ...], Tensor] = {}  # the clips of a video have one caption
                 for name, (ids, _) in self._tokens(shard).items():
                     key = tuple(ids)
                     same[key] = same[key] if key in same else text(ids)
-                    made[name] = same[key].clone()
+                    texts[name] = same[key].clone()
                     done += 1
                     progress.update(done)
-                self.writer.write_texts(shard, made)
+                self.writer.write_texts(shard, texts)
 
     def _record(
         self,
@@ -185,8 +185,8 @@ class Job:
             problem = "text not finite"
         if not problem and self.source.kind == "clips":
             try:
-                made, more = self._latents(entry, vae)
-                latents[entry.id] = made
+                item_latents, more = self._latents(entry, vae)
+                latents[entry.id] = item_latents
             except BadItem as reason:
                 problem = str(reason)
         if problem:
@@ -215,9 +215,9 @@ class Job:
         largest = float(latents.abs().max())
         if not largest <= LARGEST:  # of a NaN too
             raise BadItem(f"latents out of range: {largest:g} in size, of at most {LARGEST:g}")
-        made = latents.half().cpu()
-        moments = {"mean": round(float(made.double().mean()), 4), "std": round(float(made.double().std()), 4)}
-        return made, {**facts, **moments}
+        half = latents.half().cpu()
+        moments = {"mean": round(float(half.double().mean()), 4), "std": round(float(half.double().std()), 4)}
+        return half, {**facts, **moments}
 
     def _frames(self, entry: Entry) -> tuple[Tensor, dict[str, Any]]:
         settings, file = self.settings, entry.file

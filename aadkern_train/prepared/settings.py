@@ -103,12 +103,12 @@ def header(
 def digest(folder: Path, *names: str) -> str:
     """The hash of a part's weights, or of the files named. The parts of one folder, copied, have one."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    made = hashlib.blake2b(digest_size=16)
+    checksum = hashlib.blake2b(digest_size=16)
     for file in [folder / name for name in names] or weights:
         with file.open("rb") as content:
             while block := content.read(BLOCK):
-                made.update(block)
-    return made.hexdigest()
+                checksum.update(block)
+    return checksum.hexdigest()
 
 
 def estimate(source: Source, encoders: Encoders, settings: PrepareSettings, rows: lineage.Rows | None) -> float:

@@ -208,8 +208,8 @@ def _row(folder: Path, number: int, row: dict[Any, Any], names: Mapping[str, str
     name = values["id"]
     if name is None:
         at = f"@{start:g}" if start else ""
-        made = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-        name = f"{source}{at}" if source else (made if caption else f"line {number}")
+        caption_digest = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        name = f"{source}{at}" if source else (caption_digest if caption else f"line {number}")
     file = folder / source if source else None
     return Entry(str(name), caption.strip(), source, file, named == ["image"], start, end, problem=problem)
 

@@ -49,9 +49,9 @@ def _run(weights: Path, settings: ServeSettings) -> tuple[Any, list[str]]:
     from aadkern_train.serve.models import RunModel
 
     def model() -> RunModel:
-        made = RunModel(weights, settings.turn, settings.fps)
-        made.check(settings.prompt)
-        return made
+        run_model = RunModel(weights, settings.turn, settings.fps)
+        run_model.check(settings.prompt)
+        return run_model
 
     return model, of_run(weights, settings.sessions).lines()
 

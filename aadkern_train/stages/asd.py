@@ -133,8 +133,8 @@ class AdversarialSelfDistillation(DmdWarmUp):
         plan = self.run.recipe.steps_of(count)
         if self.run.recipe.first_levels is not None and settings.first_exit == "drawn":
             plan = replace(plan, first_exit=drawn_first_exit(self.run, draws))
-        made = rolled_by(self.run, generator, draws, samples, plan, with_grad)
-        return made, Compared(samples, made.x.detach(), self.run.condition(samples), count, better)
+        rollout = rolled_by(self.run, generator, draws, samples, plan, with_grad)
+        return rollout, Compared(samples, rollout.x.detach(), self.run.condition(samples), count, better)
 
     def generator_gradient(self, draws: Draws, clips: Clips) -> tuple[dict[str, float], Tensor]:
         values, gradient = super().generator_gradient(draws, clips)
@@ -183,10 +183,10 @@ class AdversarialSelfDistillation(DmdWarmUp):
         logits: Tensor = heads(taps, 1, sequence, count - 1)
         return logits[:, 0]
 
-    def follow(self, draws: Draws, step: int, k: int, made: Sequence[Clips]) -> dict[str, float]:
+    def follow(self, draws: Draws, step: int, k: int, batch_clips: Sequence[Clips]) -> dict[str, float]:
         """The fake score's update, and after it the heads', on the same clips."""
-        values = super().follow(draws, step, k, made)
-        compared = [clips for clips in made if isinstance(clips, Compared) and clips.better is not None]
+        values = super().follow(draws, step, k, batch_clips)
+        compared = [clips for clips in batch_clips if isinstance(clips, Compared) and clips.better is not None]
         for i, clips in enumerate(compared):
             for name, value in self.heads_part(draws, k, clips, clips.better, len(compared), i == len(compared) - 1).items():
                 values[name] = values.get(name, 0.0) + value / len(compared)

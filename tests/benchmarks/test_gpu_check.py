@@ -18,7 +18,7 @@ from benchmarks.cases import attention_case, case_of
 from benchmarks.contenders import CONTENDERS
 from benchmarks.journal import Journal, run_limited, supervise
 from benchmarks.measure import step
-from benchmarks.outcomes import said
+from benchmarks.outcomes import error_message
 from benchmarks.run import given_up
 
 ROOT = results.ROOT
@@ -191,10 +191,10 @@ def test_every_outcome_of_a_test_is_kept(tmp_path):
 
 
 def test_what_a_traceback_says():
-    assert said("def f():\n>   assert x\nE   AssertionError: dq: largest error 2\nE   assert 1\n\nfile.py:3: AssertionError") == (
-        "AssertionError: dq: largest error 2"
-    )
-    assert said("ImportError while importing\nlast line") == "last line" and said("") == ""
+    assert error_message(
+        "def f():\n>   assert x\nE   AssertionError: dq: largest error 2\nE   assert 1\n\nfile.py:3: AssertionError"
+    ) == ("AssertionError: dq: largest error 2")
+    assert error_message("ImportError while importing\nlast line") == "last line" and error_message("") == ""
 
 
 def test_who_crashed_twice_is_not_tried_a_third_time():
