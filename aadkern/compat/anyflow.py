@@ -183,8 +183,8 @@ class _Plans:
                     device=hidden_states.device,
                     mode=mode,
                 )
-            given = {"hidden_states": hidden_states, "chunk_partition": chunk_partition, "attention_mask": attention_mask}
-            return forward(**given, **others)
+            arguments = {"hidden_states": hidden_states, "chunk_partition": chunk_partition, "attention_mask": attention_mask}
+            return forward(**arguments, **others)
 
         return filled
 

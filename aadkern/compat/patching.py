@@ -170,23 +170,23 @@ def _building(original: Callable[..., Any], name: str, first_calls: FirstCalls) 
     def build(*args: Any, **kwargs: Any) -> AttentionPlan | Interleaved:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        given = {key: int(value) for key, value in bound.arguments.items() if key not in ("device", "batch_size")}
-        setting = tuple(value for key, value in given.items() if key != "frame_seqlen")
-        tokens_per_frame, ranks = given.pop("frame_seqlen"), given.pop("sp_size", 1)
-        frames = halves * given["num_frames"]
+        sizes = {key: int(value) for key, value in bound.arguments.items() if key not in ("device", "batch_size")}
+        setting = tuple(value for key, value in sizes.items() if key != "frame_seqlen")
+        tokens_per_frame, ranks = sizes.pop("frame_seqlen"), sizes.pop("sp_size", 1)
+        frames = halves * sizes["num_frames"]
         if setting not in checked:
             # Small frames make the whole mask small. Not a length without padding, which is part of the comparison.
             small = next(n for n in (2, 3) if frames * n % PADDING)
             theirs = recorded(original, {**bound.arguments, "device": "cpu", "frame_seqlen": small})
-            plans = [rule(frame_seqlen=small, padding_seen=seen, **given) for seen in (False, True)]
+            plans = [rule(frame_seqlen=small, padding_seen=seen, **sizes) for seen in (False, True)]
             theirs = (_in_order(theirs[0], plans[0], frames * small, ranks, "cpu"), *theirs[1:])
             checked[setting] = _equal_plan(name, plans, theirs, frames * small, small)
-            described = ", ".join(f"{key}={value}" for key, value in given.items())
+            described = ", ".join(f"{key}={value}" for key, value in sizes.items())
             described += f", sp_size={ranks}" if ranks > 1 else ""
             first_calls.notes.append(f"{name}({described}): equals the model's own mask, compared whole at {small} tokens a frame")
             if plans[0] != plans[1] and checked[setting]:
                 first_calls.notes.append("  its last, partial block sees zero keys of the padding, as in the original")
-        plan, tokens = rule(frame_seqlen=tokens_per_frame, padding_seen=checked[setting], **given), frames * tokens_per_frame
+        plan, tokens = rule(frame_seqlen=tokens_per_frame, padding_seen=checked[setting], **sizes), frames * tokens_per_frame
         mask_mod = _in_order(recorded(original, bound.arguments)[0], plan, tokens, ranks, bound.arguments["device"])
         first_calls.expect(plan, Original(mask_mod, tokens))
         return plan if ranks == 1 else Interleaved(plan, tokens, ranks)

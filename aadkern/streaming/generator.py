@@ -185,9 +185,9 @@ class StreamingGenerator:
         another shape than the chunk before it or the step before it, or than its source; TypeError for what is no floating-point
         tensor.
         """
-        for name, given in (("noise", noise), ("source", source), ("after", after)):
-            if not callable(given) and (given is not None or name == "noise"):
-                raise TypeError(f"{name} must be a function{' of chunk and step' * (name == 'noise')}, got {shown(given)}")
+        for name, function in (("noise", noise), ("source", source), ("after", after)):
+            if not callable(function) and (function is not None or name == "noise"):
+                raise TypeError(f"{name} must be a function{' of chunk and step' * (name == 'noise')}, got {shown(function)}")
         if count is not None:
             whole(count, "count")
         if first_frame is not None:

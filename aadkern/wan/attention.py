@@ -70,13 +70,13 @@ def check_attention(attention: Any, older: dict[str, Any], spec: Attention) -> N
     if attention is not None and not isinstance(attention, types) and not _is_cache(attention):
         wanted = "a WholeClip, a CachedChunk, an AttentionPlan, a CausalContext, a StreamingCache or None"
         raise TypeError(f"attention must be {wanted}, got {shown(attention)}")
-    given = [name for name, value in older.items() if not (isinstance(value, type(OLDER[name])) and value == OLDER[name])]
-    if attention is not None and given:
-        raise ValueError(f"{given[0]} must not be given with attention, which says it all")
+    names = [name for name, value in older.items() if not (isinstance(value, type(OLDER[name])) and value == OLDER[name])]
+    if attention is not None and names:
+        raise ValueError(f"{names[0]} must not be given with attention, which says it all")
     if isinstance(spec, WholeClip):
         _check_clip(spec)
         _check_types(older["cache_only"], older["clean_frames"], older["graphs"])
-        missing = next((name for name in ("cache_only", "clean_frames", "graphs") if name in given), None)
+        missing = next((name for name in ("cache_only", "clean_frames", "graphs") if name in names), None)
         if missing is not None:
             raise ValueError(f"{missing} must be {OLDER[missing]} without a cache, got {shown(older[missing])}")
         return
@@ -84,7 +84,7 @@ def check_attention(attention: Any, older: dict[str, Any], spec: Attention) -> N
         raise TypeError(f"cache must be a StreamingCache or None, got {shown(spec.cache)}")
     _check_clip(WholeClip(older["plan"], older["first_frame"]))
     _check_types(spec.cache_only, spec.clean_frames, spec.graphs)
-    if "plan" in given or "first_frame" in given:
+    if "plan" in names or "first_frame" in names:
         raise ValueError("plan and first_frame must not be given with a cache, which knows both")
 
 

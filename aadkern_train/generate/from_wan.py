@@ -112,8 +112,8 @@ class WanStreamer:
         that it starts from, as a chunk of one latent frame; ``source``: the video that it is made from. A line on stderr tells the
         seconds of each chunk. ``video`` None: of processes that share the work, one that does not write."""
         settings = self.settings
-        given = iter([] if pixels is None else [self._pipe.encoded_image(pixels)])
-        first = next(self._shared(given), None)
+        pictures = iter([] if pixels is None else [self._pipe.encoded_image(pixels)])
+        first = next(self._shared(pictures), None)
         noise = wan_noise(seed, self._frame, settings.chunk_frames, self._device)
         later = {chunk: other.to(self._device) for chunk, other in (later or {}).items()}
         sources = None if source is None else self._shared(self._encoded(source))

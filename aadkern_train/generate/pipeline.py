@@ -172,11 +172,11 @@ class CausalWanPipeline(DiffusionPipeline):
 
     def _shown(self, request: VideoRequest, output_type: str) -> Iterator[Any]:
         chunks, decoder = self._made(request, None), None if output_type == "latent" else self._decoder()
-        processor, given = VideoProcessor(vae_scale_factor=self.pixels), request.first
+        processor, first_chunk = VideoProcessor(vae_scale_factor=self.pixels), request.first
         while True:
             with torch.no_grad():
                 self._ready(self.transformer)
-                chunk, given = (next(chunks, None), None) if given is None else (given, None)
+                chunk, first_chunk = (next(chunks, None), None) if first_chunk is None else (first_chunk, None)
                 if chunk is None:
                     return
                 if decoder is not None:
@@ -301,8 +301,8 @@ class CausalWanPipeline(DiffusionPipeline):
         held, names = lora.loaded(self.transformer), [names] if isinstance(names, str) else names
         if unknown := [name for name in names if name not in held]:
             raise ValueError(f"names must be LoRA files that are loaded, {', '.join(held) or 'none is'}, got {unknown[0]!r}")
-        given = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
-        wanted = dict(zip(names, given, strict=True))
+        numbers = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
+        wanted = dict(zip(names, numbers, strict=True))
         for name, one in held.items():
             one.weight = wanted.get(name, 0.0)
 

@@ -58,13 +58,13 @@ def video_request(
     """
     for name in other:
         raise TypeError(f"{name} must be left out: this pipeline has no such option, and distilled models need no guidance")
-    rows, columns = (own if given is None else given for given, own in zip((height, width), pipe.settings.size, strict=True))
+    rows, columns = (own if side is None else side for side, own in zip((height, width), pipe.settings.size, strict=True))
     settings = replace(pipe.settings, size=(whole(rows, "height"), whole(columns, "width")))
     check_size(settings.size, pipe.pixels, pipe.transformer.config["patch_size"][1:])
     if num_inference_steps is not None:
-        given: dict[str, Any] = {"steps": str(whole(num_inference_steps, "num_inference_steps", 1))}
-        given |= {} if shift is None else {"shift": shift}
-        settings = replace(settings, steps=wan_settings(given, pipe.run_facts).steps, first_steps=None)
+        options: dict[str, Any] = {"steps": str(whole(num_inference_steps, "num_inference_steps", 1))}
+        options |= {} if shift is None else {"shift": shift}
+        settings = replace(settings, steps=wan_settings(options, pipe.run_facts).steps, first_steps=None)
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("prompt must be given, or prompt_embeds in its place")
     if video is None and strength is not None:

@@ -120,10 +120,10 @@ def trained_settings(run_facts: Mapping[str, Any]) -> dict[str, Any]:
     recipe = run_facts.get("recipe")
     if not recipe:
         return {}
-    given = 1 if recipe["task"] == "i2v" else 0
+    given_chunks = 1 if recipe["task"] == "i2v" else 0
     _, height, width = run_facts["frame"]
     return {
-        "chunks": len(recipe["chunks"]) - given,
+        "chunks": len(recipe["chunks"]) - given_chunks,
         "chunk_frames": max(recipe["chunks"]),
         "window": recipe["window"],
         "sink": recipe["sink"],

@@ -42,8 +42,8 @@ class Networks:
         is first asked for."""
         trained = None if name is None else self.recipe.trained(name)
         if trained is None:
-            given = self.recipe.models.generator
-            return self._random() if given is None else hub_folder(given, "models.generator")
+            generator = self.recipe.models.generator
+            return self._random() if generator is None else hub_folder(generator, "models.generator")
         own = trained.partition(".")[0] in self.recipe.stages
         return self.folder.weights(trained) if own else hub_folder(trained, "a network")
 

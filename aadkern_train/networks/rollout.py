@@ -107,11 +107,11 @@ def rollout(
     sizes = (start.shape[0], start.shape[2:], window, max(layout.chunks))
     empty = partial(new_cache, generator, *sizes, capacity_frames=layout.frames)
     cache = empty()
-    given = 0 if first is None else 1
+    given_chunks = 0 if first is None else 1
     clean = None if first is None else first[:, None]
     made: list[Made] = []
-    for chunk in range(given, len(layout.chunks)):
-        number = chunk - given + 1
+    for chunk in range(given_chunks, len(layout.chunks)):
+        number = chunk - given_chunks + 1
         if clean is not None:
             write_clean(generator, clean, text, cache)
         x = start if number == 1 else noise(number, 0)

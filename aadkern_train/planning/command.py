@@ -66,8 +66,8 @@ def run_plan(args: argparse.Namespace) -> None:
 def _words(args: argparse.Namespace) -> tuple[list[str], dict[str, str], list[str]]:
     """The recipe's name, this command's own values, and the recipe's settings."""
     own, rest, names = {}, [], []
-    given = [f"{name}={value}" for name in (*OWN, "sp") if (value := getattr(args, f"own_{name}")) is not None]
-    for word in [*args.words, *given]:
+    own_words = [f"{name}={value}" for name in (*OWN, "sp") if (value := getattr(args, f"own_{name}")) is not None]
+    for word in [*args.words, *own_words]:
         key, equals, value = word.partition("=")
         key = SAME.get(key, key)
         if not equals:

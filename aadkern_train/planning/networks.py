@@ -86,14 +86,14 @@ class Net:
         return 2.0 * running if kept or self.whole else 2.0 * (2 * self.shape.block + self.root)
 
 
-def nets(members: tuple[Member, ...], recipe: Recipe, sizes: Sizes, given: Mapping[str, str]) -> dict[str, Net]:
-    """The networks of a stage by role. ``given``: a size's name or a folder for a role, in place of the recipe's.
+def nets(members: tuple[Member, ...], recipe: Recipe, sizes: Sizes, roles: Mapping[str, str]) -> dict[str, Net]:
+    """The networks of a stage by role. ``roles``: a size's name or a folder for a role, in place of the recipe's.
 
     Raises ValueError, naming the role, for a size or folder that there is none of.
     """
     by_role: dict[str, Net] = {}
     for member in members:
-        model = given.get(member.role.replace(" ", "_"), given.get(member.role.split()[0]))
+        model = roles.get(member.role.replace(" ", "_"), roles.get(member.role.split()[0]))
         shape = shape_of(model, member.role, recipe, sizes) if model else _own(member, recipe, sizes)
         judge = Judge(shape, member.taps, member.queries, max(1, member.reads)) if member.taps else None
         if judge is not None and judge.depth > shape.layers:

@@ -165,8 +165,8 @@ class RunPlayer:
 
     def next(self) -> np.ndarray:
         first, self._first = self._first, None
-        given = None if first is None else first[:, :, None]
-        chunk = next(self._stream.chunks(self._noise, 1, first_frame=given)).transpose(1, 2)
+        first_frame = None if first is None else first[:, :, None]
+        chunk = next(self._stream.chunks(self._noise, 1, first_frame=first_frame)).transpose(1, 2)
         shown = chunk if first is None else torch.cat((first[:, None], chunk), 1)
         return np.asarray(self.model.world.to_rgb(shown)[0])
 

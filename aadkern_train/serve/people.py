@@ -74,8 +74,8 @@ class Seat:
         return self.person is None and (not self.token or now - self.left > GRACE)
 
 
-def _same(token: str, given: str) -> bool:
-    return bool(token) and secrets.compare_digest(token.encode(), given.encode(errors="replace"))
+def _same(token: str, other: str) -> bool:
+    return bool(token) and secrets.compare_digest(token.encode(), other.encode(errors="replace"))
 
 
 class Person:
