@@ -159,8 +159,8 @@ class People:
         person.outbox.say(kind="seat", token=seat.token, session=seat.session.name, paused=seat.session.paused)
 
     def _watch(self, person: Person) -> None:
-        looks = [sum(other.session is seat.session for other in self.there) for seat in self.seats]
-        self._look(person, self.seats[looks.index(min(looks))].session)
+        watchers = [sum(other.session is seat.session for other in self.there) for seat in self.seats]
+        self._look(person, self.seats[watchers.index(min(watchers))].session)
         person.outbox.say(kind="watch")
 
     def _look(self, person: Person, session: Session) -> None:
