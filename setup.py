@@ -110,15 +110,15 @@ class Wheel(bdist_wheel):
 def _useless_here() -> str | None:
     """Why CUDA kernels would serve no GPU of this machine; None where one would, or where none can be asked (an image's build)."""
     try:
-        asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        query = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = set(told.stdout.split()) if told.returncode == 0 else set()
+    capabilities = set(query.stdout.split()) if query.returncode == 0 else set()
     # Anything else than capabilities ("[N/A]", an old driver's error) is no answer.
-    if not found or CAPABILITY in found or not all(text.replace(".", "", 1).isdecimal() for text in found):
+    if not capabilities or CAPABILITY in capabilities or not all(text.replace(".", "", 1).isdecimal() for text in capabilities):
         return None
-    have = f"compute capability {', '.join(sorted(found))}"
+    have = f"compute capability {', '.join(sorted(capabilities))}"
     return f"the kernels are for sm_90a and the GPUs here have {have} (AADKERN_BUILD_CUDA=1 builds them all the same)"
 
 

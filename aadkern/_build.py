@@ -21,12 +21,12 @@ def build_info() -> dict[str, Any] | None:
     (why none was built, or None), cuda_compiler and compiler (the two that built them, or None: none found or not looked for).
     """
     try:
-        told: dict[str, str] = json.loads(Path(__file__).with_name("_built.json").read_text())
+        facts: dict[str, str] = json.loads(Path(__file__).with_name("_built.json").read_text())
     except FileNotFoundError:
         return None
-    architectures = tuple(filter(None, told.get("cuda_architectures", "").split(";")))
-    texts = {name: told.get(name) or None for name in ("no_cuda", "cuda_compiler", "compiler")}
-    return {"version": told["version"], "cuda_architectures": architectures, **texts}
+    architectures = tuple(filter(None, facts.get("cuda_architectures", "").split(";")))
+    texts = {name: facts.get(name) or None for name in ("no_cuda", "cuda_compiler", "compiler")}
+    return {"version": facts["version"], "cuda_architectures": architectures, **texts}
 
 
 def cuda_library() -> Path | None:
@@ -84,9 +84,9 @@ def _installed() -> Path | None:
             places.append(Path(url2pathname(urlparse(origin["url"]).path)) / "aadkern")
         else:
             places.append(Path(str(distribution.locate_file("aadkern"))))
-    found = [place.resolve() for place in places if (place / "__init__.py").is_file()]
+    folders = [place.resolve() for place in places if (place / "__init__.py").is_file()]
     here = Path(__file__).resolve().parent
-    return here if here in found else next(iter(found), None)
+    return here if here in folders else next(iter(folders), None)
 
 
 def describe() -> str:
@@ -96,14 +96,14 @@ def describe() -> str:
     """
     info, reason, elsewhere = build_info(), load_cuda(), shadowing()
     if info is None:
-        told = f"WARNING: {NOT_INSTALLED}; CUDA kernels: {reason or 'loaded'}"
+        line = f"WARNING: {NOT_INSTALLED}; CUDA kernels: {reason or 'loaded'}"
     else:
         by = " and ".join(filter(None, (info["cuda_compiler"], info["compiler"]))) or "none"
         kernels = ", ".join(f"sm_{architecture.replace('.', '')}" for architecture in info["cuda_architectures"])
-        told = f"aadkern {info['version']}; CUDA compiler: {by}; CUDA kernels: " + (
+        line = f"aadkern {info['version']}; CUDA compiler: {by}; CUDA kernels: " + (
             kernels if reason is None else f"WARNING: {reason}"
         )
-    return told if elsewhere is None else f"{told}; WARNING: {elsewhere}"
+    return line if elsewhere is None else f"{line}; WARNING: {elsewhere}"
 
 
 if __name__ == "__main__":

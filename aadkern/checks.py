@@ -99,17 +99,17 @@ def device(value: Any, name: str) -> torch.device:
     if not isinstance(value, (torch.device, str, int)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a torch.device or its name, got {shown(value)}")
     try:
-        found = torch.device(value)
+        result = torch.device(value)
     except Exception as error:  # RuntimeError for a name; for a number whatever the accelerator's absence raises
         raise ValueError(f"{name} must be a torch.device or its name, such as 'cpu' or 'cuda:0', got {shown(value)}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"{name} must be one that is here, got '{found}': torch sees {torch.cuda.device_count()} CUDA devices")
-    if found.type not in ("cpu", "cuda", "meta"):
+    if result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{name} must be one that is here, got '{result}': torch sees {torch.cuda.device_count()} CUDA devices")
+    if result.type not in ("cpu", "cuda", "meta"):
         try:
-            torch.empty(0, device=found)
+            torch.empty(0, device=result)
         except Exception as error:  # of many kinds, by what is missing
-            raise ValueError(f"{name} must be one that is here, got '{found}'") from error
-    return found
+            raise ValueError(f"{name} must be one that is here, got '{result}'") from error
+    return result
 
 
 def dtype(value: Any, name: str, accepted: Iterable[torch.dtype]) -> torch.dtype:

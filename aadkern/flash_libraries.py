@@ -58,8 +58,8 @@ class Served(NamedTuple):
 
 def reason_against(device: str) -> str | None:
     """None if a library is here that serves ``device``, else what became of each. Imports them, since only that tells."""
-    found = served(device)
-    return found if isinstance(found, str) else None
+    answer = served(device)
+    return answer if isinstance(answer, str) else None
 
 
 @functools.cache

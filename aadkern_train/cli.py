@@ -297,9 +297,9 @@ def run_generate(args: argparse.Namespace) -> None:
         return
     from aadkern_train.generate.from_wan import generate_wan
 
-    told = facts(weights)
-    parts = args.parts or trained_parts(told)
-    settings = wan_settings(given, told)
+    run_facts = facts(weights)
+    parts = args.parts or trained_parts(run_facts)
+    settings = wan_settings(given, run_facts)
     generate_wan(weights, args.out, prompt=args.prompt, image=args.image, video=args.video, parts=parts, settings=settings)
 
 
@@ -317,12 +317,12 @@ def run_vbench_export(args: argparse.Namespace) -> None:
     from aadkern_train.vbench import vbench_export
 
     given, weights = given_options(args), trained_weights(hub_checkpoint(args.checkpoint, args.parts))
-    told = facts(weights)
-    if "parts" not in given and trained_parts(told) is not None:
-        given["parts"] = trained_parts(told)
+    run_facts = facts(weights)
+    if "parts" not in given and trained_parts(run_facts) is not None:
+        given["parts"] = trained_parts(run_facts)
     names = ("parts", "images", "rewrites", "part", "limit", "dimensions", "videos")
     options = {name: given[name] for name in names if name in given}
-    vbench_export(weights, args.info, args.out, settings=wan_settings(given, told), **options)
+    vbench_export(weights, args.info, args.out, settings=wan_settings(given, run_facts), **options)
 
 
 def run_convert(args: argparse.Namespace) -> None:

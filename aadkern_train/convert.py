@@ -201,8 +201,8 @@ def _tell_unwritten(net: Any, shapes: Mapping[str, Tensor], out: Path) -> None:
     taken = compat.infer_config(shapes, head_dim=net.config.attention_head_dim)
     width = taken["num_attention_heads"] * taken["attention_head_dim"]
     taken |= {"num_attention_heads": width // 128, "attention_head_dim": 128, "rope": "absolute", "rope_periods": None}
-    given = {"rope": "absolute", "rope_periods": None, **_facts(net.config)}
-    lost = [f"{name}={given[name]!r}" for name in taken if json.dumps(given[name]) != json.dumps(taken[name])]
+    net_settings = {"rope": "absolute", "rope_periods": None, **_facts(net.config)}
+    lost = [f"{name}={net_settings[name]!r}" for name in taken if json.dumps(net_settings[name]) != json.dumps(taken[name])]
     if lost:
         _say(f"{out} holds no configuration; whoever reads it must know {', '.join(lost)}")
 

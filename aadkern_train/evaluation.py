@@ -21,8 +21,8 @@ Measured = tuple[dict[str, Any], dict[str, Tensor]]
 
 def lengthened(run: Run, times: int | None = None) -> tuple[int, ...]:
     """The layout of a clip so many ``times`` (``evaluate.long``) as long after what is given: its generated chunks, repeated."""
-    chunks, given = run.recipe.chunks, run.recipe.given_frames
-    return (*chunks[:given], *(chunks[given:] * (run.recipe.evaluate.long if times is None else times)))
+    chunks, given_frames = run.recipe.chunks, run.recipe.given_frames
+    return (*chunks[:given_frames], *(chunks[given_frames:] * (run.recipe.evaluate.long if times is None else times)))
 
 
 @torch.no_grad()
@@ -36,8 +36,8 @@ def streamed(run: Run, network: Any, samples: range, chunks: Sequence[int], step
         return draws.normal(f"noise {number} {step}", samples, (sizes[number - 1], *shape), device=device)
 
     condition = run.condition(samples, "test")
-    given = [] if condition.first is None else [condition.first[:, None]]
-    return torch.cat([*given, *stream(network, condition, shape, run.window, sizes, noise, steps)], dim=1)
+    first_frame = [] if condition.first is None else [condition.first[:, None]]
+    return torch.cat([*first_frame, *stream(network, condition, shape, run.window, sizes, noise, steps)], dim=1)
 
 
 def in_batches(run: Run, count: int, make: Callable[[range], Tensor]) -> Tensor:
@@ -130,7 +130,7 @@ def steering(run: Run, network: Any, count: int) -> dict[str, list[float]]:
     if new is None:
         return {}
     size, shape, device = max(run.recipe.chunks), run.world.frame_shape, run.processes.device
-    draws, given = run.draws("evaluate", 0), run.recipe.given_frames
+    draws, given_frames = run.draws("evaluate", 0), run.recipe.given_frames
 
     def turned(samples: range, turn: str) -> Tensor:
         def noise(number: int, step: int) -> Tensor:
@@ -146,10 +146,10 @@ def steering(run: Run, network: Any, count: int) -> dict[str, list[float]]:
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     network.eval()
-    found = {}
+    by_turn = {}
     for turn in TURNS:
         x = in_batches(run, count, lambda s, turn=turn: turned(s, turn))
-        ends = [given + (BEFORE + i) * size for i in range(AFTER + 1)]
-        found[turn] = [run.world.follows(x, new, (a, b)) for a, b in pairwise(ends)]
+        ends = [given_frames + (BEFORE + i) * size for i in range(AFTER + 1)]
+        by_turn[turn] = [run.world.follows(x, new, (a, b)) for a, b in pairwise(ends)]
     network.train()
-    return found
+    return by_turn

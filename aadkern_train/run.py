@@ -121,11 +121,11 @@ class Run:
         """The indices of this process's clips in a step's global batch."""
         return self.processes.local_slice(range(step * size, (step + 1) * size))
 
-    def read(self, work: Callable[[], T]) -> T:
-        """What ``work`` reads of the world. Where one rank cannot, every rank raises at once, and none waits for it."""
+    def read(self, action: Callable[[], T]) -> T:
+        """What ``action`` reads of the world. Where one rank cannot, every rank raises at once, and none waits for it."""
 
         def reading() -> T:
-            return self.processes.during("reading its data", work)
+            return self.processes.during("reading its data", action)
 
         return self.processes.agreed(reading) if self.world.fingerprint is not None else reading()
 

@@ -23,11 +23,11 @@ from aadkern.spans import span
 from aadkern_train.engine.checkpoint import Checkpoints
 from aadkern_train.engine.figures import Counted, speed
 from aadkern_train.engine.files import naming, read_json
-from aadkern_train.engine.leaving import Asked, Leave
 from aadkern_train.engine.peers import code, together
 from aadkern_train.engine.processes import start
 from aadkern_train.engine.recipe import MAY_CHANGE, Recipe
 from aadkern_train.engine.run_folder import Progress, RunFolder
+from aadkern_train.engine.stops import SignalStop, StopRequest
 from aadkern_train.engine.trackers import Trackers
 from aadkern_train.engine.video import write_video
 from aadkern_train.evaluation import Measured, evaluate, references, steering
@@ -131,11 +131,11 @@ def train(run: Run) -> dict[str, Any]:
     check(run)
     keep, background = run.recipe.keep_checkpoints, run.recipe.checkpoint_async
     checkpoints = Checkpoints(run.folder.checkpoints, run.processes, keep=keep, background=background)
-    with Asked() as asked, contextlib.ExitStack() as at_the_end:
+    with StopRequest() as stop_request, contextlib.ExitStack() as at_the_end:
         at_the_end.callback(checkpoints.settle)
         for name in stages_of(run):
             if not run.processes.on_main(run.folder.weights(name).exists):
-                train_stage(run, make_stage(run, name), checkpoints, asked)
+                train_stage(run, make_stage(run, name), checkpoints, stop_request)
     report = read_metrics(run)
     if run.recipe.evaluate.final_clips and not report["reference"]:
         metrics, clips = references(run)
@@ -152,9 +152,9 @@ def train(run: Run) -> dict[str, Any]:
     return report
 
 
-def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) -> None:
-    """One stage from its newest checkpoint to its end, and what it leaves in the run folder. Raises Leave, when it is saved, where
-    a signal asked for that on any rank."""
+def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, stop_request: StopRequest) -> None:
+    """One stage from its newest checkpoint to its end, and what it leaves in the run folder. Raises SignalStop, when it is saved,
+    where a signal asked for that on any rank."""
     progressed = Progressed(stage)
     state = {**stage.state(), "progress": progressed}
     latest = checkpoints.latest()
@@ -186,13 +186,13 @@ def train_stage(run: Run, stage: Stage, checkpoints: Checkpoints, asked: Asked) 
             validated = run.recipe.validation.every
             if validated and done % validated == 0 and done < stage.steps:
                 validate_now(run, stage, done)
-            number = run.processes.most(asked.number)
+            number = run.processes.most(stop_request.number)
             if number or done % run.recipe.checkpoint_every == 0 or progressed.stopped_at >= 0:
                 run.processes.on_main(run.folder.check_held)
                 checkpoints.save(stage.name, done, state, run.recipe)
             if number:
                 checkpoints.wait()
-                raise Leave(number, f"{stage.name}, step {done}")
+                raise SignalStop(number, f"{stage.name}, step {done}")
     checkpoints.wait()
     run.processes.on_main(run.folder.check_held)
     finish(run, stage, progressed)
@@ -270,16 +270,16 @@ def finish(run: Run, stage: Stage, progressed: Progressed) -> None:
         report["steps"][stage.name] = steps
         rows = {**({stage.name: (title, (metrics, clips))} if metrics else {}), **fewer}
         report["titles"][stage.name] = title
-        for name, (called, (values, made)) in rows.items():
+        for name, (called, (values, samples)) in rows.items():
             report["stages"][name], report["titles"][name] = values, called
-            for suffix, x in made.items():
+            for suffix, x in samples.items():
                 save_sample(run, f"{name}_{suffix}" if suffix else name, x)
         run.folder.write_json(run.folder.metrics_file, report)
-        told = {"stage": stage.name, "step": steps, "streams": stage.streams}
+        run_facts = {"stage": stage.name, "step": steps, "streams": stage.streams}
         for name in stage.exports:
             other = stage.learners[name].module
-            run.networks.write(run.folder.weights(f"{stage.name}.{name}"), other, **{**told, "streams": False})
-        run.networks.write(run.folder.weights(stage.name), network, **told)
+            run.networks.write(run.folder.weights(f"{stage.name}.{name}"), other, **{**run_facts, "streams": False})
+        run.networks.write(run.folder.weights(stage.name), network, **run_facts)
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -305,13 +305,13 @@ def read_metrics(run: Run) -> dict[str, Any]:
 def check_metrics(file: Path) -> dict[str, Any]:
     """metrics.json with all that stages write into it."""
     try:
-        found = read_json(file)
+        metrics = read_json(file)
         for name in ("stages", "reference", "steps", "titles", "seconds_per_stage"):
-            if not isinstance(found.get(name), dict):
+            if not isinstance(metrics.get(name), dict):
                 raise ValueError(f"{file} must hold {name}, and does not")
     except ValueError as error:
         raise ValueError(f"{error}; put it back, or remove it: the figures of the stages that are finished are then lost") from None
-    return found
+    return metrics
 
 
 def machine(run: Run) -> dict[str, Any]:

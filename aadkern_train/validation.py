@@ -63,9 +63,9 @@ def validate(run: Run, stage: str, network: Any, step: int) -> None:
             shape = (sizes[number - 1], *run.world.frame_shape)
             return draws.normal(f"noise {number} {k}", [i], shape, device=processes.device)
 
-        given = [] if condition.first is None else [condition.first[:, None]]
-        made = stream(network, condition, run.world.frame_shape, run.window, sizes, noise, recipe.steps)
-        x = torch.cat([*given, *made], dim=1)
+        first_frame = [] if condition.first is None else [condition.first[:, None]]
+        chunks = stream(network, condition, run.world.frame_shape, run.window, sizes, noise, recipe.steps)
+        x = torch.cat([*first_frame, *chunks], dim=1)
         if place < len(wanted) and processes.speaks:
             write_video(folder / f"{i:03d}-{slug(item.caption)}-s{seed}.mp4", run.world.to_rgb(x)[0], run.world.fps)
     network.train()

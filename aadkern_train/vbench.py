@@ -87,9 +87,9 @@ def vbench_export(
             raise FileNotFoundError(f"images must hold the image of each prompt, {images} lacks {prompt.image}")
     if not has_h264():
         raise ValueError("av must have H.264 to write videos for VBench, and this build has no libx264; PyAV's wheels do")
-    found = fitting_parts(checkpoint, parts, settings)
+    wan_parts = fitting_parts(checkpoint, parts, settings)
     folder = prepared(out, listed, videos)
-    made_with = _made_with(found, settings, images, rewrites)
+    made_with = _made_with(wan_parts, settings, images, rewrites)
     _keep(out, made_with)
     seeds = {prompt.file(n): seed_of(settings.seed, prompt, n) for prompt in listed for n in range(videos)}
     _write_seeds(out, seeds)
@@ -99,8 +99,8 @@ def vbench_export(
     _say(f"{folder}: {len(share) * videos - total} of {len(share) * videos} videos are there")
     if not waiting:
         return folder
-    texts = embed_prompts(found, [prompt.text for prompt in waiting], *settings.placement(), kept="cpu")
-    streamer = WanStreamer(found, settings)
+    texts = embed_prompts(wan_parts, [prompt.text for prompt in waiting], *settings.placement(), kept="cpu")
+    streamer = WanStreamer(wan_parts, settings)
     for (prompt, missing), text in zip(waiting.items(), texts, strict=True):
         pixels = None if images is None else read_image(images / str(prompt.image), settings.size)
         for number in missing:

@@ -92,14 +92,14 @@ def learned(document: dict[str, Any]) -> Iterator[str]:
                 ratios.append(table.times(min(rivals, key=lambda pair: pair[1]["median_ms"])[1], best))
         if won:
             wins = ", ".join(f"{name} in {count}" for name, count in won.most_common())
-            told = f", {statistics.median(ratios):.2f} x the fastest rival (median of {len(ratios)})" if ratios else ""
-            yield f"fastest of ours, {direction}: {wins} of {won.total()} cases{told}"
-    for case, found in document["rooms"].get("sweep", {}).get("cases", {}).items():
-        best_tiles = [f"{kernel} {records[0]['tile']}" for kernel, records in found.items() if records and "ms" in records[0]]
+            comparison = f", {statistics.median(ratios):.2f} x the fastest rival (median of {len(ratios)})" if ratios else ""
+            yield f"fastest of ours, {direction}: {wins} of {won.total()} cases{comparison}"
+    for case, by_kernel in document["rooms"].get("sweep", {}).get("cases", {}).items():
+        best_tiles = [f"{kernel} {records[0]['tile']}" for kernel, records in by_kernel.items() if records and "ms" in records[0]]
         if best_tiles:
             yield f"fastest tiles, {case}: {'; '.join(best_tiles)}"
-    for size, made in document["rooms"].get("streaming", {}).get("sizes", {}).items():
-        rates = {item: record["fps"] for item, record in made["items"].items() if "fps" in record}
+    for size, figures in document["rooms"].get("streaming", {}).get("sizes", {}).items():
+        rates = {item: record["fps"] for item, record in figures["items"].items() if "fps" in record}
         if rates:
             best = max(rates, key=lambda item: rates[item])
             yield f"streaming {size}: {rates[best]:.3g} FPS by {best.removeprefix('rate: ')}"

@@ -67,20 +67,20 @@ def _of_head(problem: Problem, head: int) -> tuple[Results, Results]:
             for total, gradient in zip(sums[i], (part.dk, part.dv), strict=True):
                 total += gradient
             parts[i].append(part)
-    made = []
+    results = []
     for some, (dk, dv) in zip(parts, sums, strict=True):
         out, dq = (torch.cat([getattr(part, name) for part in some], 1) for name in ("out", "dq"))
-        made.append(Results(out, torch.cat([part.lse for part in some], 2), dq, dk, dv))
-    return made[0], made[1]
+        results.append(Results(out, torch.cat([part.lse for part in some], 2), dq, dk, dv))
+    return results[0], results[1]
 
 
 def truth(problem: Problem, seconds: float = 10.0, least: int = 2, most: int = 12, seed: int = 0) -> Truth:
     """Exact results for heads drawn at random: as many as ``seconds`` allow, at least ``least`` and at most ``most``."""
     order = random.Random(seed).sample(range(problem.case.heads), problem.case.heads)
-    began, heads, made = time.perf_counter(), [], []
+    began, heads, pairs = time.perf_counter(), [], []
     for head in order[:most]:
         heads.append(head)
-        made.append(_of_head(problem, head))
+        pairs.append(_of_head(problem, head))
         if problem.q.is_cuda:
             torch.cuda.synchronize()
         if len(heads) >= least and time.perf_counter() - began > seconds:
@@ -88,7 +88,7 @@ def truth(problem: Problem, seconds: float = 10.0, least: int = 2, most: int = 1
 
     def joined(side: int) -> Results:
         axis = {"lse": 1}
-        of = (torch.cat([getattr(pair[side], name) for pair in made], axis.get(name, 2)) for name in Results._fields)
+        of = (torch.cat([getattr(pair[side], name) for pair in pairs], axis.get(name, 2)) for name in Results._fields)
         return Results(*of)
 
     return Truth(heads, joined(0), joined(1))

@@ -40,14 +40,14 @@ SOURCES = {".py", ".h", ".hpp", ".cu", ".cuh", ".cpp"}
 
 def hopper_folder(folder: Path) -> Path:
     """The ``hopper`` folder that was meant. Raises ValueError where there is none, or CUTLASS is missing beside it."""
-    found = next((place for place in (folder, folder / "hopper") if (place / "flash_attn_interface.py").is_file()), None)
-    if found is None or not (found / "setup.py").is_file():
+    hopper = next((place for place in (folder, folder / "hopper") if (place / "flash_attn_interface.py").is_file()), None)
+    if hopper is None or not (hopper / "setup.py").is_file():
         wanted = "a checkout of Dao-AILab/flash-attention or its hopper folder, with setup.py and flash_attn_interface.py"
         raise ValueError(f"--fa3-source must be {wanted}, got {folder}")
-    if not (found.parent / "csrc" / "cutlass" / "include" / "cutlass").is_dir():
+    if not (hopper.parent / "csrc" / "cutlass" / "include" / "cutlass").is_dir():
         wanted = "with its submodule (git submodule update --init csrc/cutlass)"
         raise ValueError(f"--fa3-source must be a checkout {wanted}, got {folder}, whose csrc/cutlass is empty")
-    return found.resolve()
+    return hopper.resolve()
 
 
 def place_of(hopper: Path) -> Path:
@@ -61,8 +61,8 @@ def place_of(hopper: Path) -> Path:
     return ROOT / "build" / f"fa3-{sha.hexdigest()[:16]}"
 
 
-def build_command(made: Path, objects: Path) -> list[str]:
-    return [sys.executable, "setup.py", "build_ext", "--build-lib", str(made), "--build-temp", str(objects)]
+def build_command(target: Path, objects: Path) -> list[str]:
+    return [sys.executable, "setup.py", "build_ext", "--build-lib", str(target), "--build-temp", str(objects)]
 
 
 def built(folder: Path) -> Path:
@@ -74,7 +74,7 @@ def built(folder: Path) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="aadkern-fa3-") as scratch:
-        copy, made, tools = Path(scratch, "hopper"), Path(scratch, "made"), Path(scratch, "tools")
+        copy, build, tools = Path(scratch, "hopper"), Path(scratch, "made"), Path(scratch, "tools")
         shutil.copytree(hopper, copy, ignore=shutil.ignore_patterns("build", "dist", "*.egg-info", "*.so", "__pycache__"))
         Path(scratch, "csrc").symlink_to(hopper.parent / "csrc")
         Path(scratch, "README.md").write_text("FlashAttention 3\n")  # setup.py reads one
@@ -83,16 +83,16 @@ def built(folder: Path) -> Path:
         Path(tools, "git").chmod(0o755)
         jobs = {"MAX_JOBS": os.environ.get("MAX_JOBS", str(min(os.cpu_count() or 1, 6))), "NVCC_THREADS": "1"}
         environment = {**os.environ, **SWITCHES, **jobs, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
-        status = subprocess.run(build_command(made, Path(scratch, "objects")), cwd=copy, env=environment).returncode
-        libraries = list(Path(made, "flash_attn_3").glob("_C*.so"))
+        status = subprocess.run(build_command(build, Path(scratch, "objects")), cwd=copy, env=environment).returncode
+        libraries = list(Path(build, "flash_attn_3").glob("_C*.so"))
         if status != 0 or not libraries:
             raise RuntimeError(f"FlashAttention 3 of {folder} was not built: setup.py ended with status {status}")
         for name in MODULES:  # the config is written by setup.py
             if Path(copy, name).exists():
-                Path(made, name).parent.mkdir(exist_ok=True)
-                shutil.copy(Path(copy, name), Path(made, name))
+                Path(build, name).parent.mkdir(exist_ok=True)
+                shutil.copy(Path(copy, name), Path(build, name))
         half = Path(tempfile.mkdtemp(dir=target.parent))
-        shutil.copytree(made, half, dirs_exist_ok=True)
+        shutil.copytree(build, half, dirs_exist_ok=True)
         try:
             half.replace(target)
         except OSError:  # another process was first

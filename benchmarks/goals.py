@@ -72,29 +72,29 @@ def judged(document: dict[str, Any], times: Callable[[dict[str, Any], dict[str, 
             else:
                 got, what = ours["tflops"], f"{wanted:.0f} TFLOP/s"
             if got is not None:
-                yield said(got, wanted, f"{case['id']} {goal.direction}, {goal.ours}", what)
+                yield goal_line(got, wanted, f"{case['id']} {goal.direction}, {goal.ours}", what)
     if hopper and not h20:
         yield from of_rooms(document["rooms"])
 
 
 def of_rooms(rooms: dict[str, Any]) -> Iterator[str]:
     """The goals of other rooms' benchmarks, set for an H100 or H200; those that their figures can answer."""
-    for size, made in rooms.get("streaming", {}).get("sizes", {}).items():
-        if size in STREAMING and "fps" in made["items"].get(STREAMED, {}):
-            fps = made["items"][STREAMED]["fps"]
-            yield said(fps, STREAMING[size], f"streaming {size}, 1 NFE, without VAE", f"{STREAMING[size]:g} FPS")
+    for size, figures in rooms.get("streaming", {}).get("sizes", {}).items():
+        if size in STREAMING and "fps" in figures["items"].get(STREAMED, {}):
+            fps = figures["items"][STREAMED]["fps"]
+            yield goal_line(fps, STREAMING[size], f"streaming {size}, 1 NFE, without VAE", f"{STREAMING[size]:g} FPS")
     for name, case in rooms.get("pooling", {}).get("cases", {}).items():
         if case["keys"]:  # a norm on the keys cannot be absorbed: no goal
             continue
         times, share = case["forward_ms"], case.get("share_of_copy_bandwidth")
         wanted = POOLING.get(case["channels"])
         if wanted is not None:
-            yield said(times["layer"] / times["aadkern"], wanted, f"pooling {name} forward", f"{wanted:g} x layer")
+            yield goal_line(times["layer"] / times["aadkern"], wanted, f"pooling {name} forward", f"{wanted:g} x layer")
         if share is not None:
-            yield said(share["forward"], POOLING_SHARE, f"pooling {name} forward", f"{POOLING_SHARE:g} of copy bandwidth")
+            yield goal_line(share["forward"], POOLING_SHARE, f"pooling {name} forward", f"{POOLING_SHARE:g} of copy bandwidth")
 
 
-def said(got: float, wanted: float, who: str, what: str) -> str:
+def goal_line(got: float, wanted: float, who: str, what: str) -> str:
     """One goal's line."""
     return f"  {'met   ' if got >= wanted else 'missed'} {who}: {got:.3g} of {what}"
 

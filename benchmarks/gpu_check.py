@@ -84,16 +84,16 @@ class Check:
     def read_environment(self) -> None:
         """What is here, told by a process of its own: this one never touches CUDA, so that no error can stick to it."""
         code = "import json, sys; from benchmarks import results; print(json.dumps(results.environment(*sys.argv[1:])))"
-        asked = [self.options.device, *([self.options.commit] if self.options.commit else [])]
-        outcome = run_limited([sys.executable, "-c", code, *asked], self.scratch / "environment", 120, self.environment, ROOT)
-        told = (self.scratch / "environment").read_text().strip().splitlines()
-        found = [line for line in told if line.startswith("{")]
-        if outcome != "passed" or not found:
-            raise SystemExit(f"gpu_check: the environment could not be read: {outcome}\n" + "\n".join(told[-5:]))
+        words = [self.options.device, *([self.options.commit] if self.options.commit else [])]
+        outcome = run_limited([sys.executable, "-c", code, *words], self.scratch / "environment", 120, self.environment, ROOT)
+        output = (self.scratch / "environment").read_text().strip().splitlines()
+        documents = [line for line in output if line.startswith("{")]
+        if outcome != "passed" or not documents:
+            raise SystemExit(f"gpu_check: the environment could not be read: {outcome}\n" + "\n".join(output[-5:]))
         timed = run.timing_conditions(self.options.device, self.options.seconds)
         conditions = {"data": f"standard normal, seed {self.options.seed}", "minutes": self.options.minutes, **timed}
         conditions |= {"plan": self.options.plan} if self.options.plan else {}
-        self.document = results.empty(json.loads(found[-1]), conditions)
+        self.document = results.empty(json.loads(documents[-1]), conditions)
 
     def build(self, deadline: float) -> str:
         """The CUDA kernels that lie beside the sources, if they load; else the one build of the package, put there."""
@@ -108,11 +108,11 @@ class Check:
         folders = ["--build-lib", str(self.scratch / "built"), "--build-temp", str(self.scratch / "build")]
         command = [sys.executable, "setup.py", "build_ext", *folders]
         outcome = run_limited(command, self.log, deadline - time.monotonic(), wanted, ROOT)
-        for made in (self.scratch / "built" / "aadkern").glob("*.so") if outcome == "passed" else ():
-            there = ROOT / "aadkern" / made.name
+        for library in (self.scratch / "built" / "aadkern").glob("*.so") if outcome == "passed" else ():
+            there = ROOT / "aadkern" / library.name
             if there.exists():  # what was brought along is not lost
-                there.replace(there.with_name(f"{made.name}.before"))
-            shutil.copy2(made, there)
+                there.replace(there.with_name(f"{library.name}.before"))
+            shutil.copy2(library, there)
             self.document["conditions"]["cuda_library"] = "built in this run"
         return outcome
 
@@ -189,21 +189,21 @@ class Check:
 
     def room(self, name: str, stage: str, limit: float, *words: str) -> str:
         """``python -m benchmarks.NAME --out FILE``; what it wrote becomes part of the results, also where it did not end well."""
-        made = self.scratch / f"{name}.json"
+        file = self.scratch / f"{name}.json"
         words = (*words, "--commit", self.options.commit) if self.options.commit else words
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(made), *words]
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(file), *words]
 
         def gather() -> None:
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
-                found = json.loads(made.read_text(), parse_constant=str)
-                if self.document["rooms"].get(name) != found:
-                    self.document["rooms"][name] = found
+                room_document = json.loads(file.read_text(), parse_constant=str)
+                if self.document["rooms"].get(name) != room_document:
+                    self.document["rooms"][name] = room_document
                     self.write()
 
         outcome = run_limited(command, self.log, limit, self.environment, ROOT, gather)
         gather()
-        found = self.document["rooms"].get(name, {})
-        return f"not run: {found['not_run']}" if "not_run" in found else outcome
+        room_document = self.document["rooms"].get(name, {})
+        return f"not run: {room_document['not_run']}" if "not_run" in room_document else outcome
 
     def share(self, name: str) -> float:
         """The most of the time left that a stage may take: all of it where no other follows."""
@@ -218,8 +218,8 @@ class Check:
         if name in ("tests", "sanitizer"):
             everything = marked_files()
             ours = self.plan.tests or (file for file in everything if file not in CORRECT) if self.plan else everything
-            asked = self.options.tests or ours
-            return self.tests(deadline, name, [file for file in asked if ("sanitizer" in file) == (name == "sanitizer")])
+            tests = self.options.tests or ours
+            return self.tests(deadline, name, [file for file in tests if ("sanitizer" in file) == (name == "sanitizer")])
         if name == "cases":
             ours = list(self.plan.cases) if self.plan else core_cases()
             return self.cases(deadline, self.options.cases or (DRY_CASES if dry else ours), name)
@@ -303,7 +303,7 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def asked(argv: list[str] | None = None) -> argparse.Namespace:
+def call_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, with a plan's where none was given."""
     parser = arguments()
     options = parser.parse_args(argv)
@@ -325,7 +325,7 @@ def asked(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """0 if every stage passed or was not run for want of a package, 1 if any failed or was not reached."""
-    check = Check(asked(argv))
+    check = Check(call_options(argv))
     try:
         check.run()
         check.write()
@@ -333,10 +333,10 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(check.scratch, ignore_errors=True)
     (check.out / "chart.svg").write_text(chart.draw([check.document]))
     (check.out / "table.txt").write_text("\n".join(table.lines(check.document)) + "\n")
-    told = list(table.short_lines(check.document))
+    summary = list(table.short_lines(check.document))
     if check.options.plan:
-        told += ["", f"learned by --plan {check.options.plan}", *learned(check.document), *next_lines(check.options.plan)]
-    print("\n" + "\n".join(told), flush=True)
+        summary += ["", f"learned by --plan {check.options.plan}", *learned(check.document), *next_lines(check.options.plan)]
+    print("\n" + "\n".join(summary), flush=True)
     stages = check.document["stages"]
     well = all(stage["outcome"] == "passed" or stage["outcome"].startswith("not run") for stage in stages)
     return 0 if well and len(stages) == len(check.options.stages) else 1

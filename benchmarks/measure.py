@@ -65,10 +65,10 @@ def measure(
             record["contenders"][name] = _outcome(name, "failed", lost[where])
             continue
         journal.begin(where, STEP_LIMIT)
-        record["contenders"][name], made = _prepare(name, problem, known, journal)
+        record["contenders"][name], candidate = _prepare(name, problem, known, journal)
         journal.end(where)
-        if made is not None:
-            ready[name] = made
+        if candidate is not None:
+            ready[name] = candidate
     del known
 
     def save() -> None:

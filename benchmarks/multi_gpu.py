@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from benchmarks import results
 from benchmarks.measure import one_line
-from benchmarks.multi_gpu_items import KINDS, Bench, lines, told_items
+from benchmarks.multi_gpu_items import KINDS, Bench, lines, named_items
 from benchmarks.streaming_shapes import SIZES
 from benchmarks.timing import keep
 
@@ -65,10 +65,10 @@ def processes(device: str, limit: float) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def everyone(said: Any) -> list[Any]:
+def everyone(value: Any) -> list[Any]:
     """What each rank says."""
     heard: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(heard, said)
+    dist.all_gather_object(heard, value)
     return heard
 
 
@@ -104,18 +104,18 @@ def measured(options: argparse.Namespace, device: torch.device) -> dict[str, Any
     }
     items = document["items"]
     wrong = False
-    for name, item in told_items(Bench(device, options.rounds), models, options.kinds):
+    for name, item in named_items(Bench(device, options.rounds), models, options.kinds):
         items[name] = {"outcome": "not ended: whoever waits for a rank gives up after the limit, and the process with it"}
         if main:
             keep(document, options.out)
         began = time.monotonic()
         if wrong and not name.startswith(RIGHT):
-            outcome, found = "not run: what it would time is not right", {}
+            outcome, figures = "not run: what it would time is not right", {}
         else:
-            outcome, found = outcome_of(item)
+            outcome, figures = outcome_of(item)
         outcome = among(everyone(outcome))
         wrong |= name.startswith(RIGHT) and outcome != "passed"
-        items[name] = {"outcome": outcome, "seconds": round(time.monotonic() - began, 3), **found}
+        items[name] = {"outcome": outcome, "seconds": round(time.monotonic() - began, 3), **figures}
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if main:
@@ -134,11 +134,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds must be at least 1 and --limit more than 0, got {options.rounds} and {options.limit}")
     torch.manual_seed(0)
     with processes(options.device, options.limit) as device:
-        found = measured(options, device)
-        bad = [name for name, item in found["items"].items() if not item["outcome"].startswith(("passed", "missing"))]
+        document = measured(options, device)
+        bad = [name for name, item in document["items"].items() if not item["outcome"].startswith(("passed", "missing"))]
         if dist.get_rank() == 0:
             print(
-                f"\n{len(found['items']) - len(bad)} of {len(found['items'])} items are well; the file is {options.out}", flush=True
+                f"\n{len(document['items']) - len(bad)} of {len(document['items'])} items are well; the file is {options.out}",
+                flush=True,
             )
     return 1 if bad else 0
 

@@ -45,7 +45,7 @@ TIMED_CHUNKS = 8
 Item = Callable[[], Mapping[str, Any]]
 
 
-def told_items(bench: Bench, models: Sequence[str], kinds: Sequence[str]) -> Iterator[tuple[str, Item]]:
+def named_items(bench: Bench, models: Sequence[str], kinds: Sequence[str]) -> Iterator[tuple[str, Item]]:
     """Every item by name, correctness first, and CUDA graphs with collectives inside, which nobody has tried, last."""
     for kind in KINDS:
         for model in models if kind in kinds else ():
@@ -64,11 +64,11 @@ def told_items(bench: Bench, models: Sequence[str], kinds: Sequence[str]) -> Ite
 def lines(name: str, record: Mapping[str, Any]) -> list[str]:
     """An item for people."""
     figures = [f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, (int, float)) and key != "seconds"]
-    told = [f"{name}: {record['outcome']}" + (f"; {', '.join(figures)}" if figures else "")]
-    return told + [
-        f"    {key}: " + ", ".join(f"{of} {value:.4g}" for of, value in found.items())
-        for key, found in record.items()
-        if isinstance(found, dict)
+    rows = [f"{name}: {record['outcome']}" + (f"; {', '.join(figures)}" if figures else "")]
+    return rows + [
+        f"    {key}: " + ", ".join(f"{of} {value:.4g}" for of, value in by_name.items())
+        for key, by_name in record.items()
+        if isinstance(by_name, dict)
     ]
 
 
@@ -110,8 +110,8 @@ class Bench:
 
     def both_times(self, runs: Mapping[str, Run]) -> dict[str, float]:
         taken = alternate(runs, self.device, 0.0, self.rounds)
-        found = {f"{name}, {what}": [r[what] for r in taken[name]] for name in runs for what in ("forward", "backward")}
-        return self.worst({name: 1e3 * statistics.median(seconds) for name, seconds in found.items()})
+        times = {f"{name}, {what}": [r[what] for r in taken[name]] for name in runs for what in ("forward", "backward")}
+        return self.worst({name: 1e3 * statistics.median(seconds) for name, seconds in times.items()})
 
     def slice_of(self, x: Tensor, group: SequenceGroup) -> Tensor:
         """This rank's tokens of x [B, F n, ...]."""
@@ -249,16 +249,16 @@ class Bench:
             return Run(partial(forward, group), both)
 
         group = self.group(n)
-        found = []
+        outcomes = []
         for of in (group, None):
             flow = forward(of)
             grad = torch.cat([g.float().flatten() for g in backward(flow) if g is not None])
             if of is not None:
                 dist.all_reduce(grad)
                 grad /= self.ranks
-            found.append((flow.detach(), grad))
-        off = self.worst({"flow": apart(found[0][0], found[1][0]), "gradients": apart(found[0][1], found[1][1])})
-        del found
+            outcomes.append((flow.detach(), grad))
+        off = self.worst({"flow": apart(outcomes[0][0], outcomes[1][0]), "gradients": apart(outcomes[0][1], outcomes[1][1])})
+        del outcomes
         if not max(off.values()) < MOST_DIFFERENCE:
             raise RuntimeError(f"the shared blocks differ from one rank's by {off} of their norms; not timed")
         runs = {"shared": run(group), "one rank": run(None)}

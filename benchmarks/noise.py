@@ -93,8 +93,8 @@ def discriminator(device: torch.device) -> tuple[Any, tuple[int, ...], VideoLayo
         shape, dtype = (1, 13, 1, 20, 20), torch.float32
     with torch.device(device):
         denoiser = Denoiser(CausalWan(**size)).to(dtype)
-        made = Discriminator(denoiser, (1, 2, 3)).to(dtype)
-    return made, shape, denoiser.layout((1, *[4] * ((shape[1] - 1) // 4)), torch.empty(shape, device="meta"))
+        network = Discriminator(denoiser, (1, 2, 3)).to(dtype)
+    return network, shape, denoiser.layout((1, *[4] * ((shape[1] - 1) // 4)), torch.empty(shape, device="meta"))
 
 
 def measure_passes(device: torch.device, seconds: float) -> dict[str, Any]:
@@ -137,21 +137,20 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.manual_seed(0)
-    found: dict[str, Any] = {**results.header(options.device, options.commit), "views": {}}
+    document: dict[str, Any] = {**results.header(options.device, options.commit), "views": {}}
     for name, shape in SHAPES[options.device].items():
-        found["views"][name] = measure_views(name, shape, device, options.seconds)
-        keep(found, options.out)
+        document["views"][name] = measure_views(name, shape, device, options.seconds)
+        keep(document, options.out)
     try:
-        found["discriminator"] = measure_passes(device, options.seconds)
+        document["discriminator"] = measure_passes(device, options.seconds)
     except ImportError as missing:
-        found["discriminator"] = {"missing": str(missing)}
-    keep(found, options.out)
-    for name, measured in found["views"].items():
+        document["discriminator"] = {"missing": str(missing)}
+    keep(document, options.out)
+    for name, measured in document["views"].items():
         print(f"noised_views, {name}: " + ", ".join(f"{which} {ms:.3f} ms" for which, ms in measured["median_ms"].items()))
-    for which, ms in found["discriminator"].get("median_ms", {}).items():
-        print(
-            f"discriminator, forward and backward, {which}: {ms:.1f} ms, peak {found['discriminator']['peak_bytes'][which]} bytes"
-        )
+    passes = document["discriminator"]
+    for which, ms in passes.get("median_ms", {}).items():
+        print(f"discriminator, forward and backward, {which}: {ms:.1f} ms, peak {passes['peak_bytes'][which]} bytes")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ class Recorder:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed and report.nodeid not in self.known:
-            self.journal.end(report.nodeid, {"outcome": "error", "seconds": 0.0, "message": said(report.longreprtext)})
+            self.journal.end(report.nodeid, {"outcome": "error", "seconds": 0.0, "message": error_message(report.longreprtext)})
         elif report.skipped and report.nodeid not in self.known:  # a whole file, by importorskip
-            self.journal.end(report.nodeid, {"outcome": "skipped", "seconds": 0.0, "message": said(str(report.longrepr))})
+            self.journal.end(report.nodeid, {"outcome": "skipped", "seconds": 0.0, "message": error_message(str(report.longrepr))})
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,9 +53,11 @@ class Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.outcome["seconds"] += report.duration
         if report.failed:
-            self.outcome.update(outcome="failed" if report.when == "call" else "error", message=said(report.longreprtext))
+            self.outcome.update(outcome="failed" if report.when == "call" else "error", message=error_message(report.longreprtext))
         elif report.skipped and self.outcome["outcome"] == "passed":
-            self.outcome.update(outcome="xfailed" if hasattr(report, "wasxfail") else "skipped", message=said(report.longreprtext))
+            self.outcome.update(
+                outcome="xfailed" if hasattr(report, "wasxfail") else "skipped", message=error_message(report.longreprtext)
+            )
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.journal.end(nodeid, self.outcome)
@@ -67,7 +69,7 @@ class Recorder:
             self.journal.complete()
 
 
-def said(text: str) -> str:
+def error_message(text: str) -> str:
     """The line of a traceback that says what was wrong: the last that pytest marks with E, else the last."""
     lines = [line for line in text.splitlines() if line.strip()]
     marked = [line[1:].strip() for line in lines if line.startswith("E ")]

@@ -56,14 +56,14 @@ def make(case: Case, device: torch.device) -> dict[str, Tensor]:
         return (size * torch.randn(shape, device=device)).to(case.dtype).requires_grad_()
 
     c = case.channels
-    made = {
+    tensors = {
         "x": normal(1, case.tokens, c),
         "query": normal(1, c),
         "w_k": normal(c, c, size=c**-0.5),
         "w_v": normal(c, c, size=c**-0.5),
     }
-    made |= {"b_k": normal(c), "b_v": normal(c), "norm_weight": normal(c)}
-    return made | ({"k_norm_weight": normal(c // case.heads)} if case.keys else {})
+    tensors |= {"b_k": normal(c), "b_v": normal(c), "norm_weight": normal(c)}
+    return tensors | ({"k_norm_weight": normal(c // case.heads)} if case.keys else {})
 
 
 def naive(case: Case, x: Tensor, query: Tensor, **weights: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def check(case: Case, tensors: dict[str, Tensor]) -> dict[str, float]:
     return errors
 
 
-def kept(job: Callable[[], object], given: dict[str, Tensor]) -> int:
+def kept(job: Callable[[], object], inputs: dict[str, Tensor]) -> int:
     """Bytes that a forward keeps for its backward, beside its inputs."""
     storages: dict[int, int] = {}
 
@@ -108,7 +108,7 @@ def kept(job: Callable[[], object], given: dict[str, Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         job()
-    return sum(size for at, size in storages.items() if at not in {x.untyped_storage().data_ptr() for x in given.values()})
+    return sum(size for at, size in storages.items() if at not in {x.untyped_storage().data_ptr() for x in inputs.values()})
 
 
 def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
@@ -153,9 +153,9 @@ def main() -> None:
         parser.error(f"--case must be of {', '.join(cases)}, got {', '.join(unknown)}")
     device = torch.device(options.device)
     torch.manual_seed(0)
-    found: dict[str, Any] = {**results.header(options.device, options.commit), "cases": {}}
+    document: dict[str, Any] = {**results.header(options.device, options.commit), "cases": {}}
     for name in options.case or cases:
-        result = found["cases"][name] = measure(cases[name], device, options.seconds)
+        result = document["cases"][name] = measure(cases[name], device, options.seconds)
         for what in ("forward", "both"):
             times = result[f"{what}_ms"]
             share = f", {result['share_of_copy_bandwidth'][what]:.0%} of copy bandwidth" if device.type == "cuda" else ""
@@ -164,7 +164,7 @@ def main() -> None:
         print(
             f"{name}: " + ", ".join(f"{what} {result[what]}" for what in ("kept_bytes", "peak_bytes", "relative_error")), flush=True
         )
-        keep(found, options.out)
+        keep(document, options.out)
 
 
 if __name__ == "__main__":

@@ -196,8 +196,8 @@ def sources_digest() -> str:
 
 
 def _cpu_name() -> str:
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown"
     )
@@ -217,14 +217,14 @@ def environment(device_type: str, commit: str | None = None) -> dict[str, Any]:
     import aadkern
 
     cuda = device_type == "cuda"
-    made = torch.cuda.get_device_properties(0) if cuda else None
+    properties = torch.cuda.get_device_properties(0) if cuda else None
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", "aadkern", "csrc", "benchmarks")
-    found = _output("git", "rev-parse", "HEAD")
+    head = _output("git", "rev-parse", "HEAD")
     nvcc = _output(shutil.which("nvcc") or "nvcc", "--version")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or found,
-        "changed_files": len((changed or "").splitlines()) if found and not commit else None,
+        "commit": commit or head,
+        "changed_files": len((changed or "").splitlines()) if head and not commit else None,
         "sources": sources_digest(),
         "machine": platform.platform(),
         "cpu": _cpu_name(),
@@ -238,10 +238,10 @@ def environment(device_type: str, commit: str | None = None) -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") if cuda else None,
         "device": {
             "type": device_type,
-            "name": made.name if made else _cpu_name(),
-            "capability": f"{made.major}.{made.minor}" if made else None,
-            "multiprocessors": made.multi_processor_count if made else None,
-            "memory_bytes": made.total_memory if made else None,
+            "name": properties.name if properties else _cpu_name(),
+            "capability": f"{properties.major}.{properties.minor}" if properties else None,
+            "multiprocessors": properties.multi_processor_count if properties else None,
+            "memory_bytes": properties.total_memory if properties else None,
         },
         "packages": {name: _version(name) for name in PACKAGES},
         "backends": aadkern.backends(device_type),

@@ -70,7 +70,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed must fit in 64 bits, got {options.seed}")
 
 
-def cases_asked(options: argparse.Namespace) -> list[AttentionCase]:
+def chosen_cases(options: argparse.Namespace) -> list[AttentionCase]:
     """The cases by name or id, at the sizes given or the device's own."""
     sizes = {name: getattr(options, name) or size for name, size in SIZES[options.device].items()}
     names = options.cases or list(PLANS)
@@ -97,7 +97,7 @@ def measure_cases(options: argparse.Namespace) -> None:
     journal = Journal(options.journal)
     state = journal.read()
     names = chosen(options.contenders, torch.device(options.device))
-    for case in cases_asked(options):
+    for case in chosen_cases(options):
         if case.id not in state.ended and case.id not in state.lost:
             print(case.id, flush=True)
             measure(case, names, run_options(options), journal, given_up(state.lost, case, names))
@@ -113,7 +113,7 @@ def given_up(lost: Mapping[str, str], case: AttentionCase, names: Iterable[str])
 
 def measured(options: argparse.Namespace) -> dict[str, object]:
     """The results document of all cases, each printed as it is done."""
-    cases, names = cases_asked(options), chosen(options.contenders, torch.device(options.device))
+    cases, names = chosen_cases(options), chosen(options.contenders, torch.device(options.device))
     conditions = {"data": f"standard normal, seed {options.seed}", **timing_conditions(options.device, options.seconds)}
     document = results.empty(results.environment(options.device, options.commit), conditions)
     print(table.heading(document), flush=True)

@@ -81,8 +81,8 @@ def main() -> None:
     print(f"share of the unordered speed with all heads, {ORDERED_HEADS} heads and one side by side; then one, first queries first")
     for heads in arguments.heads:
         for name, plan in plans.items():
-            found = shares(plan, heads, arguments.turn, [(heads, True), (ORDERED_HEADS, True), (1, True), (1, False)])
-            print(f"{heads:3} heads, {name:24}", *(f"{share:.2f}" for share in found), flush=True)
+            speeds = shares(plan, heads, arguments.turn, [(heads, True), (ORDERED_HEADS, True), (1, True), (1, False)])
+            print(f"{heads:3} heads, {name:24}", *(f"{share:.2f}" for share in speeds), flush=True)
 
 
 if __name__ == "__main__":

@@ -133,12 +133,12 @@ def measure(size: str, rounds: int, device: str) -> dict[str, Any]:
     return {**results.header(device), **about, "ms_per_chunk": medians, "over_merged": ratios}
 
 
-def items(device: str, asked: Sequence[str] | None = None) -> list[str]:
-    """What is measured of a size: ``asked``, or the device's own. Raises ValueError for a word that is no item."""
-    for item in asked or []:
+def items(device: str, names: Sequence[str] | None = None) -> list[str]:
+    """What is measured of a size: ``names``, or the device's own. Raises ValueError for a word that is no item."""
+    for item in names or []:
         if not re.fullmatch(ITEM, item):
             raise ValueError(f"item must be 'rate: NAME, N NFE', 'vae: NAME' or 'parts: NAME', got {item!r}")
-    return list(asked or (ON_CUDA if device == "cuda" else ON_CPU))
+    return list(names or (ON_CUDA if device == "cuda" else ON_CPU))
 
 
 def measured(bench: Bench, item: str) -> dict[str, Any]:
@@ -201,9 +201,9 @@ def facts(size: str) -> dict[str, Any]:
 def gathered(size: str, journal: Journal) -> dict[str, Any]:
     """A size's part of the document, from what its journal says so far."""
     state = journal.read()
-    found = {item: record for item, record in state.ended.items() if item != "header"}
+    records = {item: record for item, record in state.ended.items() if item != "header"}
     lost = {item: {"status": "failed", "reason": reason} for item, reason in state.lost.items()}
-    return {**facts(size), "items": {**found, **lost}}
+    return {**facts(size), "items": {**records, **lost}}
 
 
 def true_sizes(options: argparse.Namespace) -> int:
@@ -227,11 +227,11 @@ def true_sizes(options: argparse.Namespace) -> int:
             environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
             outcome = supervise(command, journal, log, deadline, environment, results.ROOT, gather)
             gather()
-            made = document["sizes"][size]
-            made["outcome"] = outcome
-            made["not_reached"] = [item for item in items(options.device, options.items) if item not in made["items"]]
+            figures = document["sizes"][size]
+            figures["outcome"] = outcome
+            figures["not_reached"] = [item for item in items(options.device, options.items) if item not in figures["items"]]
             keep(document, options.out)
-            print("\n".join(table.streaming_lines(size, made)), flush=True)
+            print("\n".join(table.streaming_lines(size, figures)), flush=True)
             if outcome != "passed":
                 failed = True
                 print(log.read_text()[-4000:], file=sys.stderr)

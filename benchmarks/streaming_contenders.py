@@ -179,10 +179,10 @@ class Bench:
         elif nfe == 1 and name not in REFERENCES:
             plain = difference(self.video("two passes", 1), self.video("lineage", 1))
             allowed = min(allowed, 2 * plain + torch.finfo(self.dtype).eps / 4)
-        found = 0.0 if name == "lineage" else difference(chunks, self.video("lineage", nfe))
-        if not found <= allowed:
-            raise WrongVideo(f"a latent frame differs from the lineage's by {found:.2%} of its size, allowed {allowed:.2%}")
-        return {"difference": found, "allowed": allowed}
+        error = 0.0 if name == "lineage" else difference(chunks, self.video("lineage", nfe))
+        if not error <= allowed:
+            raise WrongVideo(f"a latent frame differs from the lineage's by {error:.2%} of its size, allowed {allowed:.2%}")
+        return {"difference": error, "allowed": allowed}
 
     def timed(self, video: Iterator[Tensor], then: Callable[[Tensor], object] = lambda chunk: None) -> list[float]:
         """Seconds of each chunk, until it and what is done with it are finished on the device: whole turns of the ring."""
@@ -265,7 +265,7 @@ class Bench:
                 tuned = statistics.median(self.timed(repeat(latents[0]), decoder.decode))
             peak = self.peak()
             together = self.timed(video, decoder.decode)
-        made = {
+        figures = {
             "contender": name,
             "vae_ms_per_chunk": 1e3 * alone,
             "vae_tuned_ms_per_chunk": 1e3 * tuned,
@@ -273,7 +273,7 @@ class Bench:
             **self.rates(together, 1),
         }
         rate = None if self.size.vae_width else self.size.chunk * VAE_FRAME_FLOPS / alone / 1e12
-        return {**made, "vae_tflops": rate, "pixels": list(pixels.shape)}
+        return {**figures, "vae_tflops": rate, "pixels": list(pixels.shape)}
 
     def split(self, name: str) -> dict[str, Any]:
         """Where the time of an eager contender goes, by CUDA events around its products and its attention in a run of their own;
@@ -304,9 +304,9 @@ class Parts(TorchDispatchMode):
         if part is None:
             return func(*args, **(kwargs or {}))
         first = self._mark()
-        made = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         self.marks[part].append((first, self._mark()))
-        return made
+        return output
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":

@@ -106,8 +106,8 @@ class ClonedCache:
             for y in cache:
                 y[:, sink : local - new] = y[:, sink + evicted : local - new + evicted].clone()
         self.ends[layer] = [end, local]
-        for y, made in zip(cache, (k, v), strict=True):
-            y[:, local - new : local] = made
+        for y, x in zip(cache, (k, v), strict=True):
+            y[:, local - new : local] = x
         return self.attend(q, cache[0][:, :local], cache[1][:, :local])
 
 

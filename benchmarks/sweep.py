@@ -110,8 +110,8 @@ class Candidate(NamedTuple):
 def candidates(kernel: str, case: AttentionCase, device: torch.device) -> dict[str, Candidate]:
     """All of a kernel's, by what tells them apart."""
     if kernel in VARIANTS:
-        made = {name: functools.partial(CONTENDERS[name].make, case, device) for name in VARIANTS[kernel]}
-        return {name: Candidate(make, contextlib.nullcontext) for name, make in made.items()}
+        makers = {name: functools.partial(CONTENDERS[name].make, case, device) for name in VARIANTS[kernel]}
+        return {name: Candidate(make, contextlib.nullcontext) for name, make in makers.items()}
     attend = functools.partial(aadkern.attention, plan=case.plan, backend="triton")
     return {
         described(tile): Candidate(lambda: attend, functools.partial(configured, kernel, tile, device, case.head_dim))

@@ -99,11 +99,11 @@ def test_lines(tests: list[dict[str, Any]]) -> Iterator[str]:
         yield f"  and {len(bad) - 20} more, in the results file"
 
 
-def streaming_lines(size: str, made: dict[str, Any]) -> Iterator[str]:
+def streaming_lines(size: str, figures: dict[str, Any]) -> Iterator[str]:
     """One size of the streaming benchmark: rates of every contender, the VAE, the parts of a chunk, and what was not timed."""
-    tera, floor, of = made["flops_per_chunk"], made["floor"], made["items"]
+    tera, floor, of = figures["flops_per_chunk"], figures["floor"], figures["items"]
     yield (
-        f"streaming {size}: {made['pixel_frames_per_chunk']} frames a chunk; 1 NFE: {tera['1 NFE'] / 1e12:.3g} TFLOP a chunk, "
+        f"streaming {size}: {figures['pixel_frames_per_chunk']} frames a chunk; 1 NFE: {tera['1 NFE'] / 1e12:.3g} TFLOP a chunk, "
         f"floor {floor['fps']['1 NFE']:.3g} FPS at {floor['tflops']:.0f} TFLOP/s"
     )
     rows = [["", "ms a chunk", "FPS", "of floor", "x lineage", "first chunk, ms", "peak GiB", "off by"]]
@@ -126,17 +126,17 @@ def streaming_lines(size: str, made: dict[str, Any]) -> Iterator[str]:
         elif "vae_ms_per_chunk" in record:
             alone, tuned = record["vae_ms_per_chunk"], record["vae_tuned_ms_per_chunk"]
             yield f"  {item}: the VAE alone takes {alone:.4g} ms a chunk, {tuned:.4g} with cuDNN's benchmark mode"
-    if made.get("not_reached"):
-        yield f"  not reached: {'; '.join(made['not_reached'])}"
+    if figures.get("not_reached"):
+        yield f"  not reached: {'; '.join(figures['not_reached'])}"
 
 
 def room_lines(rooms: dict[str, Any]) -> Iterator[str]:
     """What the streaming benchmark found, and which rooms did not run."""
-    for room, found in rooms.items():
-        if "not_run" in found:
-            yield f"{room}: not run: {found['not_run']}"
-    for size, made in rooms.get("streaming", {}).get("sizes", {}).items():
-        yield from streaming_lines(size, made)
+    for room, document in rooms.items():
+        if "not_run" in document:
+            yield f"{room}: not run: {document['not_run']}"
+    for size, figures in rooms.get("streaming", {}).get("sizes", {}).items():
+        yield from streaming_lines(size, figures)
 
 
 def why_not_lines(document: dict[str, Any]) -> Iterator[str]:

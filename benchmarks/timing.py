@@ -25,9 +25,9 @@ class Run(NamedTuple):
     backward: Callable[[Any], object] | None = None
 
     def __call__(self) -> None:
-        made = self.forward()
+        output = self.forward()
         if self.backward is not None:
-            self.backward(made)
+            self.backward(output)
 
 
 class Clock:
@@ -62,11 +62,11 @@ class Clock:
         if self._flush is not None:
             self._flush.zero_()
         marks = [self._mark()]
-        made = run.forward()
+        output = run.forward()
         marks.append(self._mark())
         if run.backward is None:
             return lambda: {"forward": self._between(*marks)}
-        run.backward(made)
+        run.backward(output)
         first, middle, last = (*marks, self._mark())
         return lambda: {
             "forward": self._between(first, middle),
@@ -140,10 +140,10 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def keep(found: Any, path: Path | None) -> None:
+def keep(figures: Any, path: Path | None) -> None:
     """Figures as JSON, whole or not at all: written after every case, so that a run which is cut off keeps what it found."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(found, indent=1) + "\n")
+        part.write_text(json.dumps(figures, indent=1) + "\n")
         part.replace(path)

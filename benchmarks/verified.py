@@ -67,28 +67,28 @@ def concerns(test: str, what: str) -> bool:
 
 def shortcomings(document: dict[str, Any], what: str, gpu: str) -> list[str]:
     """Why a results file does not prove that a backend or room is right on a GPU; empty if it does."""
-    at, found = document["environment"], []
+    at, reasons = document["environment"], []
     if at["device"]["type"] != "cuda" or at["device"]["name"] != gpu:
-        found.append(f"it is of {at['device']['name']!r} ({at['device']['type']})")
+        reasons.append(f"it is of {at['device']['name']!r} ({at['device']['type']})")
     if not at["commit"] or at["changed_files"]:
-        found.append(f"its commit is {at['commit']!r} with {at['changed_files']} files changed")
+        reasons.append(f"its commit is {at['commit']!r} with {at['changed_files']} files changed")
     for file in PROOF[what]:
         if not any(test["id"].startswith(f"{file}::") and test["outcome"] == "passed" for test in document["tests"]):
-            found.append(f"no test of {file} passed")
+            reasons.append(f"no test of {file} passed")
     about = [test for test in document["tests"] if concerns(test["id"], what)]
-    found += [f"{test['id']} {test['outcome']}" for test in about if test["outcome"] in BAD_OUTCOMES]
+    reasons += [f"{test['id']} {test['outcome']}" for test in about if test["outcome"] in BAD_OUTCOMES]
     if what not in runtime.BACKENDS:
-        return found
+        return reasons
     if at["backends"].get(what) != runtime.AVAILABLE:
-        found.append(f"{what} was {at['backends'].get(what)!r}")
+        reasons.append(f"{what} was {at['backends'].get(what)!r}")
     name = f"aadkern {what}"
     contenders = [(case["id"], case["contenders"][name]) for case in document["cases"] if name in case["contenders"]]
-    found += [
+    reasons += [
         f"{name} was {c['status']} in {case}: {c['reason']}" for case, c in contenders if c["status"] not in ("timed", "checked")
     ]
     if not contenders:
-        found.append(f"no case compared {name} with fp64")
-    return found
+        reasons.append(f"no case compared {name} with fp64")
+    return reasons
 
 
 def gpu_tests(file: str) -> list[str]:
@@ -115,15 +115,15 @@ def not_run(document: dict[str, Any], what: str) -> list[str]:
 
 def entries() -> list[tuple[str, str, str]]:
     """(backend or room, GPU, results file) of every entry of ``VERIFIED`` that is of a GPU. Raises ValueError for another form."""
-    found = []
-    for what, told in runtime.VERIFIED.items():
-        for entry in told:
-            said = ENTRY.fullmatch(entry)
-            if said is None and entry not in WITHOUT_A_GPU:
+    gpu_entries = []
+    for what, claims in runtime.VERIFIED.items():
+        for entry in claims:
+            match = ENTRY.fullmatch(entry)
+            if match is None and entry not in WITHOUT_A_GPU:
                 raise ValueError(f"VERIFIED[{what!r}]: {entry!r} is not '<GPU>: {FOLDER}/<file>.json'")
-            if said is not None:
-                found.append((what, said["gpu"], said["file"]))
-    return found
+            if match is not None:
+                gpu_entries.append((what, match["gpu"], match["file"]))
+    return gpu_entries
 
 
 def readme_rows(documents: list[dict[str, Any]]) -> Iterator[str]:
@@ -143,8 +143,8 @@ def readme_rows(documents: list[dict[str, Any]]) -> Iterator[str]:
                 rival = min(rivals, key=lambda pair: pair[1]["median_ms"], default=None)
                 beside = "-" if rival is None else f"{rival[0]}: {table.times(rival[1], best[1]):.2f} x our time"
                 yield f"| {gpu} | {case['id']} {direction} | {best[0]} | {best[1]['tflops']:.0f} TFLOP/s | {beside} |"
-        for size, made in document["rooms"].get("streaming", {}).get("sizes", {}).items():
-            rates = {item.removeprefix("rate: "): record["fps"] for item, record in made["items"].items() if "fps" in record}
+        for size, figures in document["rooms"].get("streaming", {}).get("sizes", {}).items():
+            rates = {item.removeprefix("rate: "): record["fps"] for item, record in figures["items"].items() if "fps" in record}
             for item, fps in sorted(rates.items(), key=lambda pair: -pair[1])[:1]:
                 yield f"| {gpu} | streaming {size}, without VAE | {item} | {fps:.1f} FPS | - |"
 
@@ -163,8 +163,8 @@ def with_entries(source: str, entered: dict[str, str]) -> str:
             raise ValueError(f"runtime.VERIFIED has no line of its own for {what!r}")
         if entry in line[1]:
             continue
-        told = "".join(f"{text.strip()}, " for text in line[1].split(",") if text.strip())
-        source = source.replace(line[0], f'    "{what}": ({told}"{entry}"{"" if told else ","}),')
+        existing = "".join(f"{text.strip()}, " for text in line[1].split(",") if text.strip())
+        source = source.replace(line[0], f'    "{what}": ({existing}"{entry}"{"" if existing else ","}),')
     return source
 
 

@@ -121,18 +121,18 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns.transpose(1, 2)).flatten(-2).type_as(x)
 
 
-def _store(cache: dict[str, Tensor], told: dict[str, Any], k: Tensor, v: Tensor) -> None:
+def _store(cache: dict[str, Tensor], lengths: dict[str, Any], k: Tensor, v: Tensor) -> None:
     """Keys (not turned yet) and values [B, L, H, D] into a block's cache [2, B, H, L, D], those of the context apart."""
-    context, full = told["num_compressed_tokens"], told["num_full_tokens"]
+    context, full = lengths["num_compressed_tokens"], lengths["num_full_tokens"]
     for i, x in enumerate(x.transpose(1, 2) for x in (k, v)):
         cache["compressed_cache"][i, :, :, :context] = x[:, :, :context]
         cache["full_cache"][i, :, :, :full] = x[:, :, context:]
 
 
-def _with_cached(cache: dict[str, Tensor], told: dict[str, Any], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _with_cached(cache: dict[str, Tensor], lengths: dict[str, Any], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     kept = (
-        cache["compressed_cache"][:, :, :, : told["num_cached_compressed_tokens"]],
-        cache["full_cache"][:, :, :, : told["num_cached_full_tokens"]],
+        cache["compressed_cache"][:, :, :, : lengths["num_cached_compressed_tokens"]],
+        cache["full_cache"][:, :, :, : lengths["num_cached_full_tokens"]],
     )
     joined = [torch.cat([*(part[i].transpose(1, 2) for part in kept), x], 1) for i, x in enumerate((k, v))]
     return joined[0], joined[1]
@@ -183,8 +183,8 @@ class _Plans:
                     device=hidden_states.device,
                     mode=mode,
                 )
-            given = {"hidden_states": hidden_states, "chunk_partition": chunk_partition, "attention_mask": attention_mask}
-            return forward(**given, **others)
+            arguments = {"hidden_states": hidden_states, "chunk_partition": chunk_partition, "attention_mask": attention_mask}
+            return forward(**arguments, **others)
 
         return filled
 
@@ -221,8 +221,8 @@ class _Plans:
         }
 
         def own(full: int, fewer: int, device: Any) -> tuple[Callable[..., Any], int, int]:
-            told = layout | {"full_token_per_frame": full, "compressed_token_per_frame": fewer}
-            return recorded(self.builder, {"far_cfg": told, "has_clean": clean, "device": device})
+            far_config = layout | {"full_token_per_frame": full, "compressed_token_per_frame": fewer}
+            return recorded(self.builder, {"far_cfg": far_config, "has_clean": clean, "device": device})
 
         small = far_plan(chunks, context, *SMALL, clean)
         mask_mod, q_len, k_len = own(*SMALL, None)

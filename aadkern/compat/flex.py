@@ -103,17 +103,17 @@ def flex_attention_for(original: Callable[..., Any], first_calls: FirstCalls) ->
         **others: Any,
     ) -> Any:
         if isinstance(block_mask, Interleaved):
-            given = {"score_mod": score_mod, "scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse, **others}
-            return _put_together(flex_attention, (query, key, value), block_mask, given)
+            arguments = {"score_mod": score_mod, "scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse, **others}
+            return _put_together(flex_attention, (query, key, value), block_mask, arguments)
         ours = isinstance(block_mask, AttentionPlan)
         beyond = {"score_mod": score_mod, "enable_gqa": enable_gqa, **others}
-        asked = [name for name, given in beyond.items() if given not in (None, False)]
-        if block_mask is None or (asked and not ours):
+        unserved = [name for name, argument in beyond.items() if argument not in (None, False)]
+        if block_mask is None or (unserved and not ours):
             extra = {"return_lse": True} if return_lse else {}  # deprecated in torch, so not said unless asked
             options = {"scale": scale, "kernel_options": kernel_options, **extra, **beyond}
             return original(query, key, value, block_mask=block_mask, **options)
-        if asked:
-            raise ValueError(f"flex_attention: {', '.join(asked)} cannot be combined with an aadkern plan as block_mask")
+        if unserved:
+            raise ValueError(f"flex_attention: {', '.join(unserved)} cannot be combined with an aadkern plan as block_mask")
         plan = block_mask if ours else plan_of_block_mask(block_mask)
         if (query.shape[-2], key.shape[-2]) != (plan.q_len, plan.k_len):
             raise ValueError(
@@ -128,12 +128,14 @@ def flex_attention_for(original: Callable[..., Any], first_calls: FirstCalls) ->
     return flex_attention
 
 
-def _put_together(flex_attention: Callable[..., Any], tensors: tuple[Tensor, ...], mask: Interleaved, given: dict[str, Any]) -> Any:
+def _put_together(
+    flex_attention: Callable[..., Any], tensors: tuple[Tensor, ...], mask: Interleaved, arguments: dict[str, Any]
+) -> Any:
     """``flex_attention`` of tensors [B, H, L, D] whose tokens lie as the ranks have them."""
     if any(x.shape[2] != mask.plan.q_len for x in tensors):
         shapes = " and ".join(str(list(x.shape)) for x in tensors[:2])
         raise ValueError(f"flex_attention: block_mask is for {mask.plan.q_len} queries and as many keys, got {shapes}")
-    out = flex_attention(*(mask.together(x, 2) for x in tensors), block_mask=mask.plan, **given)
+    out = flex_attention(*(mask.together(x, 2) for x in tensors), block_mask=mask.plan, **arguments)
     if isinstance(out, tuple):
         return tuple(mask.apart(x, 2) for x in out)
     return mask.apart(out, 2).as_subclass(Unpadded)

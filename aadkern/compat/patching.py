@@ -115,7 +115,7 @@ def _flex_of(module: ModuleType) -> Callable[..., Any]:
 
 def _builders_of(module: ModuleType) -> list[tuple[type, str, Callable[..., Any]]]:
     """The mask builders of the classes that the module defines, their signatures looked at."""
-    found = []
+    builders = []
     defined = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
     for cls in dict.fromkeys(defined):  # a class may have two names there
         for name in [name for name in BUILDERS if name in vars(cls)]:
@@ -131,10 +131,10 @@ def _builders_of(module: ModuleType) -> list[tuple[type, str, Callable[..., Any]
                 raise ValueError(f"patch: {cls.__name__}.{name} must take {wanted}; it takes ({', '.join(parameters)})")
             if "create_block_mask" not in original.__globals__:
                 raise ValueError(f"patch: {cls.__name__}.{name} must call a global create_block_mask, and its module has none")
-            found.append((cls, name, original))
-    if not found:
+            builders.append((cls, name, original))
+    if not builders:
         raise ValueError(f"patch: a class of target {module.__name__} must have one of {', '.join(BUILDERS)}, and none has")
-    return found
+    return builders
 
 
 def _sharing_of(module: ModuleType, builders: list[tuple[type, str, Callable[..., Any]]]) -> ModuleType | None:
@@ -170,23 +170,23 @@ def _building(original: Callable[..., Any], name: str, first_calls: FirstCalls) 
     def build(*args: Any, **kwargs: Any) -> AttentionPlan | Interleaved:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        given = {key: int(value) for key, value in bound.arguments.items() if key not in ("device", "batch_size")}
-        setting = tuple(value for key, value in given.items() if key != "frame_seqlen")
-        tokens_per_frame, ranks = given.pop("frame_seqlen"), given.pop("sp_size", 1)
-        frames = halves * given["num_frames"]
+        sizes = {key: int(value) for key, value in bound.arguments.items() if key not in ("device", "batch_size")}
+        setting = tuple(value for key, value in sizes.items() if key != "frame_seqlen")
+        tokens_per_frame, ranks = sizes.pop("frame_seqlen"), sizes.pop("sp_size", 1)
+        frames = halves * sizes["num_frames"]
         if setting not in checked:
             # Small frames make the whole mask small. Not a length without padding, which is part of the comparison.
             small = next(n for n in (2, 3) if frames * n % PADDING)
             theirs = recorded(original, {**bound.arguments, "device": "cpu", "frame_seqlen": small})
-            plans = [rule(frame_seqlen=small, padding_seen=seen, **given) for seen in (False, True)]
+            plans = [rule(frame_seqlen=small, padding_seen=seen, **sizes) for seen in (False, True)]
             theirs = (_in_order(theirs[0], plans[0], frames * small, ranks, "cpu"), *theirs[1:])
             checked[setting] = _equal_plan(name, plans, theirs, frames * small, small)
-            described = ", ".join(f"{key}={value}" for key, value in given.items())
+            described = ", ".join(f"{key}={value}" for key, value in sizes.items())
             described += f", sp_size={ranks}" if ranks > 1 else ""
             first_calls.notes.append(f"{name}({described}): equals the model's own mask, compared whole at {small} tokens a frame")
             if plans[0] != plans[1] and checked[setting]:
                 first_calls.notes.append("  its last, partial block sees zero keys of the padding, as in the original")
-        plan, tokens = rule(frame_seqlen=tokens_per_frame, padding_seen=checked[setting], **given), frames * tokens_per_frame
+        plan, tokens = rule(frame_seqlen=tokens_per_frame, padding_seen=checked[setting], **sizes), frames * tokens_per_frame
         mask_mod = _in_order(recorded(original, bound.arguments)[0], plan, tokens, ranks, bound.arguments["device"])
         first_calls.expect(plan, Original(mask_mod, tokens))
         return plan if ranks == 1 else Interleaved(plan, tokens, ranks)
@@ -204,10 +204,10 @@ def _in_order(mask_mod: Callable[..., Any], plan: AttentionPlan, tokens: int, ra
 
 def recorded(original: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Callable[..., Any], int, int]:
     """The mask_mod, q_len and k_len that ``original`` would make a BlockMask of; none is made."""
-    made: list[tuple[Callable[..., Any], int, int]] = []
+    masks: list[tuple[Callable[..., Any], int, int]] = []
 
     def record(mask_mod: Any, B: Any = None, H: Any = None, Q_LEN: Any = None, KV_LEN: Any = None, **_: Any) -> str:
-        made.append((mask_mod, int(Q_LEN), int(KV_LEN)))
+        masks.append((mask_mod, int(Q_LEN), int(KV_LEN)))
         return "a plan of aadkern"
 
     names = original.__globals__
@@ -221,9 +221,9 @@ def recorded(original: Callable[..., Any], arguments: dict[str, Any]) -> tuple[C
             original(**arguments)
     finally:
         names.update(before)
-    if len(made) != 1:
-        raise RuntimeError(f"patch: {original.__name__} made {len(made)} masks, not one; undo the patch")
-    return made[0]
+    if len(masks) != 1:
+        raise RuntimeError(f"patch: {original.__name__} made {len(masks)} masks, not one; undo the patch")
+    return masks[0]
 
 
 def _equal_plan(

@@ -74,8 +74,8 @@ def scaled_product(
     name = "scaled_product"
     if not isinstance(rows, QuantisedRows):
         raise TypeError(f"{name}: rows must be QuantisedRows, as quantise_rows makes them, got {type(rows).__name__}")
-    given: dict[str, Tensor | None] = {"rows' values": rows.values, "rows' scale": rows.scale, "weight": weight}
-    for argument, x in (given | {"weight_scale": weight_scale, "bias": bias}).items():
+    tensors: dict[str, Tensor | None] = {"rows' values": rows.values, "rows' scale": rows.scale, "weight": weight}
+    for argument, x in (tensors | {"weight_scale": weight_scale, "bias": bias}).items():
         if x is None and argument == "bias":
             continue
         x = tensor(x, f"{name}: {argument}")

@@ -210,24 +210,24 @@ def _check(
     }
     wanted |= {name: [(channels,)] for name in weights}
     wanted["k_norm_weight"].append((channels // heads,))
-    for name, given in {"query": query, "w_k": w_k, "w_v": w_v, **weights}.items():
-        if given is None and name in weights:
+    for name, weight in {"query": query, "w_k": w_k, "w_v": w_v, **weights}.items():
+        if weight is None and name in weights:
             continue
-        _check_weight(name, given, x, wanted[name])
+        _check_weight(name, weight, x, wanted[name])
     for name, needs in (("norm_weight", ("rms", "layer")), ("norm_bias", ("layer",))):
         if weights[name] is not None and norm not in needs:
             accepted = " or ".join(f'"{need}"' for need in needs)
             raise ValueError(f"attention_pool: {name} needs norm {accepted}, got norm {norm!r}")
 
 
-def _check_weight(name: str, given: Any, x: Tensor, shapes: list[tuple[int | None, ...]]) -> None:
-    tensor(given, f"attention_pool: {name}")
-    if given.dtype not in (x.dtype, torch.float32) or (x.dtype == torch.float64 and given.dtype != x.dtype):
+def _check_weight(name: str, weight: Any, x: Tensor, shapes: list[tuple[int | None, ...]]) -> None:
+    tensor(weight, f"attention_pool: {name}")
+    if weight.dtype not in (x.dtype, torch.float32) or (x.dtype == torch.float64 and weight.dtype != x.dtype):
         accepted = f"x's dtype {x.dtype}" + (" or float32" if x.dtype.itemsize < 4 else "")
-        raise TypeError(f"attention_pool: {name} must have {accepted}, got {given.dtype}; cast before the call")
-    if given.device != x.device:
-        raise ValueError(f"attention_pool: {name} must be on x's device {x.device}, got {given.device}")
-    fits = [len(s) == given.dim() and all(a in (None, b) for a, b in zip(s, given.shape, strict=True)) for s in shapes]
+        raise TypeError(f"attention_pool: {name} must have {accepted}, got {weight.dtype}; cast before the call")
+    if weight.device != x.device:
+        raise ValueError(f"attention_pool: {name} must be on x's device {x.device}, got {weight.device}")
+    fits = [len(s) == weight.dim() and all(a in (None, b) for a, b in zip(s, weight.shape, strict=True)) for s in shapes]
     if not any(fits):
         accepted = " or ".join(str(["M" if size is None else size for size in shape]).replace("'", "") for shape in shapes)
-        raise ValueError(f"attention_pool: {name} must be {accepted}, got {list(given.shape)}")
+        raise ValueError(f"attention_pool: {name} must be {accepted}, got {list(weight.shape)}")

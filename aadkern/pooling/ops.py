@@ -42,21 +42,21 @@ def _pool_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = _pooling_kernel("forward", backend, x)
     with span("pool_tokens"), dtypes_as_given(x.device.type):
-        pooled, made, lse, statistics = kernel(x, u, scores, norm, eps, segments)
-    return pooled, made if scores is None else made.new_empty(0), lse, statistics  # an output may not be an input
+        pooled, new_scores, lse, statistics = kernel(x, u, scores, norm, eps, segments)
+    return pooled, new_scores if scores is None else new_scores.new_empty(0), lse, statistics  # an output may not be an input
 
 
 @torch.library.register_fake("aadkern::pool_tokens", lib=library)
 def _pool_tokens_fake(
     x: Tensor, u: Tensor | None, scores: Tensor | None, norm: str | None, eps: float, segments: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = u if u is not None else scores
-    assert given is not None
+    source = u if u is not None else scores
+    assert source is not None
     batch, length, channels = x.shape
-    columns = given.shape[-2]
-    made = given.new_empty((batch, segments, columns, length // segments) if scores is None else 0)
-    pooled, lse = given.new_empty(batch, segments, columns, channels), given.new_empty(batch, segments, columns)
-    return pooled, made, lse, given.new_empty(2, batch, segments, length // segments)
+    columns = source.shape[-2]
+    new_scores = source.new_empty((batch, segments, columns, length // segments) if scores is None else 0)
+    pooled, lse = source.new_empty(batch, segments, columns, channels), source.new_empty(batch, segments, columns)
+    return pooled, new_scores, lse, source.new_empty(2, batch, segments, length // segments)
 
 
 @torch.library.impl(library, "pool_tokens_backward", "CompositeExplicitAutograd")
@@ -84,9 +84,9 @@ def _pool_tokens_backward_fake(dpooled: Tensor, x: Tensor, u: Tensor | None, sco
 
 def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, u, scores, ctx.norm, _, ctx.segments, ctx.backend = inputs
-    _, made, lse, statistics = output
-    ctx.save_for_backward(x, u, made if scores is None else scores, lse, statistics)
-    ctx.mark_non_differentiable(made, statistics)
+    _, new_scores, lse, statistics = output
+    ctx.save_for_backward(x, u, new_scores if scores is None else scores, lse, statistics)
+    ctx.mark_non_differentiable(new_scores, statistics)
     ctx.set_materialize_grads(False)
 
 
@@ -146,10 +146,10 @@ def _key_gradients(ctx: Any, dscores: Tensor) -> tuple[Tensor | None, ...]:
 def _pooling_of_duals(
     x: Tensor, u: Tensor | None, scores: Tensor | None, norm: str | None, eps: float, segments: int, backend: str
 ) -> tuple[Tensor, ...]:
-    pooled, made, lse, statistics = importlib.import_module("aadkern.pooling.torch_path").traceable(
+    pooled, new_scores, lse, statistics = importlib.import_module("aadkern.pooling.torch_path").traceable(
         x, u, scores, norm, eps, segments
     )
-    return pooled, made if scores is None else made.new_empty(0), lse, statistics
+    return pooled, new_scores if scores is None else new_scores.new_empty(0), lse, statistics
 
 
 def _keys_of_duals(*arguments: Any) -> Tensor:

@@ -271,15 +271,15 @@ def forward(
     """
     check_served(x)
     batch, length, channels = x.shape[0], x.shape[1] // segments, x.shape[2]
-    given = u if u is not None else scores
-    columns, groups = given.shape[-2], batch * segments
+    source = u if u is not None else scores
+    columns, groups = source.shape[-2], batch * segments
     new = {"dtype": torch.float32, "device": x.device}
     pooled, lse = torch.empty((batch, segments, columns, channels), **new), torch.empty((batch, segments, columns), **new)
     statistics = torch.empty((2, batch, segments, length), **new)
     if pooled.numel() == 0:
         return pooled, torch.empty((batch, segments, columns, length), **new) if scores is None else scores, lse, statistics
-    made = row_products(x, None if u is None else directions(u, x, norm), statistics, norm, eps, known=False)
-    scores = made if scores is None else scores.contiguous()
+    products = row_products(x, None if u is None else directions(u, x, norm), statistics, norm, eps, known=False)
+    scores = products if scores is None else scores.contiguous()
     sizes = constants(POOL, x, columns, length)
     c_tiles, j_tiles = triton.cdiv(channels, sizes["BLOCK_C"]), triton.cdiv(columns, sizes["BLOCK_J"])
     per_split, splits = split_tiles(length, groups, c_tiles * j_tiles, x, sizes["BLOCK_N"])

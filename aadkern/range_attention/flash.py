@@ -64,10 +64,10 @@ def _check_served(q: Tensor) -> Served:
     if q.shape[3] % HEAD_DIM_STEP or q.shape[3] > MOST_HEAD_DIM:
         wanted = f"a head_dim that is a multiple of {HEAD_DIM_STEP} up to {MOST_HEAD_DIM}"
         raise ValueError(f"backend 'flash' serves {wanted}, got {q.shape[3]}; 'triton' or 'sdpa' serves it")
-    found = served(str(q.device))
-    if isinstance(found, str):
-        raise ValueError(f"backend 'flash' cannot serve tensors on {str(q.device)!r}: {found}")
-    return found
+    answer = served(str(q.device))
+    if isinstance(answer, str):
+        raise ValueError(f"backend 'flash' cannot serve tensors on {str(q.device)!r}: {answer}")
+    return answer
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
@@ -87,8 +87,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
             continue
         parts = []
         for a, b in ranges:
-            given = {"softmax_scale": abs(scale), "scale": abs(scale), "return_lse": True}
-            part = _call(here.forward, q[:, q0:q1], k[:, a:b], v[:, a:b], **given)
+            arguments = {"softmax_scale": abs(scale), "scale": abs(scale), "return_lse": True}
+            part = _call(here.forward, q[:, q0:q1], k[:, a:b], v[:, a:b], **arguments)
             parts.append((part[0], part[1][:, :, : q1 - q0]))  # some pad their lse
         out[:, q0:q1], lse[:, :, q0:q1] = merged(parts)
     return out, lse
@@ -135,13 +135,13 @@ def _backward_of_one(
     here: Served, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, deterministic: bool
 ) -> tuple[Tensor, ...]:
     """A library's dq, dk, dv of one dense problem, the lse being that of all its ranges."""
-    given: dict[str, Any] = {"softmax_scale": scale, "scale": scale, "deterministic": deterministic}
+    arguments: dict[str, Any] = {"softmax_scale": scale, "scale": scale, "deterministic": deterministic}
     name = here.library.name
     if here.library.in_place:
         grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        _call(here.backward, dout, q, k, v, out, lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True)), **given)
+        _call(here.backward, dout, q, k, v, out, lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True)), **arguments)
         return grads
     if name == "xformers":
         padded = F.pad(lse, (0, -lse.shape[-1] % 32)).contiguous()  # its forward pads so, and one of its backwards asks for it
-        return tuple(_call(here.backward, dout, out, padded, q, k, v, **given)[:3])
-    return tuple(_call(here.backward, q, k, v, out, dout, lse, **given)[:3])
+        return tuple(_call(here.backward, dout, out, padded, q, k, v, **arguments)[:3])
+    return tuple(_call(here.backward, q, k, v, out, dout, lse, **arguments)[:3])

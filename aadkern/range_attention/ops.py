@@ -261,8 +261,8 @@ def _attention_jvp_flops(
     q_shape: Sequence[int], k: Any, v: Any, q_tangent: Any, k_tangent: Any, v_tangent: Any, plan: Sequence[int], *_: Any, **__: Any
 ) -> int:
     """Beside the forward's two products one for each tangent, and one where scores have tangents."""
-    given = [x is not None for x in (q_tangent, k_tangent, v_tangent)]
-    return q_shape[0] * AttentionPlan.decode(plan).flops(*q_shape[2:]) * (2 + sum(given) + (given[0] or given[1])) // 2
+    duals = [x is not None for x in (q_tangent, k_tangent, v_tangent)]
+    return q_shape[0] * AttentionPlan.decode(plan).flops(*q_shape[2:]) * (2 + sum(duals) + (duals[0] or duals[1])) // 2
 
 
 range_attention = torch.ops.aadkern.range_attention.default

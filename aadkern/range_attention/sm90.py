@@ -122,19 +122,19 @@ def forward(
     number, rows, step = FORWARD_KERNELS[kernel or DEFAULT_FORWARD[head_dim]]
     table = tile_table(plan, rows, step, q.device)
     group = heads_per_group(2 * plan.k_len * head_dim * k.element_size(), batch * heads)
-    found = best_split(plan, rows, step, batch * heads, head_dim, multiprocessors(q.device)) if split else None
-    if found is None:
+    tail_split = best_split(plan, rows, step, batch * heads, head_dim, multiprocessors(q.device)) if split else None
+    if tail_split is None:
         launch_forward(q, k, v, out, lse, *table, abs(scale), group, number)
         return out, lse
-    if found.row > 0:
-        launch_forward(q, k, v, out, lse, *_first_rows(plan, rows, step, found.row, q.device), abs(scale), group, number)
-    parts = len(found.parts)
-    repeated = q[:, found.row :].repeat(1, parts, 1, 1)
+    if tail_split.row > 0:
+        launch_forward(q, k, v, out, lse, *_first_rows(plan, rows, step, tail_split.row, q.device), abs(scale), group, number)
+    parts = len(tail_split.parts)
+    repeated = q[:, tail_split.row :].repeat(1, parts, 1, 1)
     part_out, part_lse = torch.empty_like(repeated), lse.new_empty((batch, heads, repeated.shape[1]))
-    part_table = tile_table(_part_plan(found, q_len, plan.k_len), rows, step, q.device)
+    part_table = tile_table(_part_plan(tail_split, q_len, plan.k_len), rows, step, q.device)
     launch_forward(repeated, k, v, part_out, part_lse, *part_table, abs(scale), group, number)
     of_parts = list(zip(part_out.chunk(parts, 1), part_lse.chunk(parts, 2), strict=True))
-    out[:, found.row :], lse[:, :, found.row :] = merged(of_parts)
+    out[:, tail_split.row :], lse[:, :, tail_split.row :] = merged(of_parts)
     return out, lse
 
 

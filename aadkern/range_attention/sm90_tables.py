@@ -49,17 +49,17 @@ def cut_backward(plan: AttentionPlan, queries: int, keys: int = KEYS) -> Backwar
         slots.append((start, end, len(query_tiles)))
         query_tiles += [(at, min(at + queries, end)) for at in range(start, end, queries)]
 
-    work = []
+    tiles = []
     for (start, end), seen in plan.transpose().runs:
         visited = [run for run, (q0, *_) in enumerate(slots) if any(a <= q0 < b for a, b in seen)]
         steps = sum(-(-(slots[run][1] - slots[run][0]) // queries) for run in visited)
-        work += [(-steps, at, min(at + keys, end), visited) for at in range(start, end, keys)]
-    work.sort(key=lambda tile: tile[:2])
+        tiles += [(-steps, at, min(at + keys, end), visited) for at in range(start, end, keys)]
+    tiles.sort(key=lambda tile: tile[:2])
 
     key_tiles: list[tuple[int, int, int, int]] = []
     spans: list[tuple[int, int, int, int]] = []
     seen_by = [0] * len(slots)
-    for _, start, end, visited in work:
+    for _, start, end, visited in tiles:
         first = len(spans)
         for run in visited:
             spans.append((*slots[run], seen_by[run]))

@@ -292,18 +292,18 @@ class StreamingCache:
         return pieces
 
 
-def _capacity(window: Window, max_chunk: int, asked: int | None, merged: bool) -> int:
+def _capacity(window: Window, max_chunk: int, frames: int | None, merged: bool) -> int:
     recent = window.recent(max_chunk)
     if recent is not None and recent < max_chunk:
         raise ValueError(f"window must leave max_chunk_frames={max_chunk} frames in view, it leaves {recent} beside the sink")
-    if asked is None:
+    if frames is None:
         if recent is None:
             raise ValueError("capacity_frames must be given, as window has no limit: the frames to be streamed")
         return window.sink + (-(-recent // max_chunk) + merged) * max_chunk
     least = max(window.sink + 1, max_chunk)
-    if whole(asked, "capacity_frames") < least:
-        raise ValueError(f"capacity_frames must be at least {least}, for sink and largest chunk, got {asked}")
-    return asked
+    if whole(frames, "capacity_frames") < least:
+        raise ValueError(f"capacity_frames must be at least {least}, for sink and largest chunk, got {frames}")
+    return frames
 
 
 @lru_cache(maxsize=1024)

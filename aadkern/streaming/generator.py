@@ -185,9 +185,9 @@ class StreamingGenerator:
         another shape than the chunk before it or the step before it, or than its source; TypeError for what is no floating-point
         tensor.
         """
-        for name, given in (("noise", noise), ("source", source), ("after", after)):
-            if not callable(given) and (given is not None or name == "noise"):
-                raise TypeError(f"{name} must be a function{' of chunk and step' * (name == 'noise')}, got {shown(given)}")
+        for name, function in (("noise", noise), ("source", source), ("after", after)):
+            if not callable(function) and (function is not None or name == "noise"):
+                raise TypeError(f"{name} must be a function{' of chunk and step' * (name == 'noise')}, got {shown(function)}")
         if count is not None:
             whole(count, "count")
         if first_frame is not None:
@@ -243,7 +243,7 @@ class StreamingGenerator:
             raise ValueError(f"source must give {list(noise.shape)}, as noise does, got {list(clean.shape)} for chunk {chunk}")
         return _mix(clean, noise, level)
 
-    def _told(self, after: After, chunk: int, step: int, level: float, x: Tensor) -> Tensor:
+    def _result(self, after: After, chunk: int, step: int, level: float, x: Tensor) -> Tensor:
         """A pass's result, or what ``after`` gives in its place."""
         with torch.inference_mode(False):
             other = after(chunk, step, level, x.clone())
@@ -269,7 +269,7 @@ class StreamingGenerator:
                 x = _mix(x, self._drawn(noise, number, step, x), level)
             out = self._first_pass(x, level) if step == 0 else self._denoise(x, level)
             x = out.to(x.dtype) if self.predicts == "x0" else _x0(x, out, level)
-            x = x if after is None else self._told(after, number, step, level, x)
+            x = x if after is None else self._result(after, number, step, level, x)
         self._made, self._first, self._clean, self._clean_text = number, False, x, self._text
         return x
 

@@ -158,14 +158,14 @@ class PassGraphs:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     _each(value, keep)
-    return found
+    return tensors
 
 
 def _each(value: Any, place: Callable[[Tensor], Tensor]) -> Any:

@@ -46,7 +46,7 @@ def ulysses_attention(
     if torch.compiler.is_compiling():
         _check(q, k, v, plan, group)
     else:
-        with group.together("ulysses_attention: what ranks come with", lambda: _said(q, k, v, plan, group, options)):
+        with group.together("ulysses_attention: what ranks come with", lambda: _statement(q, k, v, plan, group, options)):
             _check(q, k, v, plan, group)
     if group.size == 1:
         return attention(q, k, v, plan, **options)
@@ -57,7 +57,7 @@ def ulysses_attention(
     return attended(parts, ends, way, group, q.shape[3], lambda k, v: (k, v), options)
 
 
-def _said(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: SequenceGroup, options: dict[str, Any]) -> str:
+def _statement(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: SequenceGroup, options: dict[str, Any]) -> str:
     """What all ranks must say alike."""
     words = f"{q.shape[0]} x {plan_word(plan)}, {group.tokens_per_frame} tokens a frame, {list(q.shape[2:])} {q.dtype}"
     return f"{words}, {shown(options)}, {recording(q, k, v)}"

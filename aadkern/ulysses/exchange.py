@@ -131,9 +131,9 @@ def exchange_into(
     """``exchange_ends`` without gradient, to heads, that writes the last of its tensors where they are to be."""
     arrived, batch = _arrived(parts, moves, group.name, ends, head_dim)
     first = moves.new_shapes[: len(moves.new_shapes) - len(last)]
-    made = (*(arrived.new_empty(batch, *shape, head_dim) for shape in first), *last)
-    ops.unpack_into(made, arrived, _flat(moves.received), moves.together)
-    return made
+    outputs = (*(arrived.new_empty(batch, *shape, head_dim) for shape in first), *last)
+    ops.unpack_into(outputs, arrived, _flat(moves.received), moves.together)
+    return outputs
 
 
 def rows_sent(moves: Moves, batch: int) -> tuple[list[Any], int]:
@@ -142,7 +142,7 @@ def rows_sent(moves: Moves, batch: int) -> tuple[list[Any], int]:
     [3, copies, F, H, 3]: (first row, rows a sample, rows a place), in rows of head_dim numbers; and how many rows there are.
     """
     (frames, _, heads), at = moves.shapes[0], 0
-    found: list[list[list[list[tuple[int, int, int]]]]] = [[[[] for _ in range(heads)] for _ in range(frames)] for _ in range(3)]
+    places: list[list[list[list[tuple[int, int, int]]]]] = [[[[] for _ in range(heads)] for _ in range(frames)] for _ in range(3)]
     for boxes in moves.sent:
         for i, (part, f0, f1, p0, p1, h0, h1) in enumerate(boxes):
             of, a_place = i % moves.together, moves.together * (h1 - h0)
@@ -150,11 +150,11 @@ def rows_sent(moves: Moves, batch: int) -> tuple[list[Any], int]:
             for frame in range(f0, f1):
                 for head in range(h0, h1):
                     first = at + (frame - f0) * (p1 - p0) * a_place + of * (h1 - h0) + head - h0
-                    found[part][frame][head].append((first, a_sample, a_place))
+                    places[part][frame][head].append((first, a_sample, a_place))
             at += batch * a_sample if of == moves.together - 1 else 0
-    copies = max(len(rows) for part in found for frame in part for rows in frame)
+    copies = max(len(rows) for part in places for frame in part for rows in frame)
     nowhere = (-1, 0, 0)
-    table = [[[[(*rows, *[nowhere] * copies)[c] for rows in fr] for fr in part] for c in range(copies)] for part in found]
+    table = [[[[(*rows, *[nowhere] * copies)[c] for rows in fr] for fr in part] for c in range(copies)] for part in places]
     return table, at
 
 

@@ -72,7 +72,7 @@ class SequenceGroup:
         return dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[arg-type]
 
     @contextmanager
-    def together(self, name: str, said: Callable[[], str]) -> Iterator[None]:
+    def together(self, name: str, statement: Callable[[], str]) -> Iterator[None]:
         """Around what a rank looks at before it talks to the others: then all ``agree`` on what is said, or on the error."""
         if self.size == 1:
             yield
@@ -82,20 +82,24 @@ class SequenceGroup:
         except (ValueError, TypeError, RuntimeError) as error:  # told to the others, which would wait for this rank
             self.agree(f"{type(error).__name__}: {error}", name)
             raise
-        self.agree(said(), name)
+        self.agree(statement(), name)
 
-    def agree(self, said: str, name: str) -> None:
+    def agree(self, statement: str, name: str) -> None:
         """Raises ValueError on every rank unless all of them say the same: what would else wait for one another without end.
 
         One small all-gather on the host, and where the group has no backend for the host (NCCL alone) only of what was never said
         before, as the device must be waited for. Graphs that are traced, and fake process groups, agree by themselves.
         """
-        if self.size == 1 or torch.compiler.is_compiling() or (said in _said.setdefault(self, set()) and not _on_host(self.name)):
+        if (
+            self.size == 1
+            or torch.compiler.is_compiling()
+            or (statement in _statements.setdefault(self, set()) and not _on_host(self.name))
+        ):
             return
         if dist.get_backend(self.process_group) == "fake":
             return
         device = torch.device("cpu") if _on_host(self.name) else torch.device("cuda", torch.cuda.current_device())
-        words = said.encode()
+        words = statement.encode()
         message = crc32(words).to_bytes(4, "big") + words[: MESSAGE - 4].ljust(MESSAGE - 4)  # of long words the end counts too
         mine = torch.tensor(list(message), dtype=torch.uint8, device=device)
         rows = gathered(mine, self.name, self.size).tolist()
@@ -106,12 +110,12 @@ class SequenceGroup:
                 f"{name} must be alike on all {self.size} ranks of a sequence; rank {self.rank} came with {heard[self.rank]}, "
                 f"rank {other} with {heard[other]}"
             )
-        if len(_said[self]) > 4096:
-            _said[self].clear()
-        _said[self].add(said)
+        if len(_statements[self]) > 4096:
+            _statements[self].clear()
+        _statements[self].add(statement)
 
 
-_said: dict[SequenceGroup, set[str]] = {}
+_statements: dict[SequenceGroup, set[str]] = {}
 
 
 def spans_of(tokens: int, ranks: int) -> Spans:

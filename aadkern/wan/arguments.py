@@ -85,9 +85,9 @@ def check_clip(
     batch, _, frames, height, width = x.shape
     weight = model.patch_embedding.weight
     check_exact(timestep)
-    for name, given in (("hidden_states", x), ("timestep", timestep), ("encoder_hidden_states", text)):
-        if isinstance(given, Tensor) and given.device != weight.device and not weight.is_meta:  # meta: offloaded by accelerate
-            raise ValueError(f"{name} must be on the model's device {weight.device}, got {given.device}")
+    for name, value in (("hidden_states", x), ("timestep", timestep), ("encoder_hidden_states", text)):
+        if isinstance(value, Tensor) and value.device != weight.device and not weight.is_meta:  # meta: offloaded by accelerate
+            raise ValueError(f"{name} must be on the model's device {weight.device}, got {value.device}")
     samples = batch
     if condition_of is not None:
         samples = timestep.shape[0] if timestep.dim() else 0

@@ -50,7 +50,7 @@ Attention = WholeClip | CachedChunk
 OLDER = {"plan": None, "cache": None, "first_frame": 0, "cache_only": False, "clean_frames": 0, "graphs": None}
 
 
-def attention_meant(attention: Any, older: dict[str, Any]) -> Attention:
+def attention_spec(attention: Any, older: dict[str, Any]) -> Attention:
     """What the argument ``attention`` says, or without it the ``older`` ones; not checked yet.
 
     A plan or context stands for the clip under it, a cache for a chunk that goes through it.
@@ -64,27 +64,27 @@ def attention_meant(attention: Any, older: dict[str, Any]) -> Attention:
     return CachedChunk(attention) if _is_cache(attention) else WholeClip(attention)
 
 
-def check_attention(attention: Any, older: dict[str, Any], meant: Attention) -> None:
+def check_attention(attention: Any, older: dict[str, Any], spec: Attention) -> None:
     """Raise ValueError for arguments that exclude one another, TypeError for one of another type than is taken."""
-    said = (AttentionPlan, CausalContext, WholeClip, CachedChunk)
-    if attention is not None and not isinstance(attention, said) and not _is_cache(attention):
+    types = (AttentionPlan, CausalContext, WholeClip, CachedChunk)
+    if attention is not None and not isinstance(attention, types) and not _is_cache(attention):
         wanted = "a WholeClip, a CachedChunk, an AttentionPlan, a CausalContext, a StreamingCache or None"
         raise TypeError(f"attention must be {wanted}, got {shown(attention)}")
-    given = [name for name, value in older.items() if not (isinstance(value, type(OLDER[name])) and value == OLDER[name])]
-    if attention is not None and given:
-        raise ValueError(f"{given[0]} must not be given with attention, which says it all")
-    if isinstance(meant, WholeClip):
-        _check_clip(meant)
+    names = [name for name, value in older.items() if not (isinstance(value, type(OLDER[name])) and value == OLDER[name])]
+    if attention is not None and names:
+        raise ValueError(f"{names[0]} must not be given with attention, which says it all")
+    if isinstance(spec, WholeClip):
+        _check_clip(spec)
         _check_types(older["cache_only"], older["clean_frames"], older["graphs"])
-        missing = next((name for name in ("cache_only", "clean_frames", "graphs") if name in given), None)
+        missing = next((name for name in ("cache_only", "clean_frames", "graphs") if name in names), None)
         if missing is not None:
             raise ValueError(f"{missing} must be {OLDER[missing]} without a cache, got {shown(older[missing])}")
         return
-    if not _is_cache(meant.cache):
-        raise TypeError(f"cache must be a StreamingCache or None, got {shown(meant.cache)}")
+    if not _is_cache(spec.cache):
+        raise TypeError(f"cache must be a StreamingCache or None, got {shown(spec.cache)}")
     _check_clip(WholeClip(older["plan"], older["first_frame"]))
-    _check_types(meant.cache_only, meant.clean_frames, meant.graphs)
-    if "plan" in given or "first_frame" in given:
+    _check_types(spec.cache_only, spec.clean_frames, spec.graphs)
+    if "plan" in names or "first_frame" in names:
         raise ValueError("plan and first_frame must not be given with a cache, which knows both")
 
 
@@ -107,8 +107,8 @@ def _check_types(cache_only: Any, clean_frames: Any, graphs: Any) -> None:
     whole(clean_frames, "clean_frames")
 
 
-def attention_word(meant: Attention) -> str:
+def attention_word(spec: Attention) -> str:
     """It in a few letters, for ranks to compare; of any types."""
-    if isinstance(meant, WholeClip):
-        return f"{plan_word(meant.plan) if isinstance(meant.plan, AttentionPlan) else meant.plan}, {meant.first_frame}"
-    return f"{getattr(meant.cache, 'frame', None)}, {meant.clean_frames}, {meant.cache_only}, {meant.graphs is not None}"
+    if isinstance(spec, WholeClip):
+        return f"{plan_word(spec.plan) if isinstance(spec.plan, AttentionPlan) else spec.plan}, {spec.first_frame}"
+    return f"{getattr(spec.cache, 'frame', None)}, {spec.clean_frames}, {spec.cache_only}, {spec.graphs is not None}"

@@ -52,8 +52,8 @@ class TextEntry:
 
     def fill(self, block: CausalWanBlock) -> tuple[Tensor, Tensor]:
         """The block's keys and values, made now."""
-        made = self.layers[self.layer] = block.text_keys_values(self.embedded)
-        return made
+        keys_values = self.layers[self.layer] = block.text_keys_values(self.embedded)
+        return keys_values
 
 
 @dataclass(frozen=True, eq=False)

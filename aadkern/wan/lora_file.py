@@ -75,7 +75,7 @@ def read_lora(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]
     if unknown or not layers:
         what = f"{len(unknown)} of {len(stored)} names do not: {', '.join(unknown[:5])}" if unknown else "it holds nothing"
         raise ValueError(f"lora must match the model's layers, and of {file} {what}")
-    told = _told(file, metadata, stored)
+    lora_config = _lora_config(file, metadata, stored)
     terms: dict[str, list[Term]] = defaultdict(list)
     for layer, held in layers.items():
         weight = f"{layer}.weight" if f"{layer}.weight" in shapes else layer
@@ -85,7 +85,7 @@ def read_lora(path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]
         scale = 1.0
         if halves:
             _check_halves(held["down"], held["up"], weight, shapes, file)
-            scale = _scale(held.get("alpha"), len(held["down"]), told, layer, file)
+            scale = _scale(held.get("alpha"), len(held["down"]), lora_config, layer, file)
             terms[weight].append(Term(held["up"], held["down"], scale))
         for role, name, by in (("up_bias", f"{layer}.bias", scale), ("diff_b", f"{layer}.bias", 1.0), ("diff", weight, 1.0)):
             if role not in held:
@@ -159,36 +159,36 @@ def _check_halves(down: Tensor, up: Tensor, name: str, shapes: Mapping[str, tupl
     rank = down.shape[0] if down.dim() else 0
     fits = rank and list(down.shape[1:]) == into and list(up.shape[:2]) == [out, rank] and up.numel() == out * rank
     if not fits:
-        found = f"{list(up.shape)} by {list(down.shape)}"
-        raise ValueError(f"lora must fit the model: {name} is {[out, *into]}, {file} holds {found} for it")
+        shapes_held = f"{list(up.shape)} by {list(down.shape)}"
+        raise ValueError(f"lora must fit the model: {name} is {[out, *into]}, {file} holds {shapes_held} for it")
 
 
-def _told(file: Path, metadata: Mapping[str, str], stored: Mapping[str, Tensor]) -> Mapping[str, Any]:
+def _lora_config(file: Path, metadata: Mapping[str, str], stored: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """peft's settings of the adapters, where they lie beside the file or in its header."""
     beside = file.parent / "adapter_config.json"
     try:
         if "lora_adapter_metadata" in metadata:
             packed = json.loads(metadata["lora_adapter_metadata"])
-            told = {name.removeprefix("transformer."): value for name, value in packed.items()}
+            config = {name.removeprefix("transformer."): value for name, value in packed.items()}
         elif beside.is_file() and any(name.startswith("base_model.") for name in stored):
-            told = dict(json.loads(beside.read_text()))
+            config = dict(json.loads(beside.read_text()))
         else:
             return {}
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"lora must have readable settings beside it, {file} has not: {error}") from None
     for name in ("alpha_pattern", "use_dora"):
-        if told.get(name):
-            raise ValueError(f"lora must be without {name}, which is not served; {file} has {shown(told[name])}")
-    return told
+        if config.get(name):
+            raise ValueError(f"lora must be without {name}, which is not served; {file} has {shown(config[name])}")
+    return config
 
 
-def _scale(alpha: Tensor | None, rank: int, told: Mapping[str, Any], layer: str, file: Path) -> float:
+def _scale(alpha: Tensor | None, rank: int, lora_config: Mapping[str, Any], layer: str, file: Path) -> float:
     if alpha is not None and alpha.numel() != 1:
         raise ValueError(f"lora must have one alpha a layer, {file} holds {list(alpha.shape)} for {layer}")
-    value = told.get("lora_alpha", rank) if alpha is None else alpha.item()
+    value = lora_config.get("lora_alpha", rank) if alpha is None else alpha.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not torch.tensor(float(value)).isfinite():
         raise ValueError(f"lora must have a finite alpha, {file} has {shown(value)} for {layer}")
     if not value:
         raise ValueError(f"lora must have an alpha other than 0, which leaves nothing of it, {file} has 0 for {layer}")
-    rooted = alpha is None and told.get("use_rslora")
+    rooted = alpha is None and lora_config.get("use_rslora")
     return float(value) / (rank**0.5 if rooted else rank)

@@ -44,7 +44,7 @@ from aadkern.wan.arguments import (
     frame_indices,
     tokens_of_frame,
 )
-from aadkern.wan.attention import Attention, CachedChunk, WholeClip, attention_meant, attention_word, check_attention
+from aadkern.wan.attention import Attention, CachedChunk, WholeClip, attention_spec, attention_word, check_attention
 from aadkern.wan.block import CausalWanBlock, TextCache, TextEntry, TimeCache, wide_dtype
 from aadkern.weights.checkpoints import DTYPES, read_model
 
@@ -289,19 +289,19 @@ class CausalWan(WanTransformer3DModel):
         times = timestep.timestep if isinstance(timestep, TimeCache) else timestep
         older: dict[str, Any] = {"plan": plan, "cache": cache, "first_frame": first_frame}
         older |= {"cache_only": cache_only, "clean_frames": clean_frames, "graphs": graphs}
-        meant = attention_meant(attention, older)
+        spec = attention_spec(attention, older)
         cache_only, clean_frames, graphs = False, 0, None
-        if isinstance(meant, CachedChunk):
-            cache_only, clean_frames, graphs = meant.cache_only, meant.clean_frames, meant.graphs
+        if isinstance(spec, CachedChunk):
+            cache_only, clean_frames, graphs = spec.cache_only, spec.clean_frames, spec.graphs
         recorded = torch.is_grad_enabled() and not cache_only
 
-        def said() -> str:
-            what = (attention_word(meant), recorded, self.training, taps, condition_of, encoder_hidden_states is None)
+        def statement() -> str:
+            what = (attention_word(spec), recorded, self.training, taps, condition_of, encoder_hidden_states is None)
             return f"{list(hidden_states.shape)}, {list(times.shape)}, {what}"
 
-        with nullcontext() if self.sequence is None else self.sequence.together("forward: what ranks come with", said):
+        with nullcontext() if self.sequence is None else self.sequence.together("forward: what ranks come with", statement):
             batch, frames, height, width = check_clip(self, hidden_states, times, encoder_hidden_states, condition_of)
-            check_attention(attention, older, meant)
+            check_attention(attention, older, spec)
             if return_dict is not None:
                 boolean(return_dict, "return_dict")
             if encoder_hidden_states_image is not None:
@@ -316,9 +316,9 @@ class CausalWan(WanTransformer3DModel):
                 raise ValueError(f"clean_frames must be {wanted}, got {clean_frames}")
             grid = (frames, height // self._patch[0], width // self._patch[1])
             with torch.set_grad_enabled(recorded):
-                attention_of = self._attention_of(batch, grid, meant)
-            positions = RotaryGrid(_positions(meant, frames), *grid[1:], self._rope_periods)
-            turns = self._turns(positions, hidden_states.device, isinstance(meant, CachedChunk))
+                attention_of = self._attention_of(batch, grid, spec)
+            positions = RotaryGrid(_positions(spec, frames), *grid[1:], self._rope_periods)
+            turns = self._turns(positions, hidden_states.device, isinstance(spec, CachedChunk))
         with torch.set_grad_enabled(recorded):
             run = partial(
                 self._run, last=last, taps=taps, cache_only=cache_only, condition_of=condition_of, clean_frames=clean_frames
@@ -391,14 +391,14 @@ class CausalWan(WanTransformer3DModel):
             entries += [None] * (len(self.blocks) - len(entries))
             if None not in entries[:last]:
                 return entries
-        told = text.text if isinstance(text, TextCache) else text
-        if told is None:
+        embedding = text.text if isinstance(text, TextCache) else text
+        if embedding is None:
             return [None] * last
         embedder = self.condition_embedder.text_embedder
-        told = embedder(told.to(embedder.linear_1.weight.dtype))
-        return [told] * last if entries is None else [entries[i] or TextEntry(entries, i, told) for i in range(last)]
+        embedding = embedder(embedding.to(embedder.linear_1.weight.dtype))
+        return [embedding] * last if entries is None else [entries[i] or TextEntry(entries, i, embedding) for i in range(last)]
 
-    def _attention_of(self, batch: int, grid: tuple[int, int, int], meant: Attention) -> Callable[[int], PlannedLayer]:
+    def _attention_of(self, batch: int, grid: tuple[int, int, int], spec: Attention) -> Callable[[int], PlannedLayer]:
         """What gives each layer its attention."""
         frames, height, width = grid
         n = height * width
@@ -406,8 +406,8 @@ class CausalWan(WanTransformer3DModel):
             whole_frame = self.sequence.tokens_per_frame
             raise ValueError(f"sequence must be a group of the clip's {n} tokens a frame, got one of {whole_frame}")
         rope: str = self.config["rope"]
-        if isinstance(meant, CachedChunk):
-            cache = meant.cache
+        if isinstance(spec, CachedChunk):
+            cache = spec.cache
             ours = (len(self.blocks), batch, n, rope, self._frame_period)
             theirs = (cache.layers, cache.batch, cache.tokens_per_frame, cache.rope, cache.frame_period)
             if ours != theirs:
@@ -415,8 +415,8 @@ class CausalWan(WanTransformer3DModel):
             heads = heads_held(self.config["num_attention_heads"], self.sequence)
             if self.sequence is not None and cache.heads != heads:
                 raise ValueError(f"cache must hold this rank's {heads} heads, got {cache.heads}: model.new_cache makes it")
-            return cache.begin(frames, meant.clean_frames)
-        plan = meant.plan
+            return cache.begin(frames, spec.clean_frames)
+        plan = spec.plan
         if plan is None:
             plan = full(frames * n, frames * n)
         elif isinstance(plan, CausalContext):
@@ -471,11 +471,11 @@ class CausalWan(WanTransformer3DModel):
         return patches.reshape(x.shape[0], -1, frames, height * rows, width * columns)
 
 
-def _positions(meant: Attention, frames: int) -> range | tuple[int, ...]:
+def _positions(spec: Attention, frames: int) -> range | tuple[int, ...]:
     """The frame index of each frame of the pass."""
-    if isinstance(meant, WholeClip):
-        return frame_indices(meant.first_frame, frames, meant.plan)
-    return frame_indices(meant.cache.frame, frames, None)
+    if isinstance(spec, WholeClip):
+        return frame_indices(spec.first_frame, frames, spec.plan)
+    return frame_indices(spec.cache.frame, frames, None)
 
 
 def _is_lazy(text: Tensor | TextCache | None) -> bool:

@@ -89,5 +89,5 @@ def embed(encoder: Any, ids: list[int]) -> Tensor:
     if not 1 <= len(ids) <= TOKENS:
         raise ValueError(f"ids must be 1 to {TOKENS} tokens, got {len(ids)}")
     tokens = torch.tensor([ids], device=encoder.device)
-    made: Tensor = encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
-    return torch.nn.functional.pad(made, (0, 0, 0, TOKENS - len(ids)))
+    hidden: Tensor = encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+    return torch.nn.functional.pad(hidden, (0, 0, 0, TOKENS - len(ids)))

@@ -119,12 +119,12 @@ class StreamingTinyDecoder:
         """
         self._shape = chunk_shape(latents, CHANNELS, self._shape)
         weight = next(self.decoder.parameters())
-        made = []
+        frames = []
         for frame in latents.to(weight.device, weight.dtype).split(1, dim=2):
             trimmed = TRIMMED if self._memory is None else 0
             pixels, self._memory = self.decoder(frame, self._memory)
-            made.append(pixels[:, :, trimmed:])
-        return torch.cat(made, dim=2) * 2 - 1
+            frames.append(pixels[:, :, trimmed:])
+        return torch.cat(frames, dim=2) * 2 - 1
 
 
 def load_tiny_decoder(path: str | os.PathLike[str]) -> TinyDecoder:
@@ -144,11 +144,11 @@ def load_tiny_decoder(path: str | os.PathLike[str]) -> TinyDecoder:
     if isinstance(first, Tensor) and first.shape[:1] == (2 * WIDTHS[0],):  # stored as a growth of 2, whose later frame counts
         held["decoder.7.conv.weight"] = first[WIDTHS[0] :]
     for name, weight in wanted.items():
-        found = held.get(name)
-        if not isinstance(found, Tensor) or found.shape != weight.shape:
-            got = list(found.shape) or "a scalar" if isinstance(found, Tensor) else "nothing"
+        tensor = held.get(name)
+        if not isinstance(tensor, Tensor) or tensor.shape != weight.shape:
+            got = list(tensor.shape) or "a scalar" if isinstance(tensor, Tensor) else "nothing"
             raise ValueError(f"tiny_decoder must hold {name} {list(weight.shape)}, as taew2_1 does, found {got} in {path}")
-        if not torch.isfinite(found.float()).all():
+        if not torch.isfinite(tensor.float()).all():
             raise ValueError(f"tiny_decoder must hold finite weights, {name} in {path} has others")
     more = next((name for name in held if name not in wanted), None)
     if more is not None:

@@ -63,11 +63,11 @@ class StreamingDecoder(_Streaming):
         config: Any = self.vae.config
         shape = chunk_shape(latents, config.z_dim, self._shape)
         latents = self.vae.post_quant_conv(denormalised(latents, self.vae))
-        made = []
+        frames = []
         for frame in latents.split(1, dim=2):  # one by one, as in training: the first of a video is upsampled otherwise
-            made.append(self.vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=self._shape is None))
+            frames.append(self.vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=self._shape is None))
             self._shape = shape
-        pixels = torch.cat(made, dim=2)
+        pixels = torch.cat(frames, dim=2)
         if config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=config.patch_size)
         return pixels.clamp(-1, 1)
@@ -110,11 +110,11 @@ class StreamingEncoder(_Streaming):
         config: Any = self.vae.config
         pixels = video.to(self.vae.device, self.vae.dtype)
         pixels = pixels if config.patch_size is None else patchify(pixels, patch_size=config.patch_size)
-        made = []
+        modes = []
         for frames in pixels.split([1] * begins + [4] * (count // 4), dim=2):
             moments = self.vae.quant_conv(self.vae.encoder(frames, feat_cache=self._features, feat_idx=[0]))
-            made.append(moments.chunk(2, dim=1)[0])
-        return _normalised(torch.cat(made, dim=2), self.vae)
+            modes.append(moments.chunk(2, dim=1)[0])
+        return _normalised(torch.cat(modes, dim=2), self.vae)
 
 
 def _whole_frames(vae: AutoencoderKLWan) -> AutoencoderKLWan:

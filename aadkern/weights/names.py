@@ -58,18 +58,18 @@ def bare(name: str) -> str:
 def translated(names: list[str], to: str) -> dict[str, str]:
     """Each name in the spelling ``to`` ("diffusers" or "wan"). Raises ValueError for names that Wan's transformer does not have."""
     table = _TO_DIFFUSERS if to == "diffusers" else _TO_WAN
-    found, unknown = {}, []
+    spelling, unknown = {}, []
     for name in names:
         number = _NUMBER.match(name)
         key = _NUMBER.sub("blocks.N.", name)
         if key in table:
-            found[name] = table[key].replace("blocks.N.", f"blocks.{number[1]}." if number else "")
+            spelling[name] = table[key].replace("blocks.N.", f"blocks.{number[1]}." if number else "")
         else:
             unknown.append(name)
     if unknown:
         other = "Wan's own" if to == "diffusers" else "diffusers'"
         raise ValueError(f"state dict must hold {other} names of a Wan transformer; {len(unknown)} are not, as {unknown[0]!r}")
-    return found
+    return spelling
 
 
 def in_diffusers_names(names: Mapping[str, object]) -> bool:

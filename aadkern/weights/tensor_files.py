@@ -128,21 +128,21 @@ def _stem(stored: str, endings: Sequence[str]) -> str | None:
 def _check_scale(scale: str, held: _Entry, stored: str, weight: _Entry, name: str) -> None:
     rows = (weight.shape[0], *[1] * (len(weight.shape) - 1))
     if held.kind not in WIDE or (math.prod(held.shape) != 1 and held.shape != rows):
-        found = f"{held.kind} {list(held.shape)}"
-        raise ValueError(f"{name} must scale {stored} by one float or one a row, {list(rows)}, {scale} is {found}")
+        form = f"{held.kind} {list(held.shape)}"
+        raise ValueError(f"{name} must scale {stored} by one float or one a row, {list(rows)}, {scale} is {form}")
 
 
 def _check_forms(entries: Mapping[str, _Entry], metadata: Mapping[str, str], name: str) -> None:
     """Raises ValueError for layers that are said to be quantised in a form that is not known."""
-    told: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
     try:
-        told |= json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        layers |= json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
         for stored, entry in entries.items():
             if stored.endswith(FORM):
-                told[stored] = json.loads(bytes(_tensor(entry.file, stored).tolist()))
+                layers[stored] = json.loads(bytes(_tensor(entry.file, stored).tolist()))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} must tell in JSON how it is quantised, and does not: {error}") from None
-    for layer, how in told.items():
-        form = how.get("format") if isinstance(how, dict) else how
+    for layer, settings in layers.items():
+        form = settings.get("format") if isinstance(settings, dict) else settings
         if form not in FORMS:
             raise ValueError(f"{name} must be quantised as {' or '.join(FORMS)}, {layer} is as {form!r}")

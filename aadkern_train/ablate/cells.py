@@ -47,11 +47,11 @@ def cells_of(grid: Grid, seed: int, words: Sequence[str] = ()) -> tuple[Cell, li
     base = make_recipe(grid.recipe, [*grid.base, *words, f"seed={seed}"])
     trunk = apply_overrides(base, ["evaluate.steps=[]"])
     trunk = trunk.model_copy(update={"stages": {name: trunk.stages[name] for name in grid.shared}})
-    made = []
+    cells = []
     for name, own in grid.cells.items():
         recipe = apply_overrides(base, own)
-        made.append(Cell(name, seed, recipe, _shared(grid, name, base, recipe)))
-    return Cell("shared", seed, trunk, len(grid.shared)), made
+        cells.append(Cell(name, seed, recipe, _shared(grid, name, base, recipe)))
+    return Cell("shared", seed, trunk, len(grid.shared)), cells
 
 
 def _shared(grid: Grid, name: str, base: Recipe, recipe: Recipe) -> int:
@@ -83,8 +83,8 @@ def train(cell: Cell, out: Path, stages: Sequence[str] = (), source: Path | None
 
 def take(stage: str, source: Path, folder: Path) -> None:
     """Copies what a finished stage left, its own weights last, since they mark it as finished."""
-    found = sorted((source / "weights").glob(f"{stage}*"), key=lambda path: path.name == stage)
-    for weights in found:
+    folders = sorted((source / "weights").glob(f"{stage}*"), key=lambda path: path.name == stage)
+    for weights in folders:
         goal = folder / "weights" / weights.name
         if weights.name.partition(".")[0] != stage or goal.exists():
             continue

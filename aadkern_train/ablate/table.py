@@ -18,26 +18,26 @@ SHORT, LONG = "measured", "long"
 def collected(name: str, grid: Grid, cells: Sequence[Cell], out: Path, words: Sequence[str]) -> dict[str, Any]:
     """What the finished cells have measured: {cell: {row: {measure: {seed: value}}}}, the same of longer clips, and of lengths
     between where a cell has some."""
-    told: dict[str, Any] = {"grid": name, "recipe": grid.recipe, "settings": list(words), "expected": grid.expected}
-    told |= {"cells": {cell: list(own) for cell, own in grid.cells.items()}, "machines": [], "titles": {}}
-    told |= {"clips": max(cell.recipe.evaluate.final_clips for cell in cells), "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"}
-    told |= {place: {} for place in lengths(cells)}
+    document: dict[str, Any] = {"grid": name, "recipe": grid.recipe, "settings": list(words), "expected": grid.expected}
+    document |= {"cells": {cell: list(own) for cell, own in grid.cells.items()}, "machines": [], "titles": {}}
+    document |= {"clips": max(cell.recipe.evaluate.final_clips for cell in cells), "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"}
+    document |= {place: {} for place in lengths(cells)}
     for cell in cells:
         file = cell.folder(out) / "metrics.json"
         if not file.is_file():
             continue
         metrics = read_json(file)
-        told["machines"] += [machine for machine in (metrics["machine"],) if machine not in told["machines"]]
+        document["machines"] += [machine for machine in (metrics["machine"],) if machine not in document["machines"]]
         for row in grid.rows:
             values = metrics["stages"].get(row, {})
-            told["titles"].setdefault(row, metrics["titles"].get(row, row))
+            document["titles"].setdefault(row, metrics["titles"].get(row, row))
             for place in lengths(cells):
-                found = values if place == SHORT else values.get(place, {})
-                of_row = told[place].setdefault(cell.name, {}).setdefault(row, {})
+                figures = values if place == SHORT else values.get(place, {})
+                of_row = document[place].setdefault(cell.name, {}).setdefault(row, {})
                 for measure in grid.measures:
-                    if isinstance(found.get(measure), (int, float)):
-                        of_row.setdefault(measure, {})[str(cell.seed)] = round(float(found[measure]), 3)
-    return told
+                    if isinstance(figures.get(measure), (int, float)):
+                        of_row.setdefault(measure, {})[str(cell.seed)] = round(float(figures[measure]), 3)
+    return document
 
 
 def lengths(cells: Sequence[Cell]) -> list[str]:
@@ -45,24 +45,26 @@ def lengths(cells: Sequence[Cell]) -> list[str]:
     return [SHORT, *(f"{times} times" for times in sorted({n for cell in cells for n in cell.recipe.evaluate.lengths})), LONG]
 
 
-def page(told: Mapping[str, Any], grid: Grid) -> str:
+def page(document: Mapping[str, Any], grid: Grid) -> str:
     """The outcome in Markdown: for each row of reports a table of cells by measures, at the trained length and beyond."""
-    lines = [f"# Ablation: {told['grid']}", "", f"Expected, before the first run: {told['expected']}", ""]
-    lines += [f"Recipe `{told['recipe']}`" + (f" with `{' '.join(told['settings'])}`" if told["settings"] else "") + "."]
-    places = [SHORT, *(place for place in told if place.endswith(" times")), LONG]
+    lines = [f"# Ablation: {document['grid']}", "", f"Expected, before the first run: {document['expected']}", ""]
+    lines += [
+        f"Recipe `{document['recipe']}`" + (f" with `{' '.join(document['settings'])}`" if document["settings"] else "") + "."
+    ]
+    places = [SHORT, *(place for place in document if place.endswith(" times")), LONG]
     between = "".join(f" / {place} it, where it was measured" for place in places[1:-1])
     lines += [f"Mean over the seeds, in brackets the least and the most; trained length{between} / longest clips.", ""]
     for row in grid.rows:
-        lines += [f"## {told['titles'].get(row, row)}", "", f"| cell | seeds | {' | '.join(grid.measures)} |"]
+        lines += [f"## {document['titles'].get(row, row)}", "", f"| cell | seeds | {' | '.join(grid.measures)} |"]
         lines += ["|---|" + "---:|" * (1 + len(grid.measures))]
         for cell, own in grid.cells.items():
-            parts = [told[place].get(cell, {}).get(row, {}) for place in places]
-            if not parts[0] and any(told[SHORT].get(cell, {}).values()):
+            parts = [document[place].get(cell, {}).get(row, {}) for place in places]
+            if not parts[0] and any(document[SHORT].get(cell, {}).values()):
                 continue  # a cell without that stage
             values = [" / ".join(filter(None, (_shown(part.get(name, {})) for part in parts))) for name in grid.measures]
-            seeds = len({seed for found in parts[0].values() for seed in found})
-            said = f"{cell} (`{' '.join(own)}`)" if own else cell
-            lines.append(f"| {said} | {seeds} | {' | '.join(value or '-' for value in values)} |")
+            seeds = len({seed for by_seed in parts[0].values() for seed in by_seed})
+            label = f"{cell} (`{' '.join(own)}`)" if own else cell
+            lines.append(f"| {label} | {seeds} | {' | '.join(value or '-' for value in values)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -76,9 +78,9 @@ def _shown(values: Mapping[str, float]) -> str:
     return mean if len(found) == 1 else f"{mean} [{min(found):.4g}, {max(found):.4g}]"
 
 
-def write(told: Mapping[str, Any], grid: Grid, out: Path) -> Path:
+def write(document: Mapping[str, Any], grid: Grid, out: Path) -> Path:
     """Writes OUT/GRID.json and OUT/GRID.md; returns the page."""
-    replace_file(out / f"{told['grid']}.json", json.dumps(told, indent=1) + "\n")
-    path = out / f"{told['grid']}.md"
-    replace_file(path, page(told, grid))
+    replace_file(out / f"{document['grid']}.json", json.dumps(document, indent=1) + "\n")
+    path = out / f"{document['grid']}.md"
+    replace_file(path, page(document, grid))
     return path

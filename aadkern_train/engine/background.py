@@ -38,7 +38,7 @@ class Background:
         when all ranks have."""
         held = self._copied(tensors)
 
-        def work() -> None:
+        def write_and_commit() -> None:
             try:
                 write(held, self.group)
                 if self.processes.is_main:
@@ -46,7 +46,7 @@ class Background:
             except BaseException as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=work, name="checkpoint")
+        self._thread = threading.Thread(target=write_and_commit, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:

@@ -286,11 +286,11 @@ def _dcp_load(tensors: dict[str, Tensor], path: Path, processes: Processes) -> N
     _unwrapped(lambda: dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=processes.size == 1))
 
 
-def _unwrapped(work: Callable[[], object]) -> None:
+def _unwrapped(action: Callable[[], object]) -> None:
     """DCP's errors as what they were: it makes a BaseException of them all, of Ctrl-C too. torch's file writer says a RuntimeError
     of a full disk, behind which the true one stands."""
     try:
-        _quietly(work)
+        _quietly(action)
     except CheckpointException as error:
         cause = behind = next(iter(error.failures.values()))[0]
         while behind is not None and not isinstance(behind, OSError):
@@ -300,13 +300,13 @@ def _unwrapped(work: Callable[[], object]) -> None:
         raise (behind or cause) from None
 
 
-def _quietly(work: Callable[[], object]) -> None:
+def _quietly(action: Callable[[], object]) -> None:
     if threading.current_thread() is not threading.main_thread():  # filters are of the whole process: Background has set its own
-        work()
+        action()
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)
-        work()
+        action()
 
 
 def _header(path: Path) -> dict[str, Any]:

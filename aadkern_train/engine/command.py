@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from aadkern_train.engine.leaving import Leave, LostRankError
+from aadkern_train.engine.stops import LostRankError, SignalStop
 
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, or name another place"),
@@ -23,19 +23,19 @@ TOO_LARGE = ("out of memory", "can't allocate memory", "storage size calculation
 """What torch says, as RuntimeErrors, of tensors that no machine or none here can hold."""
 
 
-def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
-    """The exit status of ``work``, the command ``name``: 2 for what a user or a disk did wrong, 1 for losses that left the numbers
-    and for a lost rank, 130 for Ctrl-C, 128 + its number for a signal that asked the run to save and leave. ``goes_on`` is how what
-    was interrupted goes on. What else is raised is this package's fault, and raised on.
+def status_of(action: Callable[[], int], name: str, goes_on: str = "") -> int:
+    """The exit status of ``action``, the command ``name``: 2 for what a user or a disk did wrong, 1 for losses that left the
+    numbers and for a lost rank, 130 for Ctrl-C, 128 + its number for a signal that asked the run to save and leave. ``goes_on`` is
+    how what was interrupted goes on. What else is raised is this package's fault, and raised on.
     """
     saved = f"; {goes_on}" if goes_on else ""
     try:
-        status = work()
+        status = action()
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return _tell(name, f"interrupted; what was saved stays{saved.replace(';', ', and', 1)}", 130)
-    except Leave as error:
+    except SignalStop as error:
         return _tell(name, f"{error}{saved}", 128 + error.number)
     except BrokenPipeError:  # `| head` has seen enough
         _drop_stdout()
@@ -55,8 +55,8 @@ def status_of(work: Callable[[], int], name: str, goes_on: str = "") -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in TOO_LARGE):
             raise
-        said = str(error).partition("\n")[0] or "no more is there"
-        return _tell(name, f"out of memory: {said}; smaller sizes need less, or a batch in parts (STAGE.accumulate=N){saved}", 2)
+        reason = str(error).partition("\n")[0] or "no more is there"
+        return _tell(name, f"out of memory: {reason}; smaller sizes need less, or a batch in parts (STAGE.accumulate=N){saved}", 2)
 
 
 def _tell(name: str, text: str, status: int) -> int:
@@ -81,8 +81,8 @@ def _drop_stdout() -> None:
 
 def two_numbers(text: str, between: str, wanted: str) -> tuple[int, int]:
     """ "2/8" as (2, 8). Raises ValueError, which says what is ``wanted``."""
-    first, found, second = text.lower().partition(between)
-    if not (found and first.isdecimal() and second.isdecimal()):
+    first, separator, second = text.lower().partition(between)
+    if not (separator and first.isdecimal() and second.isdecimal()):
         raise ValueError(f"{wanted}, got {text!r}")
     return int(first), int(second)
 

@@ -58,7 +58,7 @@ def cover(frame: Any, size: tuple[int, int]) -> np.ndarray:
     height, width = size if turns % 2 == 0 else size[::-1]
     ratio = max(height / frame.height, width / frame.width)
     scaled_height, scaled_width = max(height, round(frame.height * ratio)), max(width, round(frame.width * ratio))
-    how = "AREA" if ratio < 1 else "BICUBIC"
-    picture = frame.reformat(scaled_width, scaled_height, "rgb24", interpolation=how).to_ndarray()
+    interpolation = "AREA" if ratio < 1 else "BICUBIC"
+    picture = frame.reformat(scaled_width, scaled_height, "rgb24", interpolation=interpolation).to_ndarray()
     top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
     return np.rot90(picture[top : top + height, left : left + width], turns)

@@ -19,9 +19,9 @@ class Counted:
 
 def speed(tokens: int, seconds: float, processes: int, counted: Counted | None) -> dict[str, Any]:
     """Of a step: tokens of clips a second over all processes, the share of the peak, and MB that each process sends."""
-    told: dict[str, Any] = {"tokens_per_second": round(tokens / seconds, 1)}
+    figures: dict[str, Any] = {"tokens_per_second": round(tokens / seconds, 1)}
     if counted is not None and counted.peak is not None:
-        told["mfu"] = round(counted.flops / (seconds * processes * counted.peak), 4)
+        figures["mfu"] = round(counted.flops / (seconds * processes * counted.peak), 4)
     if counted is not None:
-        told["sent_mb"] = {what: round(count / 1e6, 3) for what, count in counted.sent.items()}
-    return told
+        figures["sent_mb"] = {what: round(count / 1e6, 3) for what, count in counted.sent.items()}
+    return figures

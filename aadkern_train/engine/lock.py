@@ -44,15 +44,15 @@ class Lock:
         for _ in range(10):  # each time another one came and went
             if _create(file, mine):
                 return cls(folder, mine)
-            found = _read(file)
-            if found is None:
+            holder = _read(file)
+            if holder is None:
                 continue
             age = _age(file)
-            why = _gone(found, age)
+            why = _gone(holder, age)
             if why is None:
-                raise HeldError(f"{folder} is in use by {_who(found)}, last seen {age:.0f} s ago; {_what_to_do(found, file)}")
-            if _set_aside(file, found):
-                note(f"taken over from {_who(found)}, {why}")
+                raise HeldError(f"{folder} is in use by {_who(holder)}, last seen {age:.0f} s ago; {_what_to_do(holder, file)}")
+            if _set_aside(file, holder):
+                note(f"taken over from {_who(holder)}, {why}")
         raise HeldError(f"{folder} is in use: {file} changes hands again and again; try again")
 
     def check(self) -> None:
@@ -72,9 +72,9 @@ class Lock:
     def _refresh(self) -> None:
         while not self._end.wait(REFRESHED):
             with contextlib.suppress(OSError):  # a network that is away for a while
-                found = _read(self.file)
-                if found is None or found.get("token", self.mine["token"]) != self.mine["token"]:
-                    self.lost = f"taken over by {_who(found)}" if found else "moved away, or its lock was removed"
+                holder = _read(self.file)
+                if holder is None or holder.get("token", self.mine["token"]) != self.mine["token"]:
+                    self.lost = f"taken over by {_who(holder)}" if holder else "moved away, or its lock was removed"
                     return
                 os.utime(self.file)
 
@@ -94,7 +94,7 @@ def _create(file: Path, mine: dict[str, Any]) -> bool:
     return True
 
 
-def _set_aside(file: Path, found: dict[str, Any]) -> bool:
+def _set_aside(file: Path, holder: dict[str, Any]) -> bool:
     """Removes a lock whose holder is gone. False where another process was faster."""
     aside = file.with_name(f"{NAME}.{uuid.uuid4().hex}.tmp")
     try:
@@ -102,22 +102,22 @@ def _set_aside(file: Path, found: dict[str, Any]) -> bool:
     except FileNotFoundError:
         return False
     other = _read(aside)
-    if other != found:  # between reading and renaming another one took it over: it gets it back
+    if other != holder:  # between reading and renaming another one took it over: it gets it back
         with contextlib.suppress(FileExistsError):
             os.link(aside, file)
     aside.unlink(missing_ok=True)
-    return other == found
+    return other == holder
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     """What a lock says; nothing of one that is just being written, None where there is none."""
     try:
-        found = json.loads(file.read_bytes())
+        holder = json.loads(file.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _age(file: Path) -> float:
@@ -132,14 +132,14 @@ def _age(file: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _gone(found: dict[str, Any], age: float) -> str | None:
+def _gone(holder: dict[str, Any], age: float) -> str | None:
     """Why a holder is believed to be gone; None: it is not."""
     me = this_process()
-    if me["machine"] and found.get("machine") == me["machine"]:
-        began = beginning(found.get("pid"))
+    if me["machine"] and holder.get("machine") == me["machine"]:
+        began = beginning(holder.get("pid"))
         if began is None:
             return "which is gone"
-        return None if began == found.get("began") else "which is gone, its process id another's"
+        return None if began == holder.get("began") else "which is gone, its process id another's"
     return f"not seen for {age / 60:.0f} minutes" if age > STALE else None
 
 
@@ -166,13 +166,13 @@ def beginning(pid: Any) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _who(found: dict[str, Any]) -> str:
-    if not found:
+def _who(holder: dict[str, Any]) -> str:
+    if not holder:
         return "a process that has not yet said which"
-    return f"process {found.get('pid')} on {found.get('host')} since {found.get('since')}"
+    return f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
 
 
-def _what_to_do(found: dict[str, Any], file: Path) -> str:
-    if found.get("machine") == _machine() != "":
+def _what_to_do(holder: dict[str, Any], file: Path) -> str:
+    if holder.get("machine") == _machine() != "":
         return "wait for it or stop it, or name another folder"
     return f"wait for it or stop it; where it is gone, wait until it was not seen for {STALE / 60:.0f} minutes, or remove {file}"

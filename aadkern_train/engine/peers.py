@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 
 from aadkern_train.engine.config import differences
-from aadkern_train.engine.leaving import LostRankError
 from aadkern_train.engine.lock import beginning, this_process
+from aadkern_train.engine.stops import LostRankError
 
 PATIENCE = 10.0  # seconds that a rank looks for who was lost: a process that ends closes its connections before it is gone
 
 
-def found(timeout: timedelta) -> tuple[dist.Store, int, int]:
+def rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """The store in which the processes of torchrun's environment find one another, this one's rank, and how many they are. Raises
     LostRankError where not all come in time."""
     try:
@@ -51,9 +51,9 @@ class Peers:
     def meet(cls, store: dist.Store, rank: int, size: int, timeout_minutes: float, alike: Mapping[str, Any]) -> Peers:
         """Waits until all ranks are here. Raises ValueError on each of them, naming the key and both values, where they did not
         come with ``alike`` alike."""
-        said = json.dumps(alike, sort_keys=True, default=str)
-        store.set(f"words {rank}", said)
-        store.set(f"member {rank}", json.dumps({**this_process(), "words": hashlib.sha256(said.encode()).hexdigest()}))
+        words = json.dumps(alike, sort_keys=True, default=str)
+        store.set(f"words {rank}", words)
+        store.set(f"member {rank}", json.dumps({**this_process(), "words": hashlib.sha256(words.encode()).hexdigest()}))
         members = [json.loads(text) for text in store.multi_get([f"member {other}" for other in range(size)])]
         peers = cls(store, rank, members, timeout_minutes)
         others = [other for other in range(size) if members[other]["words"] != members[0]["words"]]
@@ -94,15 +94,15 @@ class Peers:
         end = time.monotonic() + (3 if late else 1) * PATIENCE  # they may have come, and begun to wait, later than this one
         others = [other for other in range(len(self.members)) if other != self.rank]
         while True:
-            silent = [other for other in others if not self._said("lost", other)]
-            gone = [other for other in silent if self._gone(other) or self._said("ended", other) is not None]
+            silent = [other for other in others if not self._entry("lost", other)]
+            gone = [other for other in silent if self._gone(other) or self._entry("ended", other) is not None]
             if gone or not silent or time.monotonic() > end:
                 break
             time.sleep(0.1)
         if gone:
             return f"{_ranks(gone)} gone ({'; '.join(map(self._last, gone))})"
         if silent and late:
-            silent = [other for other in silent if self._said("place", other) != self.place] or silent
+            silent = [other for other in silent if self._entry("place", other) != self.place] or silent
             last = "; ".join(map(self._last, silent))
             return f"{_ranks(silent)} not here after {self.minutes:g} minutes (parallel.timeout_minutes; {last})"
         elsewhere = [other for other in silent if self.members[other]["machine"] != this_process()["machine"]]
@@ -115,10 +115,10 @@ class Peers:
         return bool(mine["machine"]) and member["machine"] == mine["machine"] and beginning(member["pid"]) != member["began"]
 
     def _last(self, rank: int) -> str:
-        ended, place = self._said("ended", rank), self._said("place", rank)
+        ended, place = self._entry("ended", rank), self._entry("place", rank)
         return ended or (f"last seen at {place}" if place else "last seen at the start")
 
-    def _said(self, what: str, rank: int) -> str | None:
+    def _entry(self, what: str, rank: int) -> str | None:
         """What a rank has said; None: nothing, or the store ended with its rank."""
         try:
             key = f"{what} {rank}"
@@ -147,8 +147,8 @@ def code(plugins: Iterable[str] = ()) -> str:
 def _of_a_peer(error: BaseException | None) -> bool:
     """Whether a backend or the store raised it."""
     while error is not None:
-        said = str(error)
-        if isinstance(error, dist.DistError) or (isinstance(error, (RuntimeError, OSError)) and "gloo/" in said):
+        text = str(error)
+        if isinstance(error, dist.DistError) or (isinstance(error, (RuntimeError, OSError)) and "gloo/" in text):
             return True
         error = error.__cause__
     return False

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from aadkern import SequenceGroup
-from aadkern_train.engine.peers import Peers, found
+from aadkern_train.engine.peers import Peers, rendezvous
 
 SHARD_BLOCKS_ABOVE = 50_000_000
 """Parameters of a module above which its blocks are sharded one by one, so that only one block is gathered at a time.
@@ -127,19 +127,19 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def on_main(self, work: Callable[[], T]) -> T:
-        """Runs work on the main rank; every rank gets its (picklable) result, or an OtherRankError for its error.
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Runs ``action`` on the main rank; every rank gets its (picklable) result, or an OtherRankError for its error.
 
         What the disk holds is asked here too: two ranks that look for themselves may find different things while one writes, and
-        then wait for each other for ever. ``work`` must not make ranks meet (no second ``on_main`` within).
+        then wait for each other for ever. ``action`` must not make ranks meet (no second ``on_main`` within).
         """
         if self.size == 1:
-            return work()
+            return action()
         outcome: list[object] = [None, None]
         error: Exception | None = None
         if self.is_main:
             try:
-                outcome[0] = work()
+                outcome[0] = action()
             except Exception as caught:
                 error = caught
                 outcome[1] = f"{type(caught).__name__} on the main process: {caught}"
@@ -150,13 +150,13 @@ class Processes:
             raise OtherRankError(outcome[1])
         return outcome[0]  # type: ignore[return-value]
 
-    def agreed(self, work: Callable[[], T]) -> T:
-        """This rank's own result of ``work``, once all ranks have theirs: where one raises, every rank does."""
+    def agreed(self, action: Callable[[], T]) -> T:
+        """This rank's own result of ``action``, once all ranks have theirs: where one raises, every rank does."""
         if self.size == 1:
-            return work()
+            return action()
         result, error = None, None
         try:
-            result = work()
+            result = action()
         except Exception as caught:
             error = caught
         failed = torch.tensor([self.rank if error is not None else self.size], device=self.device)
@@ -172,13 +172,13 @@ class Processes:
         if self.peers is not None:
             self.peers.at(place)
 
-    def during(self, what: str, work: Callable[[], T]) -> T:
-        """``work()``, within what this rank is at."""
+    def during(self, what: str, action: Callable[[], T]) -> T:
+        """``action()``, within what this rank is at."""
         if self.peers is None:
-            return work()
+            return action()
         place = self.peers.place
         self.peers.at(f"{place}, {what}")
-        result = work()
+        result = action()
         self.peers.at(place)
         return result
 
@@ -186,9 +186,9 @@ class Processes:
         """The largest of the ranks' numbers."""
         if self.size == 1:
             return number
-        told = torch.tensor([number], device=self.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return int(told.item())
+        largest = torch.tensor([number], device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest.item())
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -213,12 +213,12 @@ class Processes:
 
 def device_of(name: str | None) -> torch.device:
     """The device of a name, None: the GPU if there is one. Raises ValueError for one that is not there."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
+    available = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or found)
+        device = torch.device(name or available)
     except RuntimeError as error:
         raise ValueError(f"device must be cpu or cuda, got {name!r}") from error
-    if device.type not in ("cpu", found):
+    if device.type not in ("cpu", available):
         raise ValueError(f"device must be cpu: torch finds no {device.type} device here, got {name!r}")
     return device
 
@@ -251,7 +251,7 @@ def start(
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            store, rank, size = found(timeout)
+            store, rank, size = rendezvous(timeout)
             if size > 1:
                 words = {"parallel": {"replicate": replicate, "sequence": sequence}, **(alike or {})}
                 peers = Peers.meet(dist.PrefixStore("aadkern", store), rank, size, timeout_minutes, words)

@@ -94,7 +94,7 @@ class Trackers:
         self.live: dict[str, Tracker] = {}
         key = _key(folder / "trackers.json") if names else ""
         for name in names:
-            with self._only_told(name):
+            with self._errors_as_warnings(name):
                 self.live[name] = TRACKERS[name](folder, key, config)
 
     def __call__(self, line: Mapping[str, Any]) -> None:
@@ -102,24 +102,24 @@ class Trackers:
         place = f"{line['stage']}/{line['kind']}" if "kind" in line else line["stage"]
         numbers = dict(_numbers(place, {key: value for key, value in line.items() if key not in ("stage", "step", "kind")}))
         for name, tracker in list(self.live.items()) if numbers else ():
-            with self._only_told(name):
+            with self._errors_as_warnings(name):
                 tracker.log(numbers, line["step"])
 
     def close(self) -> None:
         for name, tracker in list(self.live.items()):
-            with self._only_told(name):
+            with self._errors_as_warnings(name):
                 tracker.close()
         self.live.clear()
 
     @contextlib.contextmanager
-    def _only_told(self, name: str) -> Iterator[None]:
+    def _errors_as_warnings(self, name: str) -> Iterator[None]:
         """An error of the block is a warning, and the last of its tracker."""
         try:
             yield
         except Exception as error:
             self.live.pop(name, None)
-            told = f"{name} is left out from here on, log.jsonl has all: {type(error).__name__}: {error}"
-            warnings.warn(told, stacklevel=3)
+            message = f"{name} is left out from here on, log.jsonl has all: {type(error).__name__}: {error}"
+            warnings.warn(message, stacklevel=3)
 
 
 def _key(file: Path) -> str:

@@ -61,9 +61,9 @@ def generate_wan(
         source = SourceVideo.open(video, settings.fps, out)
         chunks = min(settings.chunks, whole_chunks(source.count, settings.chunk_frames))
         settings = replace(settings, chunks=chunks, fps=source.fps)
-    found = fitting_parts(checkpoint, parts, settings)
+    wan_parts = fitting_parts(checkpoint, parts, settings)
     device, dtype = settings.placement()
-    rows, columns = (found.pixels * side for side in found.patch)
+    rows, columns = (wan_parts.pixels * side for side in wan_parts.patch)
     tokens = settings.size[0] // rows * (settings.size[1] // columns)
     with start(device.type) as processes, sequence_of(processes, tokens) as group:
         pixels = None if image is None or not processes.is_main else read_image(image, settings.size)
@@ -72,8 +72,8 @@ def generate_wan(
             tell_cropping("video", source.sides, settings.size)
         later = changes(settings.then, settings.chunks)
         prompts = [prompt, *later.values()]
-        text, *others = processes.on_main(lambda: embed_prompts(found, prompts, device, dtype, kept="cpu"))
-        streamer = WanStreamer(found, settings, processes, group)
+        text, *others = processes.on_main(lambda: embed_prompts(wan_parts, prompts, device, dtype, kept="cpu"))
+        streamer = WanStreamer(wan_parts, settings, processes, group)
         taking_over = dict(zip(later, others, strict=True))
         streamer.write(file, text, settings.seed, pixels=pixels, later=taking_over, source=source)
     return out
@@ -112,8 +112,8 @@ class WanStreamer:
         that it starts from, as a chunk of one latent frame; ``source``: the video that it is made from. A line on stderr tells the
         seconds of each chunk. ``video`` None: of processes that share the work, one that does not write."""
         settings = self.settings
-        given = iter([] if pixels is None else [self._pipe.encoded_image(pixels)])
-        first = next(self._shared(given), None)
+        pictures = iter([] if pixels is None else [self._pipe.encoded_image(pixels)])
+        first = next(self._shared(pictures), None)
         noise = wan_noise(seed, self._frame, settings.chunk_frames, self._device)
         later = {chunk: other.to(self._device) for chunk, other in (later or {}).items()}
         sources = None if source is None else self._shared(self._encoded(source))
@@ -134,10 +134,10 @@ class WanStreamer:
             yield from latents
             return
         while True:
-            made = self._processes.on_main(lambda: None if (one := next(latents, None)) is None else one.cpu())
-            if made is None:
+            chunk = self._processes.on_main(lambda: None if (one := next(latents, None)) is None else one.cpu())
+            if chunk is None:
                 return
-            yield made.to(self._device)
+            yield chunk.to(self._device)
 
 
 def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: GrowingVideo, chunks: int) -> None:
@@ -155,12 +155,12 @@ def _write(stream: Iterator[Tensor], decoder: Any, first: Tensor | None, video: 
                     break
                 if latents.device.type == "cuda":
                     torch.cuda.synchronize(latents.device)
-                made = time.monotonic()
+                generated = time.monotonic()
                 frames = rgb_of(decoder.decode(latents))
                 decoded = time.monotonic()
                 video.write(frames)
                 seconds = time.monotonic() - began
-                share = (decoded - made) / seconds
+                share = (decoded - generated) / seconds
                 rate = f"{seconds:.2f} s ({share:.0%} of it decoding), {len(frames) / seconds:.1f} frames a second"
                 print(f"\rchunk {count}/{chunks}: {rate}   ", end="", file=sys.stderr, flush=True)
         except (KeyboardInterrupt, OSError) as error:

@@ -57,19 +57,19 @@ def add_wan_settings(add: Callable[..., Any]) -> None:
     add("--cuda-graphs", action=argparse.BooleanOptionalAction, help="replay passes from CUDA graphs (on a GPU they are)")
 
 
-def wan_settings(given: Mapping[str, Any], told: Mapping[str, Any]) -> WanSettings:
-    """The settings from the options that were given, by their names; ``told`` is the checkpoint's run.json, whose run's settings
-    are the defaults. Raises ValueError as they do."""
+def wan_settings(given: Mapping[str, Any], run_facts: Mapping[str, Any]) -> WanSettings:
+    """The settings from the options that were given, by their names; ``run_facts`` is the checkpoint's run.json, whose run's
+    settings are the defaults. Raises ValueError as they do."""
     from aadkern_train.generate.wan_settings import WanSettings, noise_levels, trained_levels, trained_settings
 
-    options = trained_settings(told) | {
+    options = trained_settings(run_facts) | {
         name: given[name] for name in ("chunks", "fps", "seed", "then", "turn", "offload", *WAN_PLAIN) if name in given
     }
     if "video" in given:
         options["chunks"] = given.get("chunks", MOST_CHUNKS)
     shift = given.get("shift", SHIFT)
     noise_levels("1", shift)  # is told of even where nothing is shifted
-    trained = told.get("recipe") if "shift" not in given else None
+    trained = run_facts.get("recipe") if "shift" not in given else None
     for name in RUN_STEPS:
         if name in given:
             counted = trained is not None and "," not in given[name]

@@ -29,9 +29,9 @@ from aadkern.wan import lora
 from aadkern.wan.offload import offload_blocks
 from aadkern.wan.text import embed, load_text_encoder, load_tokenizer, tokens_of
 from aadkern.wan.vae import StreamingDecoder, StreamingEncoder, encode_image, pixels_per_latent
-from aadkern_train.generate.asked import FRAMES, Video, asked
 from aadkern_train.generate.options import wan_settings
 from aadkern_train.generate.pictures import latent_frames, pixels_of
+from aadkern_train.generate.request import FRAMES, VideoRequest, video_request
 from aadkern_train.generate.streams import stream_chunks
 from aadkern_train.generate.wan_decoder import decoders
 from aadkern_train.generate.wan_model import fitting_parts, prepare_model, wan_stream
@@ -65,7 +65,7 @@ class CausalWanPipeline(DiffusionPipeline):
         self.settings = settings or WanSettings()
         self.new_decoder: Callable[[], Any] = lambda: StreamingDecoder(self.vae)
         self.pixels = PIXELS if vae is None else pixels_per_latent(vae)
-        self.told: Mapping[str, Any] = {}
+        self.run_facts: Mapping[str, Any] = {}
         self._held: tuple[Any, StreamingGenerator] | None = None
         self._interrupt = False
 
@@ -89,12 +89,12 @@ class CausalWanPipeline(DiffusionPipeline):
             raise ValueError(f"torch_dtype must be torch.float32 or torch.bfloat16, got {torch_dtype}")
         rest = None if parts is None else Path(parts)
         model = hub_checkpoint(Path(checkpoint), rest)
-        told = facts(model)
-        chosen = replace(wan_settings({}, told), **{"device": "cpu", **settings, "dtype": names[torch_dtype]})
-        found = fitting_parts(model, rest or trained_parts(told), chosen)
-        encoder = load_text_encoder(found.text_encoder, torch_dtype, "cpu")
-        pipe = cls.from_parts(found, chosen, encoder, load_tokenizer(found.tokenizer))
-        pipe.told = told
+        run_facts = facts(model)
+        chosen = replace(wan_settings({}, run_facts), **{"device": "cpu", **settings, "dtype": names[torch_dtype]})
+        wan_parts = fitting_parts(model, rest or trained_parts(run_facts), chosen)
+        encoder = load_text_encoder(wan_parts.text_encoder, torch_dtype, "cpu")
+        pipe = cls.from_parts(wan_parts, chosen, encoder, load_tokenizer(wan_parts.tokenizer))
+        pipe.run_facts = run_facts
         return pipe
 
     @classmethod
@@ -135,48 +135,48 @@ class CausalWanPipeline(DiffusionPipeline):
         """
         choice(output_type, "output_type", OUTPUTS)
         frames = FRAMES if num_frames is None and "video" not in options else num_frames
-        video = asked(self, prompt, frames if frames is None else whole(frames, "num_frames", 1), **options)
-        first, rest = (len(levels) for levels in (video.settings.first_steps or video.settings.steps, video.settings.steps))
-        parts = [] if video.first is None else [video.first]
-        with self.progress_bar(total=first + ((video.chunks or 1) - 1) * rest) as bar:
+        request = video_request(self, prompt, frames if frames is None else whole(frames, "num_frames", 1), **options)
+        first, rest = (len(levels) for levels in (request.settings.first_steps or request.settings.steps, request.settings.steps))
+        parts = [] if request.first is None else [request.first]
+        with self.progress_bar(total=first + ((request.chunks or 1) - 1) * rest) as bar:
             passed = 0
 
             def after(_chunk: int, _step: int, level: float, x: Tensor) -> Tensor | None:
                 nonlocal passed
-                told = callback_on_step_end and callback_on_step_end(self, passed, 1000 * level, {"latents": x})
+                callback_outputs = callback_on_step_end and callback_on_step_end(self, passed, 1000 * level, {"latents": x})
                 passed += 1
                 bar.update()
-                return told.get("latents") if told else None
+                return callback_outputs.get("latents") if callback_outputs else None
 
-            parts += self._made(video, after)
+            parts += self._made(request, after)
         if not parts:
             raise ValueError("video must hold as many frames as its file tells, it ended before the first chunk")
         if hasattr(self.transformer, "_hf_hook"):
             self._held = None  # the cache makes room for the VAE
-        made: Any = torch.cat(parts, dim=2)[:, :, : latent_frames(video.frames or 1)]
+        video: Any = torch.cat(parts, dim=2)[:, :, : latent_frames(request.frames or 1)]
         if output_type != "latent":
             self._ready(self.vae)
             decoder = self._decoder()
-            pixels = torch.cat([decoder.decode(part) for part in parts], dim=2)[:, :, : video.frames]
-            made = VideoProcessor(vae_scale_factor=self.pixels).postprocess_video(pixels.float(), output_type=output_type)
+            pixels = torch.cat([decoder.decode(part) for part in parts], dim=2)[:, :, : request.frames]
+            video = VideoProcessor(vae_scale_factor=self.pixels).postprocess_video(pixels.float(), output_type=output_type)
         self.maybe_free_model_hooks()
-        return WanPipelineOutput(frames=made) if return_dict else (made,)
+        return WanPipelineOutput(frames=video) if return_dict else (video,)
 
     def stream(self, prompt: str | None = None, *, output_type: str = "np", **options: Any) -> Iterator[Any]:
         """Yields the frames of each chunk as it is made, as ``__call__``'s ``frames[0]`` (with "latent" [1, C, f, h, w]), without
         end, or to the end of the source video. ``options`` are those of a call. ``set_prompt`` steers between two chunks."""
         choice(output_type, "output_type", OUTPUTS)
         with torch.no_grad():
-            video = asked(self, prompt, None, **options)
-        return self._shown(video, output_type)
+            request = video_request(self, prompt, None, **options)
+        return self._shown(request, output_type)
 
-    def _shown(self, video: Video, output_type: str) -> Iterator[Any]:
-        chunks, decoder = self._made(video, None), None if output_type == "latent" else self._decoder()
-        processor, given = VideoProcessor(vae_scale_factor=self.pixels), video.first
+    def _shown(self, request: VideoRequest, output_type: str) -> Iterator[Any]:
+        chunks, decoder = self._made(request, None), None if output_type == "latent" else self._decoder()
+        processor, first_chunk = VideoProcessor(vae_scale_factor=self.pixels), request.first
         while True:
             with torch.no_grad():
                 self._ready(self.transformer)
-                chunk, given = (next(chunks, None), None) if given is None else (given, None)
+                chunk, first_chunk = (next(chunks, None), None) if first_chunk is None else (first_chunk, None)
                 if chunk is None:
                     return
                 if decoder is not None:
@@ -205,11 +205,11 @@ class CausalWanPipeline(DiffusionPipeline):
         self.text_encoder.to(home)
         return text
 
-    def _made(self, video: Video, after: After | None) -> Iterator[Tensor]:
+    def _made(self, request: VideoRequest, after: After | None) -> Iterator[Tensor]:
         """The latents of the chunks that are asked for, less those after an interruption."""
         self._interrupt = False
         for chunk in self.latents(
-            video.text, video.noise, video.settings, video.chunks, first=video.first, source=video.source, after=after
+            request.text, request.noise, request.settings, request.chunks, first=request.first, source=request.source, after=after
         ):
             yield chunk
             if self._interrupt:
@@ -301,8 +301,8 @@ class CausalWanPipeline(DiffusionPipeline):
         held, names = lora.loaded(self.transformer), [names] if isinstance(names, str) else names
         if unknown := [name for name in names if name not in held]:
             raise ValueError(f"names must be LoRA files that are loaded, {', '.join(held) or 'none is'}, got {unknown[0]!r}")
-        given = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
-        wanted = dict(zip(names, given, strict=True))
+        numbers = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
+        wanted = dict(zip(names, numbers, strict=True))
         for name, one in held.items():
             one.weight = wanted.get(name, 0.0)
 

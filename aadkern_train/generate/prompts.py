@@ -10,7 +10,7 @@ def changes(then: Sequence[str], chunks: int) -> dict[int, str]:
 
     Raises ValueError, naming ``then``, for what is not so written, and for chunks that are not generated or not in order.
     """
-    found: dict[int, str] = {}
+    prompts: dict[int, str] = {}
     for word in then:
         number, colon, prompt = word.partition(":")
         if not colon or not number.strip().isdecimal():
@@ -18,7 +18,7 @@ def changes(then: Sequence[str], chunks: int) -> dict[int, str]:
         chunk = int(number)
         if not 1 < chunk <= chunks:
             raise ValueError(f"then must name a chunk from 2 to {chunks}, the last, got {chunk}")
-        if found and chunk <= max(found):
-            raise ValueError(f"then must name later and later chunks, got {chunk} after {max(found)}")
-        found[chunk] = prompt.strip()
-    return found
+        if prompts and chunk <= max(prompts):
+            raise ValueError(f"then must name later and later chunks, got {chunk} after {max(prompts)}")
+        prompts[chunk] = prompt.strip()
+    return prompts

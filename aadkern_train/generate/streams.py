@@ -31,5 +31,5 @@ def stream_chunks(
             return
         if number in later:
             turn_to(stream, later[number], turn)
-        given = None if clean is None else lambda _, clean=clean: clean
-        yield from stream.chunks(noise, 1, first_frame=first if number == 1 else None, source=given, after=after)
+        chunk_source = None if clean is None else lambda _, clean=clean: clean
+        yield from stream.chunks(noise, 1, first_frame=first if number == 1 else None, source=chunk_source, after=after)

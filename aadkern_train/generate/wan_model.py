@@ -32,15 +32,15 @@ def fitting_parts(checkpoint: Path, parts: Path | None, settings: WanSettings) -
     checkpoint = hub_checkpoint(checkpoint, parts)
     if not checkpoint.exists():
         raise FileNotFoundError(f"checkpoint must be a Wan folder, {FILES}, found nothing at {checkpoint}")
-    found = find_parts(checkpoint, parts)
-    predicts = facts(found.transformer).get("predicts", "flow")
+    wan_parts = find_parts(checkpoint, parts)
+    predicts = facts(wan_parts.transformer).get("predicts", "flow")
     if predicts != "flow":
-        raise ValueError(f"transformer must predict the flow, {found.transformer} predicts {predicts!r}")
-    check_size(settings.size, found.pixels, found.patch)
-    check_decoder(found, settings)
+        raise ValueError(f"transformer must predict the flow, {wan_parts.transformer} predicts {predicts!r}")
+    check_size(settings.size, wan_parts.pixels, wan_parts.patch)
+    check_decoder(wan_parts, settings)
     for word in settings.lora:
-        lora_file.read_lora(lora_of(word)[0], transformer_shapes(found.transformer))
-    return found
+        lora_file.read_lora(lora_of(word)[0], transformer_shapes(wan_parts.transformer))
+    return wan_parts
 
 
 def check_size(size: tuple[int, int], pixels: int, patch: Sequence[int]) -> None:

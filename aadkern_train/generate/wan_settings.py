@@ -114,15 +114,15 @@ def lora_of(word: str) -> tuple[Path, float]:
     return Path(file), number
 
 
-def trained_settings(told: Mapping[str, Any]) -> dict[str, Any]:
+def trained_settings(run_facts: Mapping[str, Any]) -> dict[str, Any]:
     """How the weights of a run stream, by their run.json: as they were trained. Nothing for other weights."""
-    recipe = told.get("recipe")
+    recipe = run_facts.get("recipe")
     if not recipe:
         return {}
-    given = 1 if recipe["task"] == "i2v" else 0
-    _, height, width = told["frame"]
+    given_chunks = 1 if recipe["task"] == "i2v" else 0
+    _, height, width = run_facts["frame"]
     return {
-        "chunks": len(recipe["chunks"]) - given,
+        "chunks": len(recipe["chunks"]) - given_chunks,
         "chunk_frames": max(recipe["chunks"]),
         "window": recipe["window"],
         "sink": recipe["sink"],

@@ -126,9 +126,9 @@ class Optimiser:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copies a state_dict in; raises ValueError when its parameters are others."""
         names = {(kind, name) for kind, part in self.state_dict().items() for name in part}
-        given = {(kind, name) for kind, part in state.items() for name in part}
-        if names != given:
-            raise ValueError(f"the saved optimiser and this one differ in parameters: {sorted(names ^ given)[:4]}")
+        saved = {(kind, name) for kind, part in state.items() for name in part}
+        if names != saved:
+            raise ValueError(f"the saved optimiser and this one differ in parameters: {sorted(names ^ saved)[:4]}")
         for group in self._groups:
             group.load_state_dict(state[group.kind])
 

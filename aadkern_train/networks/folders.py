@@ -133,8 +133,8 @@ def check_shapes(config: Mapping[str, Any], shapes: Shapes, path: Path) -> None:
         wanted = CausalWan.from_config(dict(config)).state_dict()
     for name, tensor in wanted.items():
         if shapes.get(name) != tuple(tensor.shape):
-            found = f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else "nothing"
-            raise ValueError(f"transformer must hold {name} {list(tensor.shape)} by its configuration, found {found} in {path}")
+            stored = f"[{', '.join(map(str, shapes[name]))}]" if name in shapes else "nothing"
+            raise ValueError(f"transformer must hold {name} {list(tensor.shape)} by its configuration, found {stored} in {path}")
 
 
 def stated(config: Mapping[str, Any], name: str, folder: Path) -> Any:
@@ -192,7 +192,7 @@ def export(
     path: Path,
     net: nn.Module,
     processes: Processes,
-    told: Mapping[str, Any],
+    run_facts: Mapping[str, Any],
     tensors: Iterator[tuple[str, Tensor]] | None = None,
     adapter: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -202,7 +202,7 @@ def export(
     tensors, failed = _gathered(net) if tensors is None else tensors, None
     if processes.is_main:
         try:
-            write_folder(path, net, tensors, told, adapter)
+            write_folder(path, net, tensors, run_facts, adapter)
         except Exception as error:
             failed = error
     for _ in tensors:  # gathering takes all ranks to the end
@@ -225,14 +225,14 @@ def write_folder(
     path: Path,
     net: Any,
     tensors: Iterable[tuple[str, Tensor]],
-    told: Mapping[str, Any],
+    run_facts: Mapping[str, Any],
     adapter: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """The folder of a network from its tensors, whole or absent; ``told`` becomes run.json, ``adapter`` a file of its own. It
+    """The folder of a network from its tensors, whole or absent; ``run_facts`` becomes run.json, ``adapter`` a file of its own. It
     replaces a folder at ``path``."""
     waiting, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old.tmp")
     try:
-        _fill(waiting, net, tensors, told)
+        _fill(waiting, net, tensors, run_facts)
         if adapter is not None:
             with naming(waiting / ADAPTER):
                 save_tensors(adapter, waiting / ADAPTER, metadata={"format": "pt"})
@@ -247,7 +247,7 @@ def write_folder(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _fill(waiting: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], told: Mapping[str, Any]) -> None:
+def _fill(waiting: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], run_facts: Mapping[str, Any]) -> None:
     shutil.rmtree(waiting, ignore_errors=True)
     waiting.mkdir(parents=True)
     with naming(waiting / "config.json"):
@@ -284,4 +284,4 @@ def _fill(waiting: Path, net: Any, tensors: Iterable[tuple[str, Tensor]], told: 
         places = {name: final for final, names in zip(finals, held, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         replace_file(waiting / f"{STEM}.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    replace_file(waiting / "run.json", json.dumps(dict(told), indent=1) + "\n")
+    replace_file(waiting / "run.json", json.dumps(dict(run_facts), indent=1) + "\n")

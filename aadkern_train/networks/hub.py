@@ -26,25 +26,25 @@ def hub_folder(path: Path | str, setting: str, parts: Sequence[str] = ("transfor
     ``fetch`` is not.
     """
     path = Path(path)
-    found = ID.fullmatch(path.as_posix())
-    if path.exists() or found is None or Path(path.parts[0]).exists() or path.suffix.lower() in FILES:
+    match = ID.fullmatch(path.as_posix())
+    if path.exists() or match is None or Path(path.parts[0]).exists() or path.suffix.lower() in FILES:
         return path
-    inner = found["inner"] or ""
+    inner = match["inner"] or ""
     parts = (inner,) if inner else parts
     patterns = ["*.json", f"{STEM}*.safetensors", *(f"{part}/*.safetensors" for part in parts)]
     try:
-        folder = _cached(found["repo"], found["revision"], patterns, parts, fetch)
+        folder = _cached(match["repo"], match["revision"], patterns, parts, fetch)
     except Exception as error:  # of huggingface_hub, of the HTTP client that it has, or of the disk
         from huggingface_hub import constants
 
         lines = str(error).strip().splitlines() or [type(error).__name__]
         why = "HF_HUB_OFFLINE is set" if fetch and constants.HF_HUB_OFFLINE else lines[0].rstrip(".:")[:160]
-        revision = f" --revision {found['revision']}" if found["revision"] else ""
+        revision = f" --revision {match['revision']}" if match["revision"] else ""
         include = "".join(f" --include {shlex.quote(pattern)}" for pattern in patterns)
         here = f"{setting} must be a folder or a Hub id: nothing lies at {path}"
         raise FileNotFoundError(
-            f"{here}, and {found['repo']} is not whole in {constants.HF_HUB_CACHE} and could not be fetched ({why}): "
-            f"hf download {found['repo']}{revision}{include}"
+            f"{here}, and {match['repo']} is not whole in {constants.HF_HUB_CACHE} and could not be fetched ({why}): "
+            f"hf download {match['repo']}{revision}{include}"
         ) from None
     return folder / inner
 

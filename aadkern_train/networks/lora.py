@@ -137,8 +137,8 @@ class AdaptedDenoiser(Denoiser):
         them right. Every rank calls it."""
         reshard(self)
         scale = {"lora_A": 1.0, "lora_B": self.base.scale}
-        found = ((name, whole(p.detach()) * scale[name.split(".")[-2]]) for name, p in self.named_parameters())
-        return {PREFIX + name: tensor.cpu() for name, tensor in found}
+        scaled = ((name, whole(p.detach()) * scale[name.split(".")[-2]]) for name, p in self.named_parameters())
+        return {PREFIX + name: tensor.cpu() for name, tensor in scaled}
 
     @torch.no_grad()
     def merged(self) -> Iterator[tuple[str, Tensor]]:
@@ -194,9 +194,9 @@ def targets_of(net: CausalWan, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """
     layers = {n: m for n, m in net.named_modules() if n.startswith("blocks.") and isinstance(m, nn.Linear)}
     named = {target: [n for n in layers if n.endswith(f".{target}")] for target in targets}
-    none = [target for target, found in named.items() if not found]
+    none = [target for target, names in named.items() if not names]
     if none:
         there = sorted({".".join(name.split(".")[2:]) for name in layers})
         raise ValueError(f"models.lora.targets must name linear layers of a block ({', '.join(there)}), got {none[0]!r}")
-    chosen = {name for found in named.values() for name in found}
+    chosen = {name for names in named.values() for name in names}
     return {name: layer for name, layer in layers.items() if name in chosen and layer.weight.requires_grad}

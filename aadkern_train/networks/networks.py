@@ -42,8 +42,8 @@ class Networks:
         is first asked for."""
         trained = None if name is None else self.recipe.trained(name)
         if trained is None:
-            given = self.recipe.models.generator
-            return self._random() if given is None else hub_folder(given, "models.generator")
+            generator = self.recipe.models.generator
+            return self._random() if generator is None else hub_folder(generator, "models.generator")
         own = trained.partition(".")[0] in self.recipe.stages
         return self.folder.weights(trained) if own else hub_folder(trained, "a network")
 
@@ -76,9 +76,9 @@ class Networks:
         fill(denoiser.net, stored)
         return module
 
-    def own(self, made: Callable[[], nn.Module]) -> nn.Module:
+    def own(self, make: Callable[[], nn.Module]) -> nn.Module:
         """A module of a stage's own, with its first weights, sharded."""
-        return shard(made(), self.processes)
+        return shard(make(), self.processes)
 
     def roles(self, starts: Mapping[str, str | None]) -> dict[str, Denoiser]:
         """The networks that a stage trains, by role, each from its source: whole ones, or with ``models.lora`` adapters on one base
@@ -167,8 +167,8 @@ class Networks:
 
     def _teacher_dtype(self) -> torch.dtype | None:
         """What a frozen network is kept in; None: fp32."""
-        told, cuda = self.recipe.models.teacher_dtype, self.processes.device.type == "cuda"
-        return torch.bfloat16 if told == "bf16" or (told == "auto" and cuda) else None
+        dtype, cuda = self.recipe.models.teacher_dtype, self.processes.device.type == "cuda"
+        return torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and cuda) else None
 
     def _check_teacher(self) -> None:
         if self.recipe.models.offload_teacher and self.processes.device.type != "cuda":

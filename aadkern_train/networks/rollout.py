@@ -107,11 +107,11 @@ def rollout(
     sizes = (start.shape[0], start.shape[2:], window, max(layout.chunks))
     empty = partial(new_cache, generator, *sizes, capacity_frames=layout.frames)
     cache = empty()
-    given = 0 if first is None else 1
+    given_chunks = 0 if first is None else 1
     clean = None if first is None else first[:, None]
     made: list[Made] = []
-    for chunk in range(given, len(layout.chunks)):
-        number = chunk - given + 1
+    for chunk in range(given_chunks, len(layout.chunks)):
+        number = chunk - given_chunks + 1
         if clean is not None:
             write_clean(generator, clean, text, cache)
         x = start if number == 1 else noise(number, 0)
@@ -179,8 +179,8 @@ def stream(
     held = condition.first if condition.first is not None else condition.text
     if held is None:
         raise ValueError("condition must have a first frame or a text, it has neither")
-    made = streaming(generator, held.shape[0], frame_shape, window, steps or StepPlan(), condition.text)
-    chunks = made.chunks(lambda number, step: noise(number, step).transpose(1, 2), first_frame=first)
+    generator_stream = streaming(generator, held.shape[0], frame_shape, window, steps or StepPlan(), condition.text)
+    chunks = generator_stream.chunks(lambda number, step: noise(number, step).transpose(1, 2), first_frame=first)
     for _, chunk in zip(sizes, chunks, strict=False):
         yield chunk.transpose(1, 2)
 

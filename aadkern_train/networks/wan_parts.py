@@ -66,15 +66,15 @@ def is_wan(checkpoint: Path) -> bool:
         if checkpoint.suffix.lower() not in (*PICKLES, SINGLE):
             raise ValueError(f"checkpoint must be a Wan folder, {FILES}, a run or its RUN/weights/STAGE, got {checkpoint}")
         return True
-    told = facts(checkpoint)
-    if "recipe" in told:
-        return trained_parts(told) is not None
+    run_facts = facts(checkpoint)
+    if "recipe" in run_facts:
+        return trained_parts(run_facts) is not None
     return any((checkpoint / name).exists() for name in ("model_index.json", "config.json", "transformer"))
 
 
-def trained_parts(told: Mapping[str, Any]) -> Path | None:
+def trained_parts(run_facts: Mapping[str, Any]) -> Path | None:
     """The Wan folder whose latents a run was trained on, by its weights' run.json; None: latents of another kind."""
-    recipe = told.get("recipe")
+    recipe = run_facts.get("recipe")
     data = recipe.get("data") if isinstance(recipe, dict) else None
     parts = data.get("parts") if isinstance(data, dict) else None
     return Path(parts) if isinstance(parts, str) and parts else None
@@ -137,10 +137,10 @@ def _encoders(folder: Path) -> Encoders:
 def _check_fits(config: Mapping[str, Any], encoders: Encoders) -> None:
     channels, width = encoders.channels, encoders.text_dim
     for name in ("in_channels", "out_channels"):
-        found = config.get(name)
-        if found != channels:
+        count = config.get(name)
+        if count != channels:
             raise ValueError(
-                f"transformer must have {name} {channels}, the VAE's, got {found}: a VAE must be its transformer's own, and "
+                f"transformer must have {name} {channels}, the VAE's, got {count}: a VAE must be its transformer's own, and "
                 "image-to-video weights that take the image as more channels cannot stream"
             )
     if config.get("text_dim") != width:

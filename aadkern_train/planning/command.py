@@ -58,16 +58,16 @@ def run_plan(args: argparse.Namespace) -> None:
 
     names, own, rest = _words(args)
     recipe, fixed = _recipe(names, own, rest)
-    told = make_plan(recipe, own, fixed, trace=args.trace)
-    title, assumptions = told["title"], told["assumptions"]
-    print(json.dumps(told, indent=1) if args.json else text(title, told["stages"], told["disk"], assumptions))
+    plan = make_plan(recipe, own, fixed, trace=args.trace)
+    title, assumptions = plan["title"], plan["assumptions"]
+    print(json.dumps(plan, indent=1) if args.json else text(title, plan["stages"], plan["disk"], assumptions))
 
 
 def _words(args: argparse.Namespace) -> tuple[list[str], dict[str, str], list[str]]:
     """The recipe's name, this command's own values, and the recipe's settings."""
     own, rest, names = {}, [], []
-    given = [f"{name}={value}" for name in (*OWN, "sp") if (value := getattr(args, f"own_{name}")) is not None]
-    for word in [*args.words, *given]:
+    own_words = [f"{name}={value}" for name in (*OWN, "sp") if (value := getattr(args, f"own_{name}")) is not None]
+    for word in [*args.words, *own_words]:
         key, equals, value = word.partition("=")
         key = SAME.get(key, key)
         if not equals:

@@ -38,22 +38,22 @@ def text_bytes(clip: Clip) -> float:
 def disk(recipe: Recipe, stages: Sequence[Planned], clip: Clip, machine: Machine, roles: dict[str, str]) -> Disk:
     """Of these stages of a recipe."""
     item = clip_bytes(clip) + text_bytes(clip)
-    told = {f"{SHOWN} prepared clips": SHOWN * item}
+    byte_counts = {f"{SHOWN} prepared clips": SHOWN * item}
     hours = 0.0
     for one in stages:
         pairs = one.work.pairs
         if pairs is None:
             continue
         count = PairSettings().count if pairs.count is None else pairs.count
-        told[f"{one.name}: {count} pairs"] = count * (pairs.levels * clip_bytes(clip) + text_bytes(clip))
+        byte_counts[f"{one.name}: {count} pairs"] = count * (pairs.levels * clip_bytes(clip) + text_bytes(clip))
         teacher = nets(recipe.models.distilled, recipe, clip.sizes, roles).get("teacher")
         hours += 0.0 if teacher is None else count * pairs.steps * pairs.rows * _forward(teacher, clip, machine) / 3600
     states = {one.name: sum(sum(net.state(1).values()) for net in one.nets.values() if net.member.learns) for one in stages}
-    told[f"checkpoints, {recipe.keep_checkpoints} kept and one that is written"] = (recipe.keep_checkpoints + 1) * max(
+    byte_counts[f"checkpoints, {recipe.keep_checkpoints} kept and one that is written"] = (recipe.keep_checkpoints + 1) * max(
         states.values(), default=0.0
     )
-    told["finished weights"] = sum(4.0 * one.nets["generator"].parameters for one in stages)
-    return Disk(told, hours, max((one.settings.steps * one.settings.batch for one in stages), default=0))
+    byte_counts["finished weights"] = sum(4.0 * one.nets["generator"].parameters for one in stages)
+    return Disk(byte_counts, hours, max((one.settings.steps * one.settings.batch for one in stages), default=0))
 
 
 def _forward(net: Net, clip: Clip, machine: Machine) -> float:

@@ -30,8 +30,8 @@ def dry_run(recipe: Recipe, folder: Path, own: Mapping[str, str], *, resume: boo
     gpus = os.environ.get("WORLD_SIZE", str(shared.sequence * shared.replicate))
     words = {"gpus": gpus, **own, "sequence": str(shared.sequence), "replicate": str(shared.replicate)}
     wrong = _wrong(recipe, folder, resume, overwrite)
-    told = make_plan(recipe, words, {"models.keep_gathered", *recipe.stages}, trace=True)
-    print(text(told["title"], told["stages"], told["disk"], told["assumptions"]), flush=True)
+    plan = make_plan(recipe, words, {"models.keep_gathered", *recipe.stages}, trace=True)
+    print(text(plan["title"], plan["stages"], plan["disk"], plan["assumptions"]), flush=True)
     if wrong is not None:
         raise wrong
 

@@ -209,9 +209,9 @@ def flops(one: Pass, net: Net, clip: Clip, checkpointing: str) -> dict[str, floa
         reads = 0 if net.judge is None else 2 * tokens * net.shape.dim**2 * len(net.judge.taps)  # the keys behind each tap
         linear += often * one.rows * (net.shape.linear(tokens, net.depth) + reads)
         attention += often * one.rows * net.shape.attention(area, net.depth)
-    said = net.shape.words(net.depth) + net.shape.levels(clip.layout.frames)
+    conditioning = net.shape.words(net.depth) + net.shape.levels(clip.layout.frames)
     texts = 1.0 if one.gradient == "none" or one.sees != "exits" else len(clip.pieces(one.sees))
-    linear += texts * said * (one.rows if one.role == "teacher" else 1)
+    linear += texts * conditioning * (one.rows if one.role == "teacher" else 1)
     if one.gradient == "none":
         return {"linear": linear, "attention": attention, "attention backward": 0.0}
     recorded = one.sees == "exits" and not one.replay  # in the rollout, which is counted by itself
@@ -226,17 +226,17 @@ def flops(one: Pass, net: Net, clip: Clip, checkpointing: str) -> dict[str, floa
 
 def seconds(passes: Sequence[Pass], nets: Mapping[str, Net], clip: Clip, layout: Layout, machine: Machine) -> dict[str, Parts]:
     """Seconds of a step by pass, and in each by part; and of the optimiser."""
-    told: dict[str, Parts] = {}
+    by_pass: dict[str, Parts] = {}
     for one in passes:
         parts = _seconds(one, nets[one.role], clip, layout, machine)
-        told[one.name] = {part: value * one.times * layout.accumulate for part, value in parts.items()}
+        by_pass[one.name] = {part: value * one.times * layout.accumulate for part, value in parts.items()}
         if layout.keep_gathered and one.sees == "rollout":  # once, and kept for all parts of the batch and their backwards
-            told[one.name]["gather"] += one.times * _gathering(nets[one.role], layout, machine)
+            by_pass[one.name]["gather"] += one.times * _gathering(nets[one.role], layout, machine)
     learning = {one.updates: one.times for one in passes if one.gradient == "weights"}
     steps = sum(48.0 * nets[role].trained / layout.ranks * max(1.0, times) for role, times in learning.items())
     shared = sum(8.0 * nets[role].trained / layout.ranks for role in learning) * (1 - 1 / layout.replicate)
-    told["optimiser"] = {"optimiser": steps / (machine.copy * 1e9), "gather": shared / (layout.network * 1e9)}
-    return told
+    by_pass["optimiser"] = {"optimiser": steps / (machine.copy * 1e9), "gather": shared / (layout.network * 1e9)}
+    return by_pass
 
 
 def _gathering(net: Net, layout: Layout, machine: Machine) -> float:

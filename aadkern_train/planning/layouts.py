@@ -143,17 +143,17 @@ def best_of_stage(
     if rest or not share:
         each = f"{groups} groups of {base.sequence}" if base.sequence > 1 else f"{groups}"
         return f"gpus must share {name}.batch {settings.batch} equally, got {base.gpus}: {each} to give a clip each"
-    found: list[Planned] = []
+    candidates: list[Planned] = []
     for changed in variants(name, recipe, share, fixed):
         if share % changed.accumulate:
             continue
         layout = replace(
             base, clips=share // changed.accumulate, accumulate=changed.accumulate, checkpointing=changed.checkpointing
         )
-        found.append(planned(name, changed, recipe, clip, layout, cluster.machine, roles))
-    if not found:
+        candidates.append(planned(name, changed, recipe, clip, layout, cluster.machine, roles))
+    if not candidates:
         return f"{name}.accumulate must divide the {share} clips that each group of GPUs has, got {settings.accumulate}"
-    return min(found, key=lambda one: (not one.fits, _about(one.total) if one.fits else 0, one.bytes))
+    return min(candidates, key=lambda one: (not one.fits, _about(one.total) if one.fits else 0, one.bytes))
 
 
 def search(
@@ -168,7 +168,7 @@ def search(
         raise ValueError(f"sequence must be at most {n}, the tokens of a frame, got {cluster.sequence}")
     gathered = [recipe.models.keep_gathered] if "models.keep_gathered" in fixed else [False, True]
     reasons: list[str] = []
-    found: list[list[Planned]] = []
+    candidates: list[list[Planned]] = []
     for sequence, replicated in cluster.meshes():
         if sequence > n:
             continue
@@ -177,10 +177,10 @@ def search(
             chosen = [best_of_stage(name, recipe, clip, base, cluster, fixed, roles) for name in stages]
             reasons += [one for one in chosen if isinstance(one, str)]
             whole = [one for one in chosen if isinstance(one, Planned)]
-            found += [whole] if len(whole) == len(stages) else []
-    if not found:
+            candidates += [whole] if len(whole) == len(stages) else []
+    if not candidates:
         raise ValueError(reasons[0])
-    return min(found, key=_cost)
+    return min(candidates, key=_cost)
 
 
 def _cost(whole: list[Planned]) -> tuple[bool, int, float]:

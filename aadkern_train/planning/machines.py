@@ -89,22 +89,22 @@ def known(device: str) -> Machine | None:
 def measured(known: Machine, name: str, files: Iterable[Path]) -> tuple[Machine, str]:
     """The GPU with the rates that the newest results file of its kind holds of our own kernels, each timed behind its check."""
     model = name.upper().removeprefix("RTX")
-    newest, found = "", None
+    newest, measurement = "", None
     for file in files:
         try:
             document = json.loads(file.read_text())
             environment = document["environment"]
             named = model in re.split(r"[\s-]+", environment["device"]["name"]) and environment["device"]["type"] == "cuda"
             if named and environment["date"] > newest and (rates := _rates(document)):
-                newest, found = environment["date"], (file, rates)
+                newest, measurement = environment["date"], (file, rates)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # a results file of another kind, or none
-    if found is None:
+    if measurement is None:
         return known, f"the table of GPUs, none measured here ({known.source})"
-    file, rates = found
-    told = ", ".join(f"{name} {value:.0f}" for name, value in rates.items())
-    told = f"{told} TFLOP/s measured in {file.name} of {newest[:10]}; the rest by the table ({known.source})"
-    return replace(known, **rates), told
+    file, rates = measurement
+    source = ", ".join(f"{name} {value:.0f}" for name, value in rates.items())
+    source = f"{source} TFLOP/s measured in {file.name} of {newest[:10]}; the rest by the table ({known.source})"
+    return replace(known, **rates), source
 
 
 def _rates(document: dict) -> dict[str, float]:

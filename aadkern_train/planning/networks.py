@@ -86,32 +86,32 @@ class Net:
         return 2.0 * running if kept or self.whole else 2.0 * (2 * self.shape.block + self.root)
 
 
-def nets(members: tuple[Member, ...], recipe: Recipe, sizes: Sizes, given: Mapping[str, str]) -> dict[str, Net]:
-    """The networks of a stage by role. ``given``: a size's name or a folder for a role, in place of the recipe's.
+def nets(members: tuple[Member, ...], recipe: Recipe, sizes: Sizes, roles: Mapping[str, str]) -> dict[str, Net]:
+    """The networks of a stage by role. ``roles``: a size's name or a folder for a role, in place of the recipe's.
 
     Raises ValueError, naming the role, for a size or folder that there is none of.
     """
-    made: dict[str, Net] = {}
+    by_role: dict[str, Net] = {}
     for member in members:
-        told = given.get(member.role.replace(" ", "_"), given.get(member.role.split()[0]))
-        shape = shape_of(told, member.role, recipe, sizes) if told else _own(member, recipe, sizes)
+        model = roles.get(member.role.replace(" ", "_"), roles.get(member.role.split()[0]))
+        shape = shape_of(model, member.role, recipe, sizes) if model else _own(member, recipe, sizes)
         judge = Judge(shape, member.taps, member.queries, max(1, member.reads)) if member.taps else None
         if judge is not None and judge.depth > shape.layers:
             raise ValueError(f"layers must be blocks below {shape.layers}, the {member.role}'s, got {list(member.taps)}")
-        made[member.role] = Net(member, shape, judge)
-    return made
+        by_role[member.role] = Net(member, shape, judge)
+    return by_role
 
 
-def shape_of(told: str, role: str, recipe: Recipe, sizes: Sizes) -> Shape:
+def shape_of(model: str, role: str, recipe: Recipe, sizes: Sizes) -> Shape:
     """The shape of a network by the name of a size ("14b"), or of a folder in diffusers' format."""
     known = {name.lower(): size for name, size in SHAPES.items()}
-    if told.lower() in known:
+    if model.lower() in known:
         text_dim = PLAIN_TEXT_DIM if sizes.text is None else sizes.text[1]
         own = {"channels": sizes.frame[0], "patch": recipe.network.patch, "text": sizes.text, "text_dim": text_dim}
-        return Shape(**known[told.lower()], **own)
-    folder = hub_folder(told, role, fetch=False)
+        return Shape(**known[model.lower()], **own)
+    folder = hub_folder(model, role, fetch=False)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{role} must be one of {', '.join(known)} or a folder in diffusers' format, got {told!r}")
+        raise ValueError(f"{role} must be one of {', '.join(known)} or a folder in diffusers' format, got {model!r}")
     return Shape.of_config(transformer_config(folder), sizes.text)
 
 

@@ -34,27 +34,27 @@ def make_plan(recipe: Recipe, own: Mapping[str, str], fixed: Collection[str], tr
     layout = VideoLayout(recipe.chunks, (height // patch) * (width // patch))
     clip = Clip(layout, recipe.view, recipe.given_frames, recipe.steps, sizes)
     roles = {role: own[role] for role in ROLES if role in own}
-    stages, untold = _stages(recipe, own.get("stage"))
-    found = search(recipe, stages, clip, cluster, fixed, roles)
-    told = {one.name: values(one, clip, cluster) | {"words": words(one, recipe)} for one in found}
-    kept = disk(recipe, found, clip, gpu, roles)
-    assumptions = [f"GPU rates: {source}", *sized, *untold, *_shapes(recipe, roles), *_always(found, cluster)]
+    stages, left_out = _stages(recipe, own.get("stage"))
+    planned = search(recipe, stages, clip, cluster, fixed, roles)
+    stage_values = {one.name: values(one, clip, cluster) | {"words": words(one, recipe)} for one in planned}
+    kept = disk(recipe, planned, clip, gpu, roles)
+    assumptions = [f"GPU rates: {source}", *sized, *left_out, *_shapes(recipe, roles), *_always(planned, cluster)]
     if trace:
         from aadkern_train.planning.trace import trace as traced
 
-        for one in found:
-            told[one.name]["trace"] = traced_values(traced(one, recipe, clip))
-    worst = max(found, key=lambda one: one.bytes).name
-    shape = f"sequence {found[0].layout.sequence}, replicate {found[0].layout.replicate}"
+        for one in planned:
+            stage_values[one.name]["trace"] = traced_values(traced(one, recipe, clip))
+    worst = max(planned, key=lambda one: one.bytes).name
+    shape = f"sequence {planned[0].layout.sequence}, replicate {planned[0].layout.replicate}"
     return {
         "title": f"{recipe.recipe} on {cluster.gpus} x {gpu.name} ({shape}): clips {_clip(clip)}",
         "recipe": recipe.recipe,
         "gpu": gpu.name,
         "stage": worst,
-        **told[worst],
-        "fits": all(one.fits for one in found),
-        "stages": told,
-        "hours": round(sum(one.total for one in found) / 3600, 3),
+        **stage_values[worst],
+        "fits": all(one.fits for one in planned),
+        "stages": stage_values,
+        "hours": round(sum(one.total for one in planned) / 3600, 3),
         "disk": {
             "gigabytes": {what: round(count / 1e9, 3) for what, count in kept.bytes.items()},
             "pair_gpu_hours": round(kept.pair_hours, 1),
@@ -111,15 +111,15 @@ def _sizes(recipe: Recipe, size: str | None) -> tuple[Sizes, list[str]]:
 
 
 def _shapes(recipe: Recipe, roles: Mapping[str, str]) -> list[str]:
-    network, named = recipe.network, [f"{role} {told}" for role, told in roles.items()]
+    network, named = recipe.network, [f"{role} {model}" for role, model in roles.items()]
     shape = f"{network.layers} blocks of {network.heads} x {network.head_dim}, ffn {network.ffn}"
     if recipe.models.generator == "":
         named.append(f"every network whose folder is not named: {shape}, as the recipe states")
     return ["shapes: " + "; ".join(named)] if named else []
 
 
-def _always(found: list[Planned], cluster: Cluster) -> list[str]:
-    first = found[0].layout
+def _always(planned: list[Planned], cluster: Cluster) -> list[str]:
+    first = planned[0].layout
     lines = [
         f"{100 * RESERVE:.0f} % of the GPU's memory is left free for the allocator, CUDA and NCCL; no stage was run to check this",
         "activations by multiples fitted to a trace with plain operators; fused ones keep less; bf16 compute, fp32 states",

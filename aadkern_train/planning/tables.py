@@ -44,23 +44,23 @@ def values(one: Planned, clip: Clip, cluster: Cluster) -> dict[str, Any]:
 def words(one: Planned, recipe: Recipe) -> list[str]:
     """What the plan chose otherwise than the recipe, as words for ``aad train``."""
     changed = differences(recipe.stages[one.name].model_dump(mode="json"), one.settings.model_dump(mode="json"))
-    told = [f"{one.name}.{key}={value}" for key, (_, value) in changed.items()]
-    told += ["models.keep_gathered=true"] if one.layout.keep_gathered > recipe.models.keep_gathered else []
+    overrides = [f"{one.name}.{key}={value}" for key, (_, value) in changed.items()]
+    overrides += ["models.keep_gathered=true"] if one.layout.keep_gathered > recipe.models.keep_gathered else []
     shared = {"sequence": one.layout.sequence, "replicate": one.layout.replicate}
-    return told + [f"parallel.{key}={value}" for key, value in shared.items() if value != getattr(recipe.parallel, key)]
+    return overrides + [f"parallel.{key}={value}" for key, value in shared.items() if value != getattr(recipe.parallel, key)]
 
 
-def traced_values(told: dict[str, float]) -> dict[str, float]:
+def traced_values(trace: dict[str, float]) -> dict[str, float]:
     """A trace as plain values: GiB, and the seconds that it took."""
-    return {f"{key}_gib": _digits(count / GIB) for key, count in told.items() if key != "seconds"} | {
-        "seconds": round(told["seconds"], 1)
+    return {f"{key}_gib": _digits(count / GIB) for key, count in trace.items() if key != "seconds"} | {
+        "seconds": round(trace["seconds"], 1)
     }
 
 
 def layout_values(one: Planned) -> dict[str, Any]:
     """How the stage lies on the GPUs, in the names of settings."""
     layout, settings = one.layout, one.settings
-    told = {
+    layout_settings = {
         "gpus": layout.gpus,
         "replicate": layout.replicate,
         "shard": layout.ranks // layout.sequence,
@@ -72,13 +72,13 @@ def layout_values(one: Planned) -> dict[str, Any]:
         "checkpointing": layout.checkpointing,
         "replay": settings.replay,
     }
-    return told | ({"views": settings.views} if hasattr(settings, "views") else {})
+    return layout_settings | ({"views": settings.views} if hasattr(settings, "views") else {})
 
 
-def text(title: str, told: dict[str, dict[str, Any]], disk: dict[str, Any], assumptions: list[str]) -> str:
+def text(title: str, stages: dict[str, dict[str, Any]], disk: dict[str, Any], assumptions: list[str]) -> str:
     """All stages' plans for a terminal."""
     lines = [title]
-    for name, stage in told.items():
+    for name, stage in stages.items():
         lines += ["", *_stage(name, stage)]
     lines += ["", "On disk, GB"]
     lines += [f"  {what:<44}{gb:>10,.1f}" for what, gb in disk["gigabytes"].items()]
@@ -108,10 +108,10 @@ def _stage(name: str, stage: dict[str, Any]) -> list[str]:
     hours = f"{stage['steps']} steps: {_shown(stage['hours'])} hours at {100 * stage['share_of_peak']:.0f} % of the peak"
     lines += [f"  seconds of a step: {of}", f"  {hours}"]
     if "trace" in stage:
-        told = {key: _shown(value) for key, value in stage["trace"].items()}
+        trace = {key: _shown(value) for key, value in stage["trace"].items()}
         lines.append(
-            f"  traced, a step of at most two parts: {told['peak_gib']} GiB ({told['state_gib']} before it), by the formulas "
-            f"{told['formula_gib']}; {told['seconds']} s"
+            f"  traced, a step of at most two parts: {trace['peak_gib']} GiB ({trace['state_gib']} before it), by the formulas "
+            f"{trace['formula_gib']}; {trace['seconds']} s"
         )
     return lines
 

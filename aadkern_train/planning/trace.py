@@ -113,9 +113,9 @@ class TracedNetworks(Networks):
         held._apply(lambda t: torch.empty_like(t, device="cpu"))
         return module
 
-    def own(self, made: Callable[[], nn.Module]) -> nn.Module:
+    def own(self, make: Callable[[], nn.Module]) -> nn.Module:
         with unset_fake_temporarily(), torch.device("meta"):
-            module = shard(made(), replace(self.processes, device=torch.device("meta")), bf16=True)
+            module = shard(make(), replace(self.processes, device=torch.device("meta")), bf16=True)
         return module._apply(lambda t: torch.empty_like(t, device="cpu"))
 
 
@@ -150,7 +150,7 @@ def trace(one: Planned, recipe: Recipe, clip: Clip) -> dict[str, float]:
     batch = layout.clips * parts * layout.ranks // layout.sequence
     settings = one.settings.model_copy(update={"batch": batch, "accumulate": parts})
     cut = replace(layout, replicate=1, gpus=layout.ranks, accumulate=parts)
-    told = sum(peak(memory(settings.work(recipe) or one.work, one.nets, clip, cut))[1].values())
+    formula = sum(peak(memory(settings.work(recipe) or one.work, one.nets, clip, cut))[1].values())
     least = max([2, *(len(net.member.taps) for net in one.nets.values())])
     traced = {depth: min(least, depth) for depth in {net.blocks for net in one.nets.values()}}
     few = _held(one, settings, recipe, clip, traced)
@@ -160,7 +160,7 @@ def trace(one: Planned, recipe: Recipe, clip: Clip) -> dict[str, float]:
             more = _held(one, settings, recipe, clip, {**traced, depth: blocks + 1})
             held = {place: size + (depth - blocks) * (more.get(place, 0) - few.get(place, 0)) for place, size in held.items()}
     state = held.pop(BEFORE)
-    return {"state": state, "peak": max(held.values()), "formula": told, "seconds": time.monotonic() - began}
+    return {"state": state, "peak": max(held.values()), "formula": formula, "seconds": time.monotonic() - began}
 
 
 def _held(one: Planned, settings: StageSettings, recipe: Recipe, clip: Clip, blocks: Mapping[int, int]) -> dict[str, float]:

@@ -45,14 +45,14 @@ def run_prepare(args: argparse.Namespace) -> None:
     from aadkern_train.prepared.prepare import prepare
     from aadkern_train.prepared.settings import PrepareSettings
 
-    given: dict[str, Any] = {name: getattr(args, name) for name in PLAIN if getattr(args, name) is not None}
+    options: dict[str, Any] = {name: getattr(args, name) for name in PLAIN if getattr(args, name) is not None}
     if args.size is not None:
-        given["size"] = rows_and_columns(args.size)
+        options["size"] = rows_and_columns(args.size)
     if args.part is not None:
-        given["part"] = two_numbers(args.part, "/", "part must be i/n, say 2/8")
+        options["part"] = two_numbers(args.part, "/", "part must be i/n, say 2/8")
     if args.columns is not None:
-        given["columns"] = _columns(args.columns)
-    prepare(args.source, args.out, args.wan, PrepareSettings(**given, strict=args.strict))
+        options["columns"] = _columns(args.columns)
+    prepare(args.source, args.out, args.wan, PrepareSettings(**options, strict=args.strict))
 
 
 def add_pairs(commands: Any) -> None:
@@ -85,18 +85,20 @@ def run_pairs(args: argparse.Namespace) -> None:
     from aadkern_train.prepared.pairs import PairSettings, make_pairs
 
     names = ("count", "steps", "shift", "guidance", "null", "seed", "frames")
-    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.levels is not None:
         try:
-            given["levels"] = tuple(float(word) for word in args.levels.split(","))
+            options["levels"] = tuple(float(word) for word in args.levels.split(","))
         except ValueError:
             raise ValueError(f"levels must be numbers, say 1,0.8333, got {args.levels!r}") from None
     if args.size is not None:
-        given["size"] = rows_and_columns(args.size)
+        options["size"] = rows_and_columns(args.size)
     part = (1, 1) if args.part is None else two_numbers(args.part, "/", "part must be i/n, say 2/8")
-    made = make_pairs(args.wan, args.prompts, args.out, PairSettings(**given), part=part, device=args.device)
+    pairs = make_pairs(args.wan, args.prompts, args.out, PairSettings(**options), part=part, device=args.device)
     print(
-        f"{args.out}: {len(made.items)} pairs" if made else f"{args.out}: this part is finished, shards of other parts are missing"
+        f"{args.out}: {len(pairs.items)} pairs"
+        if pairs
+        else f"{args.out}: this part is finished, shards of other parts are missing"
     )
 
 

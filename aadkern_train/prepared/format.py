@@ -58,7 +58,7 @@ class Prepared:
         self.kind: str = self.header["kind"]
         items: list[Item] = []
         skipped: list[dict[str, Any]] = []
-        told = hashlib.blake2b((folder / "dataset.json").read_bytes(), digest_size=16)
+        fingerprint = hashlib.blake2b((folder / "dataset.json").read_bytes(), digest_size=16)
         count = self.header["shards"]
         missing = [shard for shard in range(count) if not layout.lines(folder, shard).is_file()]
         if missing:
@@ -74,7 +74,7 @@ class Prepared:
         for shard in range(count):
             file = layout.lines(folder, shard)
             content = file.read_bytes()
-            told.update(b"%d %d " % (shard, len(content)) + content)
+            fingerprint.update(b"%d %d " % (shard, len(content)) + content)
             for record in layout.records(file, content, self.kind):
                 if record["id"] in seen and record["ok"]:
                     raise ValueError(f"{file} must hold new items, {record['id']!r} is in {seen[record['id']]} already")
@@ -86,7 +86,7 @@ class Prepared:
                 else:
                     skipped.append(record)
         self.items, self.skipped = tuple(items), tuple(skipped)
-        self.fingerprint = told.hexdigest()
+        self.fingerprint = fingerprint.hexdigest()
         self._files: dict[Path, TensorFile] = {}
         self._verified: set[tuple[str, str]] = set()
 
@@ -138,10 +138,10 @@ class Prepared:
         return file.read(item.id, frames, axis)
 
     def _check(self, item: Item, what: str, tensor: Tensor) -> None:
-        found, wanted = crc32(tensor), item.record["crc32"][what]
-        if found != wanted:
+        checksum, recorded = crc32(tensor), item.record["crc32"][what]
+        if checksum != recorded:
             raise ValueError(
-                f"item {item.id!r} of shard {item.shard} is damaged: the crc32 of its {what} is {found}, and was {wanted}; "
+                f"item {item.id!r} of shard {item.shard} is damaged: the crc32 of its {what} is {checksum}, and was {recorded}; "
                 + self._remake(layout.lines(self.folder, item.shard))
             )
 
@@ -181,18 +181,18 @@ class Writer:
         file = self.folder / "dataset.json"
         if not file.exists():
             with own_path(file) as waiting:
-                told = json.dumps(self.header, ensure_ascii=False, indent=1, sort_keys=True)
-                waiting.write_bytes(f"{told}\n".encode("utf-8", "backslashreplace"))
+                text = json.dumps(self.header, ensure_ascii=False, indent=1, sort_keys=True)
+                waiting.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))
         self._agree()
         clear_leftovers(self.folder)
 
     def _agree(self) -> None:
         """Raises ValueError where dataset.json says something else, as after a job with other settings that began just now."""
         file = self.folder / "dataset.json"
-        found = layout.read_header(self.folder)
-        for key in sorted({*found, *self.header}):
-            if found.get(key) != self.header.get(key):
-                had, got = _short(found.get(key)), _short(self.header.get(key))
+        stored = layout.read_header(self.folder)
+        for key in sorted({*stored, *self.header}):
+            if stored.get(key) != self.header.get(key):
+                had, got = _short(stored.get(key)), _short(self.header.get(key))
                 raise ValueError(f"{key} must be {had}, as {file} says, got {got}: name another folder, or go on as it was begun")
 
     def done(self, shard: int) -> bool:

@@ -40,8 +40,8 @@ def tensors(folder: Path, shard: int, what: str) -> Path:
 
 def place(path: Path) -> float:
     """A file's shard; infinite for one that is named otherwise."""
-    found = re.fullmatch(r"shard-(\d{5,})\.jsonl", path.name)
-    return int(found[1]) if found else float("inf")
+    match = re.fullmatch(r"shard-(\d{5,})\.jsonl", path.name)
+    return int(match[1]) if match else float("inf")
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -78,17 +78,17 @@ def check_header(header: dict[str, Any], name: str) -> None:
 
 def records(file: Path, content: bytes, kind: str) -> list[dict[str, Any]]:
     """A shard's lines, checked. Raises ValueError, naming file and line."""
-    found = []
+    parsed = []
     for number, line in enumerate(content.decode("utf-8", "replace").split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} must hold JSON lines, line {number} is none: {error}") from None
         check_record(record, kind, f"{file}, line {number},")
-        found.append(record)
+        parsed.append(record)
     if content and not content.endswith(b"\n"):
         raise ValueError(f"{file} must end with a whole line, and is cut off")
-    return found
+    return parsed
 
 
 def check_record(record: Any, kind: str, name: str) -> None:

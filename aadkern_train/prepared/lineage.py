@@ -29,8 +29,8 @@ def prompts(path: Path) -> Iterator[tuple[str, str]]:
         prefix = "" if folder == path else f"{folder.name}/"
         with _opened(folder) as environment, environment.begin() as held:
             for row in range(_shape(held, folder)[0]):
-                told = held.get(f"prompts_{row}_data".encode())
-                yield f"{prefix}{row:08d}", "" if told is None else bytes(told).decode("utf-8", "surrogateescape")
+                prompt = held.get(f"prompts_{row}_data".encode())
+                yield f"{prefix}{row:08d}", "" if prompt is None else bytes(prompt).decode("utf-8", "surrogateescape")
 
 
 class Rows:
@@ -70,11 +70,11 @@ def _opened(folder: Path) -> Any:
 
 
 def _shape(held: Any, folder: Path) -> tuple[int, ...]:
-    told = bytes(held.get(b"latents_shape") or b"").decode("ascii", "replace")
-    shape = tuple(int(word) if word.isdecimal() else 0 for word in told.split())
+    shape_text = bytes(held.get(b"latents_shape") or b"").decode("ascii", "replace")
+    shape = tuple(int(word) if word.isdecimal() else 0 for word in shape_text.split())
     if len(shape) == 6 and shape[1] == 1:
         shape = (shape[0], *shape[2:])
     if len(shape) != 5 or 0 in shape:
         pairs = ": pairs of a teacher's steps, which `aad pairs` makes anew" if len(shape) == 6 else ""
-        raise ValueError(f"source must hold clips, latents_shape N F C H W, {folder} has {told or 'none'!r}{pairs}")
+        raise ValueError(f"source must hold clips, latents_shape N F C H W, {folder} has {shape_text or 'none'!r}{pairs}")
     return shape

@@ -46,14 +46,14 @@ def prepare(source: Path, out: Path, wan: Path, settings: PrepareSettings | None
         raise ValueError("preparing needs transformers: pip install 'aadkern[wan]'")
     encoders = find_encoders(hub_folder(wan, "wan", ENCODERS))
     settings.check_size(encoders)
-    found = read_source(source, settings.columns, settings.clips_per_video, settings.limit)
-    rows = None if found.lmdb is None else _rows(found.lmdb, encoders)
+    listing = read_source(source, settings.columns, settings.clips_per_video, settings.limit)
+    rows = None if listing.lmdb is None else _rows(listing.lmdb, encoders)
     if settings.strict:
-        for entry in found.entries:
+        for entry in listing.entries:
             _refuse(entry, entry.problem)
     text_dtype = settings.text_dtype or ("bf16" if device.type == "cuda" else "fp32")
-    writer = Writer(out, header(settings, encoders, found, text_dtype, rows))
-    job = Job(settings, encoders, found, rows, writer, device, TORCH_DTYPES[text_dtype])
+    writer = Writer(out, header(settings, encoders, listing, text_dtype, rows))
+    job = Job(settings, encoders, listing, rows, writer, device, TORCH_DTYPES[text_dtype])
     job.tell_size()
     job.run()
     text, good = summary(out, writer.header, job.shards)
@@ -160,15 +160,15 @@ class Job:
         done = 0
         with Progress("texts", sum(count for _, count in missing)) as progress:
             for shard, _ in missing:
-                made: dict[str, Tensor] = {}
+                texts: dict[str, Tensor] = {}
                 same: dict[tuple[int, ...], Tensor] = {}  # the clips of a video have one caption
                 for name, (ids, _) in self._tokens(shard).items():
                     key = tuple(ids)
                     same[key] = same[key] if key in same else text(ids)
-                    made[name] = same[key].clone()
+                    texts[name] = same[key].clone()
                     done += 1
                     progress.update(done)
-                self.writer.write_texts(shard, made)
+                self.writer.write_texts(shard, texts)
 
     def _record(
         self,
@@ -179,31 +179,31 @@ class Job:
         vae: Any,
     ) -> dict[str, Any]:
         """An item's line; its latents go to ``latents``."""
-        told: dict[str, Any] = {"id": entry.id, "caption": entry.caption, "source": entry.source}
+        line: dict[str, Any] = {"id": entry.id, "caption": entry.caption, "source": entry.source}
         problem, more = entry.problem, {}
         if not problem and not texts[entry.id].isfinite().all():
             problem = "text not finite"
         if not problem and self.source.kind == "clips":
             try:
-                made, more = self._latents(entry, vae)
-                latents[entry.id] = made
+                item_latents, more = self._latents(entry, vae)
+                latents[entry.id] = item_latents
             except BadItem as reason:
                 problem = str(reason)
         if problem:
             _refuse(entry, problem if self.settings.strict else "")
-            return {**told, "ok": False, "reason": problem}
+            return {**line, "ok": False, "reason": problem}
         cut = {"cut": True} if tokens[entry.id][1] else {}
-        return {**told, "ok": True, "split": split_of(entry.group), **more, **cut}
+        return {**line, "ok": True, "split": split_of(entry.group), **more, **cut}
 
     def _latents(self, entry: Entry, vae: Any) -> tuple[Tensor, dict[str, Any]]:
         """fp16 [F, C, H, W] and what to tell of them. Raises BadItem."""
-        told: dict[str, Any] = {}
+        facts: dict[str, Any] = {}
         try:
             if self.rows is not None:
                 assert entry.row is not None
                 latents = self.rows.latents(entry.row).float()
             else:
-                frames, told = self._frames(entry)
+                frames, facts = self._frames(entry)
         except ValueError as error:
             raise BadItem(str(error)) from error
         if self.rows is None:
@@ -215,15 +215,15 @@ class Job:
         largest = float(latents.abs().max())
         if not largest <= LARGEST:  # of a NaN too
             raise BadItem(f"latents out of range: {largest:g} in size, of at most {LARGEST:g}")
-        made = latents.half().cpu()
-        moments = {"mean": round(float(made.double().mean()), 4), "std": round(float(made.double().std()), 4)}
-        return made, {**told, **moments}
+        half = latents.half().cpu()
+        moments = {"mean": round(float(half.double().mean()), 4), "std": round(float(half.double().std()), 4)}
+        return half, {**facts, **moments}
 
     def _frames(self, entry: Entry) -> tuple[Tensor, dict[str, Any]]:
         settings, file = self.settings, entry.file
         assert file is not None
         if entry.image:
-            frames, told = videos.read_picture(file, settings.size), {}
+            frames, facts = videos.read_picture(file, settings.size), {}
         else:
             start = entry.start
             if settings.clips_per_video > 1:
@@ -231,10 +231,10 @@ class Job:
                 span = settings.frames / settings.fps
                 start = videos.clip_start(file, entry.clip, settings.clips_per_video, span, start, entry.end, draw)
             frames = videos.read_frames(file, settings.size, settings.fps, settings.frames, start, entry.end)
-            told = {"start": round(start, 6), **({"still": True} if videos.still(frames) else {})}
+            facts = {"start": round(start, 6), **({"still": True} if videos.still(frames) else {})}
         if videos.blank(frames):
             raise ValueError("blank: its pixels vary by less than 1 of 255")
-        return frames, told
+        return frames, facts
 
 
 def exactly(device: torch.device) -> contextlib.AbstractContextManager[None]:

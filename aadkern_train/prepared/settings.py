@@ -70,7 +70,7 @@ def header(
     settings: PrepareSettings, encoders: Encoders, source: Source, text_dtype: str, rows: lineage.Rows | None
 ) -> dict[str, Any]:
     """What dataset.json says; every job of a data set must say the same. Reads the weights, to tell which they are."""
-    told: dict[str, Any] = {
+    common: dict[str, Any] = {
         "kind": source.kind,
         "shards": math.ceil(len(source.entries) / settings.per_shard),
         "per_shard": settings.per_shard,
@@ -82,15 +82,15 @@ def header(
         "null": {name: prompt for prompt, name in NULLS.items()},
     }
     if source.kind == "prompts":
-        return told
+        return common
     vae = {"channels": encoders.channels, "vae_config": read_json(encoders.vae / "config.json"), "vae": digest(encoders.vae)}
     vae["vae_config"].pop("_name_or_path", None)
     if rows is not None:
-        return {**told, **vae, "buckets": sorted({(shape[1], *shape[3:]) for shape in rows.shapes.values()})}
+        return {**common, **vae, "buckets": sorted({(shape[1], *shape[3:]) for shape in rows.shapes.values()})}
     frames, rows, columns = settings.bucket(encoders)
     buckets = {(1 if entry.image else frames, rows, columns) for entry in source.entries}
     return {
-        **told,
+        **common,
         **vae,
         "size": list(settings.size),
         "frames": settings.frames,
@@ -103,12 +103,12 @@ def header(
 def digest(folder: Path, *names: str) -> str:
     """The hash of a part's weights, or of the files named. The parts of one folder, copied, have one."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    made = hashlib.blake2b(digest_size=16)
+    checksum = hashlib.blake2b(digest_size=16)
     for file in [folder / name for name in names] or weights:
         with file.open("rb") as content:
             while block := content.read(BLOCK):
-                made.update(block)
-    return made.hexdigest()
+                checksum.update(block)
+    return checksum.hexdigest()
 
 
 def estimate(source: Source, encoders: Encoders, settings: PrepareSettings, rows: lineage.Rows | None) -> float:

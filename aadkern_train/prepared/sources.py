@@ -80,10 +80,10 @@ def read_source(path: Path, columns: Mapping[str, str] | None = None, clips_per_
         kind, entries = "prompts", _prompts(path)
     else:
         raise ValueError(f"source must be a folder, .jsonl, .csv or .txt, got {path}")
-    found = list(_checked(_clips(entries, clips_per_video) if kind == "clips" and lmdb is None else entries))
-    if not found:
+    checked = list(_checked(_clips(entries, clips_per_video) if kind == "clips" and lmdb is None else entries))
+    if not checked:
         raise ValueError(f"source must hold something to prepare, {path} holds nothing")
-    return Source(kind, tuple(found[:limit]), lmdb)
+    return Source(kind, tuple(checked[:limit]), lmdb)
 
 
 def _checked(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -125,13 +125,13 @@ def _folder(path: Path) -> Iterator[Entry]:
         looked = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
         raise ValueError(f"source must hold videos with captions, found none in {path} or below (looked for {looked})")
     for file in files:
-        told, caption, problem = file.with_suffix(".txt"), "", ""
+        caption_file, caption, problem = file.with_suffix(".txt"), "", ""
         try:
-            caption = told.read_text(encoding="utf-8-sig")
+            caption = caption_file.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
-            problem = f"no caption: {told.name} is missing"
+            problem = f"no caption: {caption_file.name} is missing"
         except (OSError, UnicodeDecodeError) as error:
-            problem = f"unreadable caption: {told.name}, {error}"
+            problem = f"unreadable caption: {caption_file.name}, {error}"
         name = file.relative_to(path)
         yield Entry(name.with_suffix("").as_posix(), caption.strip(), name.as_posix(), file, problem=problem)
 
@@ -208,8 +208,8 @@ def _row(folder: Path, number: int, row: dict[Any, Any], names: Mapping[str, str
     name = values["id"]
     if name is None:
         at = f"@{start:g}" if start else ""
-        made = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-        name = f"{source}{at}" if source else (made if caption else f"line {number}")
+        caption_digest = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+        name = f"{source}{at}" if source else (caption_digest if caption else f"line {number}")
     file = folder / source if source else None
     return Entry(str(name), caption.strip(), source, file, named == ["image"], start, end, problem=problem)
 

@@ -24,19 +24,19 @@ def read_frames(path: Path, size: tuple[int, int], fps: float, frames: int, star
     Raises ValueError, as "sort: detail", where they cannot be had: the file cannot be read, has fewer frames a second, is too
     short, or has a gap.
     """
-    made: list[np.ndarray] = []
+    pictures: list[np.ndarray] = []
     times: list[float] = []
     for time, picture in _span(path, size, fps, start, end):
         times.append(time)
-        made.append(picture)
-        if len(made) == frames:
+        pictures.append(picture)
+        if len(pictures) == frames:
             break
-    if len(made) < frames:
-        raise ValueError(f"too short: {len(made)} frames at {fps:g} a second, of {frames}")
+    if len(pictures) < frames:
+        raise ValueError(f"too short: {len(pictures)} frames at {fps:g} a second, of {frames}")
     lasted, wanted = times[-1] - times[0], (frames - 1) / fps
     if lasted > wanted * (1 + RATE_SLACK) + 1 / fps:
         raise ValueError(f"uneven times: {frames} frames take {lasted:.2f} s, not {wanted:.2f} s")
-    return torch.from_numpy(np.stack(made))
+    return torch.from_numpy(np.stack(pictures))
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
@@ -54,8 +54,8 @@ def clip_start(path: Path, clip: int, count: int, span: float, start: float, end
     Raises ValueError where the video has no room for it, or does not tell how long it is.
     """
     with _opened(path) as (container, stream):
-        told = [stream.duration and float(stream.duration * stream.time_base), container.duration and container.duration / 1e6]
-    length = next((seconds for seconds in told if seconds), None)
+        lengths = [stream.duration and float(stream.duration * stream.time_base), container.duration and container.duration / 1e6]
+    length = next((seconds for seconds in lengths if seconds), None)
     if length is None:
         raise ValueError("unknown length: the file does not tell it, and so gives one clip alone")
     length = (length if end is None else min(end, length)) - start

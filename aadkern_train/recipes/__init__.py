@@ -140,8 +140,8 @@ def show(recipe: Recipe) -> str:
     """The settings as YAML, with the origin of each figure of which it is known."""
     origins = {_full(key, recipe): origin for key, origin in ORIGINS.get(recipe.recipe, {}).items()}
     base = RECIPES.get(recipe.recipe)  # a word may have called it otherwise
-    made = differences(base().model_dump(mode="json"), recipe.model_dump(mode="json")) if base is not None else {}
-    origins |= {key: "set here" for key in made}
+    changes = differences(base().model_dump(mode="json"), recipe.model_dump(mode="json")) if base is not None else {}
+    origins |= {key: "set here" for key in changes}
     lines: list[str] = []
 
     def add(values: dict[str, Any], path: str, indent: str) -> None:

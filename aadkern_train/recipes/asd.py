@@ -40,8 +40,8 @@ def digits_asd() -> Recipe:
 
 def wan_t2v_1_3b_asd() -> Recipe:
     """The paper's setting: Wan2.1-T2V-1.3B, Self-Forcing's training with a discriminator among the student's own steps."""
-    given = networks_of("1.3B")
-    given["network"] = given["network"].model_copy(update={"rope": "absolute"})
+    networks = networks_of("1.3B")
+    networks["network"] = networks["network"].model_copy(update={"rope": "absolute"})
     return Recipe(
         recipe="wan_t2v_1.3b_asd",
         task="t2v",
@@ -69,7 +69,7 @@ def wan_t2v_1_3b_asd() -> Recipe:
         validation=ValidationSettings(every=20),
         checkpoint_every=20,
         keep_checkpoints=1,
-        **given,
+        **networks,
     )
 
 

@@ -25,15 +25,15 @@ def compared(run: RunRecord, name: str, other: str, long: bool) -> list[Row]:
     """The measures that both stages have, in order; empty if either was not measured at that length."""
     stages, references = run.rows(long)
     mine, theirs, real = stages.get(name, {}), stages.get(other, {}), references.get("real", {})
-    found = []
+    rows = []
     for key in run.measures.in_order(mine.keys() & theirs.keys()):
         everyone = [run.measures.rounded(key, row[key]) for row in (*stages.values(), real) if key in row]
         costs = [run.measures.cost(key, value, real.get(key)) for value in (mine[key], theirs[key])]
         away = abs(costs[0] - costs[1]) if costs[0] is not None and costs[1] is not None else 0.0
         size = round(away / ((max(everyone) - min(everyone)) or 1.0), 6)  # equal sizes keep the order of the run
         verdict = run.measures.verdict(key, mine[key], theirs[key], real.get(key))
-        found.append(Row(key, mine[key], theirs[key], real.get(key), verdict, size))
-    return found
+        rows.append(Row(key, mine[key], theirs[key], real.get(key), verdict, size))
+    return rows
 
 
 def judged(rows: Sequence[Row], verdict: str) -> list[Row]:

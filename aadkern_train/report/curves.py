@@ -63,11 +63,11 @@ def _groups(fields: dict[str, list[Point]]) -> list[tuple[str, list[tuple[str, l
 
 def lanes(run: RunRecord, measured: Measured) -> list[Lane]:
     """The measured stages in order, those that started from the same stage or folder together."""
-    found: dict[str, Lane] = {}
+    groups: dict[str, Lane] = {}
     for name, stage in run.stages.items():
         if any(values for _, values in measured.get(name, [])):
-            found.setdefault(f"from {stage.start}" if stage.start else f"own {name}", []).append(name)
-    return list(found.values())
+            groups.setdefault(f"from {stage.start}" if stage.start else f"own {name}", []).append(name)
+    return list(groups.values())
 
 
 def metric_charts(run: RunRecord, long: bool) -> str:
@@ -76,19 +76,19 @@ def metric_charts(run: RunRecord, long: bool) -> str:
     Each lane has a stretch of the axis of its own, all equally wide, from step 0 to its last.
     """
     measured = {s: [(step, after if long else short) for step, short, after in rows] for s, rows in run.evaluations.items()}
-    found = lanes(run, measured)
-    if not any(sum(bool(values) for _, values in measured[name]) > 1 for lane in found for name in lane):
+    stretches = lanes(run, measured)
+    if not any(sum(bool(values) for _, values in measured[name]) > 1 for lane in stretches for name in lane):
         return ""
     references = {name: row for name, row in run.rows(long)[1].items() if name != "static"}
-    ends = [max(step for name in lane for step, values in measured[name] if values) or 1.0 for lane in found]
-    bands = [Band(i, i + 1, _band(run, lane, len(found))) for i, lane in enumerate(found)]
+    ends = [max(step for name in lane for step, values in measured[name] if values) or 1.0 for lane in stretches]
+    bands = [Band(i, i + 1, _band(run, lane, len(stretches))) for i, lane in enumerate(stretches)]
     ticks = [(0.0, "0")]
     ticks += [(i + share, f"{share * end:.0f}") for i, end in enumerate(ends) for share in (0.5, 1.0)]
     charts, names = [], dict[tuple[str, str, bool], None]()
-    for key in run.measures.in_order(key for lane in found for name in lane for _, values in measured[name] for key in values):
+    for key in run.measures.in_order(key for lane in stretches for name in lane for _, values in measured[name] for key in values):
         series = [
             Series(run.label(name), _points(measured[name], key, i, ends[i]), run.colour(name), name in controls(run))
-            for i, lane in enumerate(found)
+            for i, lane in enumerate(stretches)
             for name in lane
         ]
         levels = [(run.label(name), row[key], run.colour(name)) for name, row in references.items() if key in row]
@@ -137,9 +137,9 @@ def segment_charts(run: RunRecord, long: bool) -> str:
 
 def steering_chart(run: RunRecord) -> str:
     """How streams follow a caption that changes on the way, chunk by chunk, in each way of going on; "" where that is absent."""
-    told = mapping(run.metrics.get("steering"))
+    steering = mapping(run.metrics.get("steering"))
     ways = {}
-    for way, values in mapping(told.get("ways")).items():
+    for way, values in mapping(steering.get("ways")).items():
         points = [
             (i + 1.0, y) for i, value in enumerate(values if isinstance(values, list) else []) if (y := number(value)) is not None
         ]
@@ -147,13 +147,13 @@ def steering_chart(run: RunRecord) -> str:
             ways[str(way)] = points
     if not ways:
         return ""
-    key = told.get("metric")
+    key = steering.get("metric")
     measure = run.measures[key].name if isinstance(key, str) else "% that follow the new caption"
     series = [Series(way, points, colour) for (way, points), colour in zip(ways.items(), LINES, strict=False)]
     ticks = [(x, f"{x:.0f}") for x in sorted({x for points in ways.values() for x, _ in points})]
     chart = line_chart(f"{measure}, after the change", series, "chunk after the change", x_ticks=ticks, may_be_log=False)
-    stage = f"A stream of {run.label(told['stage'])}" if isinstance(told.get("stage"), str) else "A stream"
-    change = f" ({told['change']})" if isinstance(told.get("change"), str) else ""
+    stage = f"A stream of {run.label(steering['stage'])}" if isinstance(steering.get("stage"), str) else "A stream"
+    change = f" ({steering['change']})" if isinstance(steering.get("change"), str) else ""
     ends = "; ".join(
         f"{way}: {points[0][1]:.0f} in chunk {points[0][0]:.0f}, {points[-1][1]:.0f} in chunk {points[-1][0]:.0f}"
         for way, points in ways.items()

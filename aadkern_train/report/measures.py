@@ -15,8 +15,8 @@ DASH = "\u2013"
 class Measures:
     """Measures by key. One that the run does not describe has its key as name and is judged by its distance to real video."""
 
-    def __init__(self, told: Mapping[str, Any]) -> None:
-        self.known = {str(key): _metric(str(key), values) for key, values in told.items() if isinstance(values, dict)}
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        self.known = {str(key): _metric(str(key), values) for key, values in metrics.items() if isinstance(values, dict)}
 
     def __getitem__(self, key: str) -> Metric:
         return self.known.get(key) or Metric(_words(key), "near real", 2, "")

@@ -42,20 +42,20 @@ class RunRecord:
     @property
     def measured(self) -> dict[str, dict[str, Any]]:
         """Stage -> its final metrics, in the order of training."""
-        found = mapping(self.metrics.get("stages"))
-        return {name: mapping(found[name]) for name in [*self.stages, *found] if name in found}
+        by_stage = mapping(self.metrics.get("stages"))
+        return {name: mapping(by_stage[name]) for name in [*self.stages, *by_stage] if name in by_stage}
 
     @property
     def references(self) -> dict[str, dict[str, Any]]:
         """Real video, teacher and the like -> their metrics."""
-        found = mapping(self.metrics.get("reference"))
-        return {name: mapping(found[name]) for name in [*REFERENCES, *found] if name in found}
+        by_name = mapping(self.metrics.get("reference"))
+        return {name: mapping(by_name[name]) for name in [*REFERENCES, *by_name] if name in by_name}
 
     def rows(self, long: bool) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
         """Metrics of the stages and of the references, at the trained length or at the long one."""
 
-        def chosen(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-            values = {name: numbers(whole.get("long") if long else whole) for name, whole in found.items()}
+        def chosen(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+            values = {name: numbers(whole.get("long") if long else whole) for name, whole in metrics.items()}
             return {name: row for name, row in values.items() if row.keys() - {*NOT_MEASURES}}
 
         return chosen(self.measured), chosen(self.references)
@@ -103,7 +103,7 @@ def number(value: Any) -> float | None:
 
 def numbers(values: Any) -> dict[str, float]:
     """The finite numbers of a mapping; anything else is left out."""
-    return {str(key): found for key, value in mapping(values).items() if (found := number(value)) is not None}
+    return {str(key): finite for key, value in mapping(values).items() if (finite := number(value)) is not None}
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -191,9 +191,9 @@ def _log(
 
 def _parameters(folder: Path, stages: Sequence[str]) -> int | None:
     """Numbers in the last trained stage's weights, from the headers of its safetensors files alone; None if there are none."""
-    found = (sorted((folder / stage).glob("diffusion_pytorch_model*.safetensors")) for stage in reversed(stages))
+    by_stage = (sorted((folder / stage).glob("diffusion_pytorch_model*.safetensors")) for stage in reversed(stages))
     try:
-        return sum(_numbers_in(file) for file in next(files for files in found if files))
+        return sum(_numbers_in(file) for file in next(files for files in by_stage if files))
     except (StopIteration, OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None
 

@@ -103,8 +103,8 @@ def part_tables(run: RunRecord) -> str:
         rows = {name: whole.get("long") if long else whole for name, whole in {**run.measured, **run.references}.items()}
         keys = dict.fromkeys(key for row in rows.values() for key, value in mapping(row).items() if _is_group(key, value))
         for key in keys:
-            found = {name: numbers(mapping(row).get(key)) for name, row in rows.items()}
-            tables.setdefault(key, {})[long] = _part_table(run, key, {name: row for name, row in found.items() if row})
+            part_rows = {name: numbers(mapping(row).get(key)) for name, row in rows.items()}
+            tables.setdefault(key, {})[long] = _part_table(run, key, {name: row for name, row in part_rows.items() if row})
     parts = []
     for key, by_length in tables.items():
         (first, shown), *rest = by_length.items()

@@ -14,15 +14,15 @@ WITHIN = 20_000_000  # bytes of all videos that a page holds itself; beyond, it 
 
 def validation(run: RunRecord) -> str:
     """The videos under samples/<stage>/step-N; "" where there are none."""
-    found = {stage: newest for stage in run.stages if (newest := _newest(run.path / "samples" / stage))}
-    names = sorted({file.name for files in found.values() for file in files})
+    newest_files = {stage: newest for stage in run.stages if (newest := _newest(run.path / "samples" / stage))}
+    names = sorted({file.name for files in newest_files.values() for file in files})
     if not names:
         return ""
-    inside = sum(file.stat().st_size for files in found.values() for file in files) <= WITHIN
+    inside = sum(file.stat().st_size for files in newest_files.values() for file in files) <= WITHIN
     rows = []
     for name in names:
         cells = []
-        for stage, files in found.items():
+        for stage, files in newest_files.items():
             file = next((file for file in files if file.name == name), None)
             if file is not None:
                 step = int(file.parent.name.removeprefix("step-"))

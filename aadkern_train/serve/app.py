@@ -97,8 +97,8 @@ class Server:
         self.people.spread(session, self._mail.pop(session.name))
 
     def _fail(self, session: Session, number: int, words: str) -> None:
-        told = {"kind": "error", "id": None if number < 0 else number, "message": words}
-        self._loop.call_soon_threadsafe(lambda: self.people.tell(session, **told))
+        message = {"kind": "error", "id": None if number < 0 else number, "message": words}
+        self._loop.call_soon_threadsafe(lambda: self.people.tell(session, **message))
 
     async def page(self, request: Request) -> Response:
         if not self.called_right(request.headers):

@@ -38,8 +38,8 @@ def serve(checkpoint: Path, given: Mapping[str, Any], *, show: bool = False) -> 
         refuse_options(given, (*WAN_ONLY, *RUN_STEPS), f"{checkpoint} is a run, not a Wan model")
     with contextlib.ExitStack() as stack:
         listening = None if show else stack.enter_context(listen(settings))
-        model, told = _wan(weights, given, settings) if wan else _run(weights, settings)
-        print("\n".join(told), file=sys.stdout if show else sys.stderr, flush=True)
+        model, lines = _wan(weights, given, settings) if wan else _run(weights, settings)
+        print("\n".join(lines), file=sys.stdout if show else sys.stderr, flush=True)
         if listening is not None:
             serve_model(model(), settings, listening)
 
@@ -49,9 +49,9 @@ def _run(weights: Path, settings: ServeSettings) -> tuple[Any, list[str]]:
     from aadkern_train.serve.models import RunModel
 
     def model() -> RunModel:
-        made = RunModel(weights, settings.turn, settings.fps)
-        made.check(settings.prompt)
-        return made
+        run_model = RunModel(weights, settings.turn, settings.fps)
+        run_model.check(settings.prompt)
+        return run_model
 
     return model, of_run(weights, settings.sessions).lines()
 
@@ -61,10 +61,10 @@ def _wan(weights: Path, given: Mapping[str, Any], settings: ServeSettings) -> tu
     from aadkern_train.serve.memory import of_wan
     from aadkern_train.serve.wan import WanModel
 
-    told = facts(weights)
-    how = wan_settings({name: value for name, value in given.items() if name != "turn"}, told)
-    parts = fitting_parts(weights, given.get("parts") or trained_parts(told), how)
-    return lambda: WanModel(parts, how, settings.turn), of_wan(parts, how, settings.sessions).lines()
+    run_facts = facts(weights)
+    model_settings = wan_settings({name: value for name, value in given.items() if name != "turn"}, run_facts)
+    parts = fitting_parts(weights, given.get("parts") or trained_parts(run_facts), model_settings)
+    return lambda: WanModel(parts, model_settings, settings.turn), of_wan(parts, model_settings, settings.sessions).lines()
 
 
 def listen(settings: ServeSettings) -> socket.socket:

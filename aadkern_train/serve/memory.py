@@ -125,12 +125,12 @@ def of_run(weights: Path, sessions: int) -> Memory:
     from aadkern.wan import CausalWan
 
     stored = inspect(weights)
-    told = facts(weights)
-    recipe = recipe_of(json.dumps(told["recipe"]), weights / "run.json")
+    run_facts = facts(weights)
+    recipe = recipe_of(json.dumps(run_facts["recipe"]), weights / "run.json")
     sizes = recipe.data.sizes(recipe)
     with shapes_alone() as live:
         network = Denoiser(CausalWan.from_config(dict(stored.config)), stored.predicts).eval()
-        frame = tuple(told["frame"]) if sizes is None else sizes.frame
+        frame = tuple(run_facts["frame"]) if sizes is None else sizes.frame
         text = None if sizes is None or sizes.text is None else torch.empty(1, *sizes.text)
         size = max(recipe.chunks)
         measured = _measured(

@@ -152,8 +152,8 @@ class RunPlayer:
         world, recipe = self.model.world, self.model.recipe
         # Of the frames that fit a prompt there may be but one.
         condition = condition_for(world, recipe, prompt, None, seed if prompt is None else 0)
-        told = world.describe(condition)
-        self.prompt = prompt if prompt is not None else told[0] if told else ""
+        captions = world.describe(condition)
+        self.prompt = prompt if prompt is not None else captions[0] if captions else ""
         self._stream.reset()
         self._stream.set_text(condition.text)
         self._first = condition.first
@@ -165,8 +165,8 @@ class RunPlayer:
 
     def next(self) -> np.ndarray:
         first, self._first = self._first, None
-        given = None if first is None else first[:, :, None]
-        chunk = next(self._stream.chunks(self._noise, 1, first_frame=given)).transpose(1, 2)
+        first_frame = None if first is None else first[:, :, None]
+        chunk = next(self._stream.chunks(self._noise, 1, first_frame=first_frame)).transpose(1, 2)
         shown = chunk if first is None else torch.cat((first[:, None], chunk), 1)
         return np.asarray(self.model.world.to_rgb(shown)[0])
 

@@ -27,12 +27,12 @@ class Outbox:
         self.skipped = 0
         self.closed: tuple[int, str] | None = None
 
-    def say(self, **told: Any) -> None:
+    def say(self, **message: Any) -> None:
         """An answer; who does not take them is sent away."""
         if len(self._words) >= WAITING_WORDS:
             self.close(1008, "answers are not read")
             return
-        self._words.append(json.dumps(told))
+        self._words.append(json.dumps(message))
         self._event.set()
 
     def show(self, chunk: bytes) -> None:
@@ -74,8 +74,8 @@ class Seat:
         return self.person is None and (not self.token or now - self.left > GRACE)
 
 
-def _same(token: str, given: str) -> bool:
-    return bool(token) and secrets.compare_digest(token.encode(), given.encode(errors="replace"))
+def _same(token: str, other: str) -> bool:
+    return bool(token) and secrets.compare_digest(token.encode(), other.encode(errors="replace"))
 
 
 class Person:
@@ -147,11 +147,11 @@ class People:
             if person.session is session:
                 person.outbox.show(chunk)
 
-    def tell(self, session: Session, **told: Any) -> None:
+    def tell(self, session: Session, **message: Any) -> None:
         """Says something to the person who steers a session."""
         for seat in self.seats:
             if seat.session is session and seat.person is not None:
-                seat.person.outbox.say(**told)
+                seat.person.outbox.say(**message)
 
     def _sit(self, person: Person, seat: Seat) -> None:
         seat.person, person.seat = person, seat
@@ -159,8 +159,8 @@ class People:
         person.outbox.say(kind="seat", token=seat.token, session=seat.session.name, paused=seat.session.paused)
 
     def _watch(self, person: Person) -> None:
-        looks = [sum(other.session is seat.session for other in self.there) for seat in self.seats]
-        self._look(person, self.seats[looks.index(min(looks))].session)
+        watchers = [sum(other.session is seat.session for other in self.there) for seat in self.seats]
+        self._look(person, self.seats[watchers.index(min(watchers))].session)
         person.outbox.say(kind="watch")
 
     def _look(self, person: Person, session: Session) -> None:

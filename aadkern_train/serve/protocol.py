@@ -91,8 +91,8 @@ _MESSAGES: TypeAdapter[Any] = TypeAdapter(Annotated[Join | Command, Discriminato
 class BadMessage(ValueError):
     """What a page sent is no message; ``id`` is its number where that could be read."""
 
-    def __init__(self, said: str, number: int | None = None) -> None:
-        super().__init__(said)
+    def __init__(self, message: str, number: int | None = None) -> None:
+        super().__init__(message)
         self.id = number
 
 
@@ -145,9 +145,9 @@ def chunk_bytes(header: Header, frames: np.ndarray) -> bytes:
     count, height, width, _ = frames.shape
     small = height * width <= SMALL
     parts = [np.ascontiguousarray(frames).tobytes()] if small else [_jpeg(frame) for frame in frames]
-    told: dict[str, Any] = {"kind": "chunk", **asdict(header), "frames": count, "height": height, "width": width}
-    told |= {"format": "rgb" if small else "jpeg", "sizes": [len(part) for part in parts]}
-    head = json.dumps(told).encode()
+    header_fields: dict[str, Any] = {"kind": "chunk", **asdict(header), "frames": count, "height": height, "width": width}
+    header_fields |= {"format": "rgb" if small else "jpeg", "sizes": [len(part) for part in parts]}
+    head = json.dumps(header_fields).encode()
     return b"".join((len(head).to_bytes(4, "little"), head, *parts))
 
 

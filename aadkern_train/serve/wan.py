@@ -61,8 +61,8 @@ class WanModel:
     @property
     def graphs(self) -> bool:
         """Whether passes are replayed from CUDA graphs."""
-        asked = self.settings.cuda_graphs
-        return self.device.type == "cuda" if asked is None else asked
+        setting = self.settings.cuda_graphs
+        return self.device.type == "cuda" if setting is None else setting
 
     def _embedded(self, prompt: str) -> Tensor:
         from aadkern.wan.text import embed, token_ids

@@ -157,25 +157,25 @@ class AdversarialRefinement(Stage):
         rolled = []
         with gathered_once(self.run, generator.module):
             for some, last in micro_batches(samples, settings.accumulate):
-                made, exit = self_rollout(
+                rollout, exit = self_rollout(
                     self.run, generator.module, draws, some, with_grad=learns and not settings.replay, split=settings.real
                 )
                 if learns:
-                    rolled.append((some, last, made, exit))
+                    rolled.append((some, last, rollout, exit))
                 if settings.replay and settings.accumulate > 1:
-                    made.forget_cache()  # or those of the whole batch would wait for the discriminator
+                    rollout.forget_cache()  # or those of the whole batch would wait for the discriminator
                 if discriminator_step is None:
                     continue
-                told = self.discriminator_part(draws, some, made.x.detach(), made.text, exit, last)
-                for name, value in told.items():
+                values = self.discriminator_part(draws, some, rollout.x.detach(), rollout.text, exit, last)
+                for name, value in values.items():
                     logged[name] = logged.get(name, 0.0) + value / settings.accumulate
             if discriminator_step is not None:
                 logged["discriminator_norm"] = discriminator.update(discriminator_step)
             if not learns:
                 return logged
-            for some, last, made, exit in rolled:
-                loss_value, gradient = self.generator_gradient(draws, some, made.x.detach(), made.text, exit)
-                send_back(made, gradient / settings.accumulate, generator.module, last, settings.replay)
+            for some, last, rollout, exit in rolled:
+                loss_value, gradient = self.generator_gradient(draws, some, rollout.x.detach(), rollout.text, exit)
+                send_back(rollout, gradient / settings.accumulate, generator.module, last, settings.replay)
                 logged["generator_loss"] = logged.get("generator_loss", 0.0) + loss_value / settings.accumulate
         logged["grad_norm"] = generator.update(generator_step)
         return logged

@@ -223,14 +223,14 @@ class FeedbackDistillation(Stage):
     def parts(self, draws: Draws, number: int, judged_only: bool = False) -> list[Part]:
         """The batch of that number: clips that the old policy makes now, or the teacher's; with what the weights of other times say
         of them, unless a discriminator alone looks."""
-        settings, network, made = self.settings, self.learners["generator"].module, []
+        settings, network, parts = self.settings, self.learners["generator"].module, []
         of_group = settings.group if settings.learns == "feedback" else 1
         with self.old.applied_to(network), self._gathered():
             for samples, _ in micro_batches(self.run.batch(number, settings.batch), settings.accumulate):
                 prompts = range(samples.start // of_group, samples.stop // of_group)
                 real = self.run.clips(prompts, settings.real)
-                asked = self.run.condition(prompts, settings.real)
-                condition = asked.rows([i for i in range(len(prompts)) for _ in range(of_group)])
+                condition = self.run.condition(prompts, settings.real)
+                condition = condition.rows([i for i in range(len(prompts)) for _ in range(of_group)])
                 clean = rolled(self.run, network, draws, samples, condition) if settings.learns == "feedback" else real
                 noised, sigma = noised_again(self.run, draws, samples, clean, joint=settings.context == "joint")
                 reward = torch.full((len(samples),), 0.5, device=clean.device)
@@ -238,12 +238,12 @@ class FeedbackDistillation(Stage):
                 if settings.learns == "feedback" and not judged_only:
                     with torch.no_grad():
                         part.old = [x0.float() for _, x0 in self.stretches(part)]
-                made.append(part)
+                parts.append(part)
         if settings.prior and not judged_only:
             with self.start.applied_to(network), self._gathered(), torch.no_grad():
-                for part in made:
+                for part in parts:
                     part.start = [x0.float() for _, x0 in self.stretches(part)]
-        return made
+        return parts
 
     def _gathered(self) -> AbstractContextManager[None]:
         return gathered_once(self.run, self.learners["generator"].module)

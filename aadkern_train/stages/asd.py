@@ -133,19 +133,19 @@ class AdversarialSelfDistillation(DmdWarmUp):
         plan = self.run.recipe.steps_of(count)
         if self.run.recipe.first_levels is not None and settings.first_exit == "drawn":
             plan = replace(plan, first_exit=drawn_first_exit(self.run, draws))
-        made = rolled_by(self.run, generator, draws, samples, plan, with_grad)
-        return made, Compared(samples, made.x.detach(), self.run.condition(samples), count, better)
+        rollout = rolled_by(self.run, generator, draws, samples, plan, with_grad)
+        return rollout, Compared(samples, rollout.x.detach(), self.run.condition(samples), count, better)
 
     def generator_gradient(self, draws: Draws, clips: Clips) -> tuple[dict[str, float], Tensor]:
-        told, gradient = super().generator_gradient(draws, clips)
+        values, gradient = super().generator_gradient(draws, clips)
         assert isinstance(clips, Compared)
         if clips.better is None:
-            return told, gradient
+            return values, gradient
         loss, push = self.self_gradient(draws, clips, clips.better)
         push = self.settings.alpha * push
         size, other = push.norm().item(), gradient.norm().item()
-        told |= {"self_loss": loss, "self_share": size / max(size + other, 1e-30)}
-        return told, gradient + push
+        values |= {"self_loss": loss, "self_share": size / max(size + other, 1e-30)}
+        return values, gradient + push
 
     @spanned("self-distillation gradient")
     def self_gradient(self, draws: Draws, clips: Compared, better: Tensor) -> tuple[float, Tensor]:
@@ -183,16 +183,16 @@ class AdversarialSelfDistillation(DmdWarmUp):
         logits: Tensor = heads(taps, 1, sequence, count - 1)
         return logits[:, 0]
 
-    def follow(self, draws: Draws, step: int, k: int, made: Sequence[Clips]) -> dict[str, float]:
+    def follow(self, draws: Draws, step: int, k: int, batch_clips: Sequence[Clips]) -> dict[str, float]:
         """The fake score's update, and after it the heads', on the same clips."""
-        told = super().follow(draws, step, k, made)
-        compared = [clips for clips in made if isinstance(clips, Compared) and clips.better is not None]
+        values = super().follow(draws, step, k, batch_clips)
+        compared = [clips for clips in batch_clips if isinstance(clips, Compared) and clips.better is not None]
         for i, clips in enumerate(compared):
             for name, value in self.heads_part(draws, k, clips, clips.better, len(compared), i == len(compared) - 1).items():
-                told[name] = told.get(name, 0.0) + value / len(compared)
+                values[name] = values.get(name, 0.0) + value / len(compared)
         if compared:
             self.learners["heads"].update(step * self.settings.fake_per_generator + k)
-        return told
+        return values
 
     @spanned("self-distillation heads")
     def heads_part(self, draws: Draws, k: int, clips: Compared, better: Tensor, parts: int, last: bool) -> dict[str, float]:
@@ -205,8 +205,8 @@ class AdversarialSelfDistillation(DmdWarmUp):
         twins = [*chosen, *(count + i for i in chosen)]
         rows, text = [*range(2 * count), *twins], clips.condition.text
         with torch.no_grad():
-            said = None if text is None else torch.cat([text, text])
-            taps = self.taps(torch.cat([views, moved[twins]]), sigma, said, rows)
+            texts = None if text is None else torch.cat([text, text])
+            taps = self.taps(torch.cat([views, moved[twins]]), sigma, texts, rows)
         logits = self.logits(taps, clips.count)
         index = torch.tensor(chosen, dtype=torch.int64, device=better.device)
         aim = discriminator_objective(logits.detach(), count, index, weight=settings.penalty, share=share, relativistic=True)

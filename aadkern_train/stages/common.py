@@ -66,13 +66,13 @@ def sent_back(replay: bool) -> tuple[Pass, Pass]:
 
 
 @spanned("generator backward")
-def send_back(made: Rollout, gradient: Tensor, generator: Any, last: bool, replay: bool) -> None:
+def send_back(rollout: Rollout, gradient: Tensor, generator: Any, last: bool, replay: bool) -> None:
     """dL/dx into the generator's parameters: by chunk replay, or through the graph that the rollout recorded."""
     if replay:
-        made.replay(gradient, generator, last)
+        rollout.replay(gradient, generator, last)
     else:
         with accumulating(generator, last=last):
-            made.x.backward(gradient)
+            rollout.x.backward(gradient)
 
 
 def noisy_views(

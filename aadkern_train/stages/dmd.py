@@ -91,43 +91,43 @@ class DmdWarmUp(Stage):
         before = run.recipe.trained(settings.start) if settings.start else None
         goes_on = before in run.recipe.stages and "fake" in KINDS[run.recipe.stages[before].kind].exports
         follower = f"{before}.fake" if goes_on else networks.fake(settings.start)
-        made = networks.roles({"generator": settings.start, "fake": follower})
-        self.learners["generator"] = Learner(made["generator"], settings.generator, self.steps, clip=clip, ema=settings.ema)
-        self.learners["fake"] = Learner(made["fake"], settings.fake, self.steps * settings.fake_per_generator, clip=clip)
+        denoisers = networks.roles({"generator": settings.start, "fake": follower})
+        self.learners["generator"] = Learner(denoisers["generator"], settings.generator, self.steps, clip=clip, ema=settings.ema)
+        self.learners["fake"] = Learner(denoisers["fake"], settings.fake, self.steps * settings.fake_per_generator, clip=clip)
         self.teacher = run.teacher(settings.guidance)
 
     def train_step(self, step: int) -> dict[str, float]:
         generator, draws = self.learners["generator"], self.run.draws(self.name, step)
         fresh, updates = self.settings.fake_rollouts == "fresh", self.settings.fake_per_generator
         samples = self.run.batch(step * (1 + updates) if fresh else step, self.settings.batch)
-        told: list[dict[str, float]] = []
-        made: list[Clips] = []
+        part_values: list[dict[str, float]] = []
+        batch_clips: list[Clips] = []
         with gathered_once(self.run, generator.module):
             for some, last in micro_batches(samples, self.settings.accumulate):
                 rolled, clips = self.rolled(draws, some, with_grad=not self.settings.replay)
-                made.append(clips)
+                batch_clips.append(clips)
                 values, gradient = self.generator_gradient(draws, clips)
                 send_back(rolled, gradient / self.settings.accumulate, generator.module, last, self.settings.replay)
-                told.append(values)
+                part_values.append(values)
                 del rolled  # its cache, before the next one and the fake score's updates
-        logged = {**averages(told), "grad_norm": generator.update(step)}
-        followed = [self.follow(draws, step, k, self.fresh_clips(step, k) if fresh else made) for k in range(updates)]
+        logged = {**averages(part_values), "grad_norm": generator.update(step)}
+        followed = [self.follow(draws, step, k, self.fresh_clips(step, k) if fresh else batch_clips) for k in range(updates)]
         return {**logged, **averages(followed)}
 
     def rolled(self, draws: Draws, samples: range, with_grad: bool = False) -> tuple[Rollout, Clips]:
         """Clips of the generator as it is now."""
-        made, _ = self_rollout(self.run, self.learners["generator"].module, draws, samples, with_grad)
-        return made, Clips(samples, made.x.detach(), self.run.condition(samples))
+        rollout, _ = self_rollout(self.run, self.learners["generator"].module, draws, samples, with_grad)
+        return rollout, Clips(samples, rollout.x.detach(), self.run.condition(samples))
 
     def fresh_clips(self, step: int, k: int) -> list[Clips]:
         """A rollout of the fake score's own, without gradient: of the generator as it is now, from samples and draws of its own."""
         generator, draws = self.learners["generator"].module, self.run.draws(f"{self.name} fake {k}", step)
         samples = self.run.batch(step * (1 + self.settings.fake_per_generator) + 1 + k, self.settings.batch)
-        made: list[Clips] = []
+        batch_clips: list[Clips] = []
         with gathered_once(self.run, generator):
             for some, _ in micro_batches(samples, self.settings.accumulate):
-                made.append(self.rolled(draws, some)[1])
-        return made
+                batch_clips.append(self.rolled(draws, some)[1])
+        return batch_clips
 
     @spanned("DMD gradient")
     def generator_gradient(self, draws: Draws, clips: Clips) -> tuple[dict[str, float], Tensor]:
@@ -145,17 +145,17 @@ class DmdWarmUp(Stage):
         return {"generator_loss": loss.item(), "direction": size.item()}, gradient_of(loss, leaf)
 
     @spanned("fake score")
-    def follow(self, draws: Draws, step: int, k: int, made: Sequence[Clips]) -> dict[str, float]:
+    def follow(self, draws: Draws, step: int, k: int, batch_clips: Sequence[Clips]) -> dict[str, float]:
         """One update of the fake score on these clips, with noise and levels of its own; what the log keeps."""
         fake, total, plan = self.learners["fake"], 0.0, bidirectional(self.run.layout)
         clean = self.run.clean_frames
-        for i, clips in enumerate(made):
+        for i, clips in enumerate(batch_clips):
             samples, x_hat, condition = clips.samples, clips.x, clips.condition
             level = draw_levels(draws, f"fake level {k}", samples, self.settings.shift, x_hat, clamp=self.settings.level_range)
             x_tau, sigma = noised(x_hat.detach(), level, draw_noise(draws, f"fake eps {k}", samples, x_hat), clean)
             frames = self.run.frames_that_count.expand(len(samples), -1)
-            loss = denoising_loss(fake.module, x_tau, sigma, condition.text, x_hat.detach(), frames, plan) / len(made)
-            with accumulating(fake.module, last=i == len(made) - 1):
+            loss = denoising_loss(fake.module, x_tau, sigma, condition.text, x_hat.detach(), frames, plan) / len(batch_clips)
+            with accumulating(fake.module, last=i == len(batch_clips) - 1):
                 loss.backward()
             total += loss.item()
         fake.update(step * self.settings.fake_per_generator + k)
@@ -174,8 +174,8 @@ class DmdWarmUp(Stage):
 
 def averages(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Each value's mean over the parts that have it."""
-    found: dict[str, list[float]] = {}
+    by_name: dict[str, list[float]] = {}
     for part in parts:
         for name, value in part.items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+            by_name.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in by_name.items()}

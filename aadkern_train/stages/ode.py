@@ -102,9 +102,9 @@ class OdeInitialisation(Stage):
         prepared = opened(setting, folder)
         if prepared.kind != "pairs" or not prepared.items:
             raise ValueError(f"{setting} must be a folder of `aad pairs`, {folder} holds {prepared.kind}: {makes}")
-        given, wanted = [float(level) for level in prepared.header["levels"]], [*run.recipe.steps.distinct, 0.0]
-        if given != wanted:
-            raise ValueError(f"{setting} must hold levels {wanted}, got {given}: {makes}")
+        stored, wanted = [float(level) for level in prepared.header["levels"]], [*run.recipe.steps.distinct, 0.0]
+        if stored != wanted:
+            raise ValueError(f"{setting} must hold levels {wanted}, got {stored}: {makes}")
         shape = tuple(prepared.latents(prepared.items[0]).shape[1:])
         if shape != (frames, *run.world.frame_shape):
             raise ValueError(f"{setting} must hold clips {(frames, *run.world.frame_shape)}, got {shape}: {makes}")
@@ -191,12 +191,12 @@ class OdeInitialisation(Stage):
 
     def drawn_levels(self, draws: Draws, samples: range) -> Tensor:
         """An index into ``levels`` for each chunk, by frame: [B, F]. A chunk's is one of those that it will run at, or 0."""
-        chunks, given, steps = self.run.recipe.chunks, self.run.recipe.given_frames, self.run.recipe.steps
+        chunks, given_frames, steps = self.run.recipe.chunks, self.run.recipe.given_frames, self.run.recipe.steps
         first, rest = (torch.tensor([self.levels.index(s) for s in (*steps.levels(is_first), 0.0)]) for is_first in (True, False))
         drawn = rest[draws.integers("level", samples, len(rest), (len(chunks),))]
         if self.run.recipe.first_levels is not None:
-            drawn[:, given] = first[draws.integers("first level", samples, len(first))]
-        if given:
+            drawn[:, given_frames] = first[draws.integers("first level", samples, len(first))]
+        if given_frames:
             drawn[:, 0] = len(self.levels) - 1  # the given frame is clean
         return torch.repeat_interleave(drawn, torch.tensor(chunks), dim=1, output_size=sum(chunks))
 

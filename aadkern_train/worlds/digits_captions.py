@@ -63,19 +63,19 @@ class Captions:
             raise TypeError(f"caption must be a string, got {caption!r}")
         places = {"digit": self.digits, "vertical": ("up", "down"), "horizontal": ("left", "right")}
         known = [word for words in places.values() for word in words]
-        said = dict.fromkeys(places, "")
+        slots = dict.fromkeys(places, "")
         for word in re.findall(r"\w+", caption.lower()):
             if word in FILLERS:
                 continue
             place = next((place for place, words in places.items() if word in words), None)
             if place is None:
                 raise ValueError(f"caption {caption!r} has the word {word!r}; this world's words are {', '.join(known)}")
-            if said[place] not in ("", word):
+            if slots[place] not in ("", word):
                 one_of = ", ".join(places[place])
-                raise ValueError(f"caption {caption!r} says {said[place]!r} and {word!r}; it can say one of {one_of}")
-            said[place] = word
-        sprite = self.digits.index(said["digit"]) if said["digit"] else -1
-        return sprite, _direction(VERTICAL.index(said["vertical"]) - 1, HORIZONTAL.index(said["horizontal"]) - 1)
+                raise ValueError(f"caption {caption!r} says {slots[place]!r} and {word!r}; it can say one of {one_of}")
+            slots[place] = word
+        sprite = self.digits.index(slots["digit"]) if slots["digit"] else -1
+        return sprite, _direction(VERTICAL.index(slots["vertical"]) - 1, HORIZONTAL.index(slots["horizontal"]) - 1)
 
     def say(self, sprite: int, direction: int) -> str:
         """The caption in English of a sprite and an index of `VELOCITIES`, each -1 if left open."""
@@ -110,7 +110,7 @@ class Captions:
             raise TypeError(f"text must be a tensor, got {text!r}")
         if text.ndim != 3 or tuple(text.shape[1:]) != (TOKENS, TEXT_DIM):
             raise ValueError(f"text must be [B, {TOKENS}, {TEXT_DIM}], got {list(text.shape)}")
-        found = []
+        indices = []
         places = (self.digits, VERTICAL, HORIZONTAL)
         for place, (token, table) in enumerate(zip(text.detach().float().unbind(1), self._tables, strict=True)):
             distance, index = (token[:, None] - table.to(token)).square().mean(2).min(1)
@@ -118,8 +118,8 @@ class Captions:
                 row = int((~(distance < NO_WORD**2)).nonzero()[0])
                 words = ", ".join(word for word in places[place] if word)
                 raise ValueError(f"text row {row}, word {place}, is no word of this world; it can be {words}, or zeros for none")
-            found.append(index)
-        sprite, row, column = found
+            indices.append(index)
+        sprite, row, column = indices
         table = torch.tensor([[_direction(dy, dx) for dx in (-1, 0, 1)] for dy in (-1, 0, 1)], device=text.device)
         return torch.where(sprite < len(self.labels), sprite, -1), table[row, column]
 

@@ -188,9 +188,9 @@ def measure(law: DigitsLaw, x: Tensor, text: Tensor | None = None, segments: int
     if bool((sprite >= 0).any()):
         shown = decoded.sprite[:, given:].cpu() == sprite[:, None]
         figures["asked"] = 100 * float(shown[sprite >= 0].double().mean())
-    told = direction >= 0
-    if bool(told.any()):
-        direction, steps, legal = direction[told], steps[told], legal[told]
+    has_direction = direction >= 0
+    if bool(has_direction.any()):
+        direction, steps, legal = direction[has_direction], steps[has_direction], legal[has_direction]
         obeyed = steps == law.moved[0][direction][:, None]
         figures["obey"] = 100 * float(obeyed.double().mean())
         figures["wander"] = 100 * float((legal & ~obeyed).double().mean())
@@ -215,8 +215,8 @@ def obey_of(law: DigitsLaw, x: Tensor, text: Tensor, frames: tuple[int, int] | N
     if stated is None or not bool((stated[1] >= 0).any()):
         raise ValueError("text must state a direction for at least one clip, got none")
     steps = displacements(law, decode(law, x).position[:, max(0, start - 1) : end]).cpu()
-    told = stated[1] >= 0
-    return 100 * float((steps[told] == law.moved[0][stated[1][told]][:, None]).double().mean())
+    has_direction = stated[1] >= 0
+    return 100 * float((steps[has_direction] == law.moved[0][stated[1][has_direction]][:, None]).double().mean())
 
 
 def _stated(law: DigitsLaw, x: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor] | None:

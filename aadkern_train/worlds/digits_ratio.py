@@ -24,12 +24,12 @@ def log_ratio(law: DigitsLaw, x: Tensor, text: Tensor, of: str, against: str = "
     if bool((direction < 0).any()):
         raise ValueError("text must state a direction for each clip")
     steps = displacements(law, decode(law, x).position).cpu()
-    asked = law.moved[0][direction.cpu()][:, None]
+    stated_move = law.moved[0][direction.cpu()][:, None]
     legal = torch.zeros(law.positions, dtype=torch.bool).index_fill(0, law.moved[0], True)[steps]
 
     def chance(split: str) -> Tensor:
         by = replace(law, keep=law.keep_of(split))
-        p = torch.where(steps == asked, by.obey_rate, (1 - by.keep) / len(VELOCITIES)).double()
+        p = torch.where(steps == stated_move, by.obey_rate, (1 - by.keep) / len(VELOCITIES)).double()
         return (1 - ILLEGAL_SHARE) * torch.where(legal, p, 0.0) + ILLEGAL_SHARE / law.positions
 
     return (chance(of).log() - chance(against).log()).sum(1)

@@ -169,8 +169,8 @@ class LatentsWorld:
         """Captions of prompts alone that no clip of a split's folder was made under, and "" for a clip whose caption is empty."""
         held = self._items["test"] if self._data["test"] is self._data[split] else []
         answered = {item.caption for item in (*self._items[split], *held)}
-        asked = {item.caption for item in self._items["train"]} if self.prepared.kind == "prompts" else set()
-        return sorted(asked - answered) + sorted(answered & {""})
+        prompts = {item.caption for item in self._items["train"]} if self.prepared.kind == "prompts" else set()
+        return sorted(prompts - answered) + sorted(answered & {""})
 
     def condition(self, samples: Sequence[int], split: str = "train") -> Condition:
         """Captions [B, 512, text_dim], and the clips' first latent frames, which is all that is read of them; prompts have none."""
@@ -230,12 +230,12 @@ class LatentsWorld:
 
     def _described(self, x: Tensor) -> tuple[Described, Tensor]:
         """Clips decoded and described one after another, since videos are large; and which of them move."""
-        told, moves = [], []
+        descriptions, moves = [], []
         for clip in x:
             video = self.to_rgb(clip[None])
-            told.append(describe(video))
+            descriptions.append(describe(video))
             moves.append(moving_lk(video, self.fps))
-        return [torch.cat(parts) for parts in zip(*told, strict=True)], torch.cat(moves)
+        return [torch.cat(parts) for parts in zip(*descriptions, strict=True)], torch.cat(moves)
 
     @torch.no_grad()
     def to_rgb(self, x: Tensor) -> Tensor:
@@ -255,11 +255,11 @@ class LatentsWorld:
         key = crc32(real)  # every stage is set beside the same real clips
         if key not in self._real:
             self._real[key] = self._described(real)[0]
-        told, moves = self._described(x)
-        found: dict[str, Any] = {**compare(self._real[key], told), "dynamic": 100 * float(moves.double().mean())}
+        descriptions, moves = self._described(x)
+        figures: dict[str, Any] = {**compare(self._real[key], descriptions), "dynamic": 100 * float(moves.double().mean())}
         moved = x.diff(dim=1).abs().mean((0, 2, 3, 4))
-        found["segments"] = {"motion": (100 * moved / real.diff(dim=1).abs().mean().clamp_min(1e-6)).tolist()}
-        return found
+        figures["segments"] = {"motion": (100 * moved / real.diff(dim=1).abs().mean().clamp_min(1e-6)).tolist()}
+        return figures
 
     def held_out(self, index: int, caption: str | None = None) -> Condition:
         """A held-out first frame and caption; another caption needs the text encoder, which is not loaded here."""
@@ -284,8 +284,8 @@ class LatentsWorld:
         if condition.text is None:
             return None
         known = {item.record["crc32"]["text"]: item.caption for data in self._data.values() for item in data.items}
-        found = [known.get(crc32(row[: int(row.any(dim=1).sum())].bfloat16())) for row in condition.text.cpu()]
-        return None if None in found else found  # type: ignore[return-value]
+        captions = [known.get(crc32(row[: int(row.any(dim=1).sum())].bfloat16())) for row in condition.text.cpu()]
+        return None if None in captions else captions  # type: ignore[return-value]
 
     def turned(self, condition: Condition) -> None:
         """None: what another course is, no caption says."""
@@ -313,8 +313,8 @@ def _fitting(prepared: Prepared, frames: int, frame_shape: tuple[int, int, int],
     fitting = [item for item in prepared.items if item.bucket and item.bucket[0] >= frames and item.bucket[1:] == frame_shape[1:]]
     wanted = f"clips of {frames} latent frames of {frame_shape[1]}x{frame_shape[2]}"
     if not fitting:
-        found = Counter(item.bucket for item in prepared.items)
-        raise ValueError(f"data.{setting} must hold {wanted}, {prepared.folder} holds (frames, rows, columns): {dict(found)}")
+        buckets = Counter(item.bucket for item in prepared.items)
+        raise ValueError(f"data.{setting} must hold {wanted}, {prepared.folder} holds (frames, rows, columns): {dict(buckets)}")
     if len(fitting) < len(prepared.items):
         left = len(prepared.items) - len(fitting)
         warnings.warn(f"data.{setting}: {left} of {len(prepared.items)} clips are left out, the run takes {wanted}", stacklevel=2)

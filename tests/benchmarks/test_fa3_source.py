@@ -104,16 +104,16 @@ def test_a_folder_that_is_no_source_is_refused_in_a_line(source, missing, said, 
         fa3.built(source)
     assert fa3.main([str(source)]) == 1 and len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(SystemExit):
-        gpu_check.asked(["--out", "x", "--fa3-source", str(source)])
+        gpu_check.call_options(["--out", "x", "--fa3-source", str(source)])
     assert "--fa3-source must be" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_gpu_check_builds_it_after_our_own_and_before_what_uses_it(source, tmp_path, monkeypatch):
-    asked = gpu_check.asked(["--out", str(tmp_path / "out"), "--plan", "attention", "--fa3-source", str(source)])
+    asked = gpu_check.call_options(["--out", str(tmp_path / "out"), "--plan", "attention", "--fa3-source", str(source)])
     assert asked.stages == ["build", "fa3", "cases"]
-    assert gpu_check.asked(["--out", "x", "--fa3-source", str(source), "--stages", "fa3"]).stages == ["fa3"]
+    assert gpu_check.call_options(["--out", "x", "--fa3-source", str(source), "--stages", "fa3"]).stages == ["fa3"]
     with pytest.raises(SystemExit):
-        gpu_check.asked(["--out", "x", "--stages", "fa3"])
+        gpu_check.call_options(["--out", "x", "--stages", "fa3"])
     check = gpu_check.Check(asked)
     check.document = {"conditions": {}}
     commands = []

@@ -18,7 +18,7 @@ from benchmarks.cases import attention_case, case_of
 from benchmarks.contenders import CONTENDERS
 from benchmarks.journal import Journal, run_limited, supervise
 from benchmarks.measure import step
-from benchmarks.outcomes import said
+from benchmarks.outcomes import error_message
 from benchmarks.run import given_up
 
 ROOT = results.ROOT
@@ -191,10 +191,10 @@ def test_every_outcome_of_a_test_is_kept(tmp_path):
 
 
 def test_what_a_traceback_says():
-    assert said("def f():\n>   assert x\nE   AssertionError: dq: largest error 2\nE   assert 1\n\nfile.py:3: AssertionError") == (
-        "AssertionError: dq: largest error 2"
-    )
-    assert said("ImportError while importing\nlast line") == "last line" and said("") == ""
+    assert error_message(
+        "def f():\n>   assert x\nE   AssertionError: dq: largest error 2\nE   assert 1\n\nfile.py:3: AssertionError"
+    ) == ("AssertionError: dq: largest error 2")
+    assert error_message("ImportError while importing\nlast line") == "last line" and error_message("") == ""
 
 
 def test_who_crashed_twice_is_not_tried_a_third_time():
@@ -225,7 +225,7 @@ def test_a_long_log_keeps_its_ends(tmp_path):
 
 
 def test_a_stage_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
-    check = gpu_check.Check(gpu_check.asked(["--out", str(tmp_path), "--device", "cpu", "--stages", "build", "tests"]))
+    check = gpu_check.Check(gpu_check.call_options(["--out", str(tmp_path), "--device", "cpu", "--stages", "build", "tests"]))
     monkeypatch.setattr(check, "read_environment", lambda: check.document.update(results.empty(results.environment("cpu"), {})))
     monkeypatch.setattr(check, "build", lambda deadline: 1 / 0)
     monkeypatch.setattr(check, "tests", lambda *_: "passed")
@@ -235,7 +235,7 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path, monkeypatch):
 
 
 def test_a_rooms_figures_are_kept_whatever_they_are(tmp_path, monkeypatch):
-    check = gpu_check.Check(gpu_check.asked(["--out", str(tmp_path), "--device", "cpu", "--stages", "rooms"]))
+    check = gpu_check.Check(gpu_check.call_options(["--out", str(tmp_path), "--device", "cpu", "--stages", "rooms"]))
     monkeypatch.setattr(gpu_check, "ROOMS", ("noise",))
 
     def run_room(command, log, limit, environment, folder, look):
@@ -256,7 +256,7 @@ def test_a_rooms_figures_are_kept_whatever_they_are(tmp_path, monkeypatch):
 
 def test_streaming_without_diffusers_is_not_run_and_not_failed(tmp_path, monkeypatch):
     words = ["--out", str(tmp_path), "--stages", "streaming", "--commit", "0123abc"]
-    check = gpu_check.Check(gpu_check.asked(words))
+    check = gpu_check.Check(gpu_check.call_options(words))
 
     def run_room(command, log, limit, environment, folder, look):
         asked = [command[command.index(word) + 1] for word in ("-m", "--size", "--device", "--commit")]
@@ -282,7 +282,7 @@ def test_kernels_brought_along_are_used_where_they_load_and_never_lost(missing, 
     if missing != "aadkern/_C.abi3.so":
         carried.write_bytes(b"carried")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    check = gpu_check.Check(gpu_check.asked(["--out", str(tmp_path / "out"), "--stages", "build"]))
+    check = gpu_check.Check(gpu_check.call_options(["--out", str(tmp_path / "out"), "--stages", "build"]))
     check.document = results.empty({}, {})
     built = []
 
@@ -311,7 +311,7 @@ def test_a_build_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "aadkern" / "_C.abi3.so").write_bytes(b"carried")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "run_limited", lambda *_: "failed: not done within 1 s")
-    check = gpu_check.Check(gpu_check.asked(["--out", str(tmp_path / "out"), "--stages", "build"]))
+    check = gpu_check.Check(gpu_check.call_options(["--out", str(tmp_path / "out"), "--stages", "build"]))
     assert check.build(time.monotonic() + 60) == "failed: not done within 1 s"
     assert [path.read_bytes() for path in (tmp_path / "aadkern").iterdir()] == [b"carried"]
 
@@ -320,7 +320,7 @@ def test_plans_ask_for_what_there_is_and_fit_a_call():
     """At most nine minutes; every name of a case, contender, test file, stage and next call is one; together all test files."""
     asked_for = set()
     for name, call in calls.CALLS.items():
-        options = gpu_check.asked(["--out", "x", "--plan", name])
+        options = gpu_check.call_options(["--out", "x", "--plan", name])
         assert options.minutes == call.minutes <= 9 and options.stages == list(call.stages)
         assert set(call.stages) <= {*gpu_check.STAGES, *gpu_check.LATER} and set(call.shares) <= set(call.stages[:-1])
         assert call.then is None or call.then in calls.CALLS
@@ -329,12 +329,12 @@ def test_plans_ask_for_what_there_is_and_fit_a_call():
         if "tests" in call.stages:
             asked_for |= set(call.tests or set(gpu_check.marked_files()) - set(calls.CORRECT))
     assert set(gpu_check.marked_files()) == asked_for
-    assert gpu_check.asked(["--out", "x", "--plan", "rest", "--minutes", "4", "--stages", "rooms"]).stages == ["rooms"]
+    assert gpu_check.call_options(["--out", "x", "--plan", "rest", "--minutes", "4", "--stages", "rooms"]).stages == ["rooms"]
 
 
 def test_a_plan_chooses_tests_cases_and_contenders(tmp_path, monkeypatch):
     words = ["--out", str(tmp_path), "--plan", "rest", "--stages", "tests", "cases", "--commit", "0123abc"]
-    check = gpu_check.Check(gpu_check.asked(words))
+    check = gpu_check.Check(gpu_check.call_options(words))
     commands = []
 
     def supervised(command, *rest):

@@ -25,8 +25,8 @@ from torch import nn
 
 from aadkern_train.engine.checkpoint import CheckpointError, Checkpoints
 from aadkern_train.engine.config import Config
-from aadkern_train.engine.leaving import Leave
 from aadkern_train.engine.processes import Processes, reshard, shard, start, whole
+from aadkern_train.engine.stops import SignalStop
 from aadkern_train.learning.ema import Ema
 from aadkern_train.learning.optim import Optimiser, build
 from aadkern_train.stages.pretrain import Pretrain
@@ -343,7 +343,7 @@ def test_a_run_that_saves_in_the_background_leaves_and_ends_as_one_that_does_not
         return plain_step(self, step)
 
     monkeypatch.setattr(Pretrain, "train_step", asked)
-    with pytest.raises(Leave, match="saved at pretrain, step 2"):
+    with pytest.raises(SignalStop, match="saved at pretrain, step 2"):
         run_recipe(behind, tmp_path / "behind")
     monkeypatch.undo()
     assert (tmp_path / "behind/checkpoints/latest").read_text() == "pretrain/step-2\n"

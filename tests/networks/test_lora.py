@@ -17,10 +17,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from aadkern_train import trainer
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.checkpoint import Checkpoints
-from aadkern_train.engine.leaving import Asked
 from aadkern_train.engine.processes import Processes, reshard, shard, start, whole
 from aadkern_train.engine.recipe import LoraSettings
 from aadkern_train.engine.run_folder import RunFolder
+from aadkern_train.engine.stops import StopRequest
 from aadkern_train.networks import networks
 from aadkern_train.networks.denoiser import Denoiser
 from aadkern_train.networks.folders import facts, load, write_folder
@@ -279,8 +279,8 @@ def test_a_resumed_stage_repeats_an_unbroken_one_bit_for_bit(folder, tmp_path):
         checkpoints = Checkpoints(broken.folder.checkpoints, processes)
         checkpoints.save("dmd", 1, {**stage.state(), "progress": progressed}, broken.recipe)
         again = Run(broken.recipe, processes, broken.folder)
-        with Asked() as asked:
-            trainer.train_stage(again, trainer.make_stage(again, "dmd"), checkpoints, asked)
+        with StopRequest() as stop_request:
+            trainer.train_stage(again, trainer.make_stage(again, "dmd"), checkpoints, stop_request)
     for name in ("dmd", "dmd.fake"):
         for file in ("adapter.safetensors", "diffusion_pytorch_model.safetensors"):
             a, b = (load_file(run.folder.weights(name) / file) for run in (unbroken, broken))

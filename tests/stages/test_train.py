@@ -211,7 +211,7 @@ def test_stage_two_stops_when_motion_collapses(finished, tmp_path, monkeypatch):
         dynamics = iter([90.0, 95.0, 80.0, 99.0, 99.0, 99.0])
         monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: ({"dynamic": next(dynamics)}, {}))
         stage = trainer.make_stage(run, "dmd")
-        trainer.train_stage(run, stage, trainer.Checkpoints(run.folder.checkpoints, processes), trainer.Asked())
+        trainer.train_stage(run, stage, trainer.Checkpoints(run.folder.checkpoints, processes), trainer.StopRequest())
         assert trainer.read_metrics(run)["steps"]["dmd"] == 3, "80 is below 0.9 of the best, 95"
         assert any(line.get("kind") == "note" for line in run.folder.read_log())
 

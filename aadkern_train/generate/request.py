@@ -23,7 +23,7 @@ FRAMES = 81  # 5 seconds, as the family trains
 
 
 @dataclass
-class Video:
+class VideoRequest:
     """A video that is asked for: ``chunks`` of latents (None: without end), its ``frames``, and what it starts from."""
 
     settings: WanSettings
@@ -35,7 +35,7 @@ class Video:
     source: Iterator[Tensor] | None
 
 
-def asked(
+def video_request(
     pipe: Any,
     prompt: str | None,
     frames: int | None,
@@ -50,7 +50,7 @@ def asked(
     generator: torch.Generator | None = None,
     prompt_embeds: Tensor | None = None,
     **other: Any,
-) -> Video:
+) -> VideoRequest:
     """The video of so many ``frames`` (None: the source video's, else without end). ``CausalWanPipeline.__call__`` tells the
     options.
 
@@ -58,13 +58,13 @@ def asked(
     """
     for name in other:
         raise TypeError(f"{name} must be left out: this pipeline has no such option, and distilled models need no guidance")
-    rows, columns = (own if given is None else given for given, own in zip((height, width), pipe.settings.size, strict=True))
+    rows, columns = (own if side is None else side for side, own in zip((height, width), pipe.settings.size, strict=True))
     settings = replace(pipe.settings, size=(whole(rows, "height"), whole(columns, "width")))
     check_size(settings.size, pipe.pixels, pipe.transformer.config["patch_size"][1:])
     if num_inference_steps is not None:
-        given: dict[str, Any] = {"steps": str(whole(num_inference_steps, "num_inference_steps", 1))}
-        given |= {} if shift is None else {"shift": shift}
-        settings = replace(settings, steps=wan_settings(given, pipe.told).steps, first_steps=None)
+        options: dict[str, Any] = {"steps": str(whole(num_inference_steps, "num_inference_steps", 1))}
+        options |= {} if shift is None else {"shift": shift}
+        settings = replace(settings, steps=wan_settings(options, pipe.run_facts).steps, first_steps=None)
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("prompt must be given, or prompt_embeds in its place")
     if video is None and strength is not None:
@@ -91,4 +91,4 @@ def asked(
     def noise(_chunk: int, _step: int) -> Tensor:
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-    return Video(settings, text, noise, chunks, frames, first, source)
+    return VideoRequest(settings, text, noise, chunks, frames, first, source)
