@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.processes import _free_port
+from tests.engine.processes import environment, free_port
 
 SCENES = ("words", "starved", "killed", "raised")
 ALONE = [f"{stage}.steps=0" for stage in ("ode", "dmd", "dmd_continued", "adversarial")]
@@ -29,8 +29,8 @@ PATIENT = 1.0  # minutes that a rank waits for one that gets no data
 def told(tmp_path_factory):
     """What each rank's command said in each scene: (status, stderr), and how each process ended."""
     folder = tmp_path_factory.mktemp("lost")
-    shared = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    ports = [str(_free_port()) for _ in SCENES]
+    shared = environment(MASTER_ADDR="127.0.0.1")
+    ports = [str(free_port()) for _ in SCENES]
     processes = [
         subprocess.Popen([sys.executable, __file__, str(folder), *ports], env={**shared, "RANK": str(rank)}) for rank in range(3)
     ]
