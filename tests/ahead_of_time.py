@@ -19,6 +19,7 @@ CAPABILITIES = {"sm80": 80, "sm89": 89, "sm90": 90}
 BLACKWELL = {"sm100": 100, "sm120": 120}  # B200; RTX 5090
 # The most shared memory that a block may have (CUDA C++ programming guide, compute capabilities).
 SHARED_BYTES = {"sm80": 163 << 10, "sm89": 99 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10}
+REGISTER_FILE = 65536  # per multiprocessor, in all three
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
 LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 

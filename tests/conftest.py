@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+# What test files share asserts as they do: a failure shows the values. The folders, since pytest has imported "tests" by now.
+pytest.register_assert_rewrite(*(f"tests.{path.name}" for path in Path(__file__).parent.iterdir() if path.is_dir()))
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETER_TESTS = Path(__file__).parent / "interpreter"
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 import aadkern
 from aadkern import VideoLayout, Window, ops, plans, testing
 from aadkern.range_attention import reference, sdpa
-from tests.attention.test_attention import ALL_PLANS, CHUNKED, WITH_EMPTY_RUN, any_plan, backend, inputs
+from tests.attention.plan_cases import ALL_PLANS, CHUNKED, WITH_EMPTY_RUN, any_plan, backend, inputs
 
 SEEN = torch.ones(9, dtype=torch.bool).index_fill_(0, torch.arange(3, 5), False)  # of WITH_EMPTY_RUN
 

@@ -10,10 +10,13 @@ from diffusers import WanTransformer3DModel
 from torch.autograd import forward_ad
 
 import aadkern
-from aadkern import VideoLayout, Window, blocks, library, ops, plans
+from aadkern import VideoLayout, Window, library, ops, plans
 from aadkern.compat.processor import AadWanProcessor
 from aadkern.wan import CausalContext
-from tests.wan.test_wan import TOKENS, causal_wan, clip, diffusers_in_fp64, diffusers_twin, text  # noqa: F401 (a fixture)
+from tests.blocks.block_cases import block_cases
+from tests.wan.models import TOKENS, causal_wan, clip, diffusers_in_fp64, diffusers_twin, text
+
+__all__ = ["diffusers_in_fp64"]  # a fixture
 
 D = torch.float64
 
@@ -139,24 +142,6 @@ def test_pooling_refuses_second_derivatives_by_name():
     assert plain.isfinite().all() and plain.abs().max() > 0
 
 
-def block_cases():
-    grid, rows = blocks.RotaryGrid(2, 2, 3), (randn(2, 3, 8), randn(2, 3, 8))
-    return {
-        "qk_norm_rope": (
-            lambda backend: lambda q, k, a, b: torch.stack(blocks.qk_norm_rope(q, k, a, b, grid, backend=backend)),
-            (randn(2, 12, 2, 8), randn(2, 12, 2, 8), randn(16), randn(16)),
-        ),
-        "modulated_norm": (
-            lambda backend: lambda x, shift, scale: blocks.modulated_norm(x, shift, scale, backend=backend),
-            (randn(2, 12, 8), *rows),
-        ),
-        "gated_residual": (
-            lambda backend: lambda x, y, gate: blocks.gated_residual(x, y, gate, backend=backend),
-            (randn(2, 12, 8), randn(2, 12, 8), rows[0]),
-        ),
-    }
-
-
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("name", ["qk_norm_rope", "modulated_norm", "gated_residual"])
 def test_block_operators(backend, name):
@@ -189,7 +174,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("kind", PLANS)
-def test_causal_wans_jvp_equals_finite_differences(kind, diffusers_in_fp64):  # noqa: F811
+def test_causal_wans_jvp_equals_finite_differences(kind, diffusers_in_fp64):
     """Along latents, noise levels and text, as consistency and MeanFlow losses take it."""
     plan, frames, first = PLANS[kind]
     model = causal_wan(rope="relative" if kind == "relative" else "absolute")
@@ -206,7 +191,7 @@ def test_causal_wans_jvp_equals_finite_differences(kind, diffusers_in_fp64):  # 
         assert_near(moved, central(f, primals, tangents), 1e-6)
 
 
-def test_a_meanflow_step_on_causal_wan(diffusers_in_fp64):  # noqa: F811
+def test_a_meanflow_step_on_causal_wan(diffusers_in_fp64):
     """The gradient beside a detached tangent equals that of the same loss with the tangent given as a constant."""
     model, (x, timestep), plan = causal_wan(), clip(), PLANS["block_causal"][0]
     tangents = (torch.randn_like(x), torch.randn_like(timestep))
@@ -227,7 +212,7 @@ def test_a_meanflow_step_on_causal_wan(diffusers_in_fp64):  # noqa: F811
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_a_diffusers_wan_with_our_processor_moves_as_with_its_own(diffusers_in_fp64):  # noqa: F811
+def test_a_diffusers_wan_with_our_processor_moves_as_with_its_own(diffusers_in_fp64):
     theirs = diffusers_twin(causal_wan())
     ours: WanTransformer3DModel = copy.deepcopy(theirs)
     for block in ours.blocks:

@@ -7,7 +7,7 @@ import torch
 
 import aadkern
 from aadkern import runtime, testing
-from tests.attention.test_triton_attention_gpu import ALL_PLANS, DEVICE, DTYPES, VIDEO, draw
+from tests.attention.gpu_cases import ALL_PLANS, DEVICE, DTYPES, VIDEO, draw
 
 pytestmark = pytest.mark.gpu
 

@@ -14,20 +14,10 @@ import torch
 
 import aadkern
 from aadkern import AttentionPlan, VideoLayout, Window, plans, runtime, testing
+from tests.attention.gpu_cases import ALL_PLANS, DEVICE, DTYPES, VIDEO, draw
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 128, 256])
-VIDEO = plans.block_causal(VideoLayout((1, 2, 2, 2), 390), Window(4, sink=1))
-ALL_PLANS = {
-    "block_causal": VIDEO,
-    "teacher_forcing": plans.teacher_forcing(VideoLayout((1, 2, 2), 301), Window(3, sink=1)),
-    "frame_isolated": plans.frame_isolated(VideoLayout((2, 2), 257)),
-    "bidirectional": plans.bidirectional(VideoLayout((3,), 640)),
-    "ring": AttentionPlan.from_ranges(512, 2000, [((0, 512), [(0, 128), (700, 1500), (130, 650), (1600, 2000)])]),
-    "empty_run": AttentionPlan.from_ranges(600, 700, [((0, 200), [(0, 1), (5, 300)]), ((263, 600), [(299, 300), (301, 699)])]),
-}
 LONG = {
     "window": plans.block_causal(VideoLayout.regular(21, 3, 1560), Window(9, sink=3)),
     "bidirectional": plans.bidirectional(VideoLayout.regular(21, 3, 1560)),
@@ -62,11 +52,6 @@ def check(q, k, v, plan, dout, dlse=None, scale=None) -> None:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     truth, plain = (f(q, k, v, plan, scale, dout, dlse) for f in (testing.exact, testing.eager))
     testing.assert_results_close(actual, truth, plain)
-
-
-def draw(plan, head_dim, dtype, seed, heads=2, batch=1, layout="bshd"):
-    q, k, v = testing.make_inputs(plan, heads, head_dim, dtype, DEVICE, batch=batch, seed=seed, layout=layout)
-    return (q, k, v), testing.make_gradients(q, seed + 1)
 
 
 @pytest.mark.parametrize("plan", ALL_PLANS.values(), ids=ALL_PLANS)

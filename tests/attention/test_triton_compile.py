@@ -14,9 +14,8 @@ triton = pytest.importorskip("triton")
 from aadkern import runtime  # noqa: E402
 from aadkern.range_attention import triton_backward, triton_forward  # noqa: E402
 from aadkern.range_attention.tiles import device_class, row_of  # noqa: E402
-from tests.ahead_of_time import BLACKWELL, CAPABILITIES, beside_products, compile_kernel, counts  # noqa: E402
+from tests.ahead_of_time import BLACKWELL, CAPABILITIES, REGISTER_FILE, beside_products, compile_kernel, counts  # noqa: E402
 
-REGISTER_FILE = 65536  # per multiprocessor, in all three
 KERNELS = {
     "forward": (triton_forward.forward_kernel, triton_forward.CONFIGS, "BLOCK_Q", "BLOCK_K"),
     "dq": (triton_backward.dq_kernel, triton_backward.DQ_CONFIGS, "BLOCK_Q", "BLOCK_K"),

@@ -7,8 +7,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from aadkern.range_attention import triton_forward, triton_jvp  # noqa: E402
-from tests.ahead_of_time import CAPABILITIES, compile_kernel, counts  # noqa: E402
-from tests.attention.test_triton_compile import REGISTER_FILE  # noqa: E402
+from tests.ahead_of_time import CAPABILITIES, REGISTER_FILE, compile_kernel, counts  # noqa: E402
 
 ALL = (True, True, True)
 PRODUCTS = 6  # of a step, with all three tangents

@@ -20,9 +20,10 @@ from benchmarks.journal import Journal, run_limited, supervise
 from benchmarks.measure import step
 from benchmarks.outcomes import error_message
 from benchmarks.run import given_up
+from tests.engine.processes import environment
 
 ROOT = results.ROOT
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+ENVIRONMENT = environment(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 ENVIRONMENT.pop("PYTEST_ADDOPTS", None)
 
 WORKER = """

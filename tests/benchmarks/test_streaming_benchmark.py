@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 import sys
 
@@ -28,8 +27,7 @@ from benchmarks.streaming_shapes import (
     pass_flops,
     vae_of,
 )
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(results.ROOT), "OMP_NUM_THREADS": "1"}
+from tests.engine.processes import environment
 
 
 @pytest.fixture
@@ -200,7 +198,7 @@ def test_a_run_in_workers_writes_what_it_found(tmp_path):
     out = tmp_path / "streaming.json"
     words = ["--size", "tiny", "--device", "cpu", "--limit", "60", "--commit", "0123abc", "--out", str(out), "--item", *asked]
     command = [sys.executable, "-m", "benchmarks.streaming", *words]
-    done = subprocess.run(command, cwd=results.ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=results.ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(out.read_text())
     made = document["sizes"]["tiny"]
@@ -216,7 +214,7 @@ def test_without_diffusers_it_says_so(tmp_path):
     out = tmp_path / "streaming.json"
     code = "import sys; sys.modules['diffusers'] = None; from benchmarks import streaming; sys.exit(streaming.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--size", "tiny", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, cwd=results.ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=results.ROOT, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "not run: diffusers is missing; docs/results.md" in done.stdout, done.stdout + done.stderr
     assert json.loads(out.read_text()) == {"not_run": "diffusers is missing"}
     assert "bring" in (results.ROOT / "docs" / "results.md").read_text()

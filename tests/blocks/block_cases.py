@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import pytest
 import torch
 
 from aadkern import blocks, testing
@@ -59,3 +62,53 @@ def check_tokens(backend, dtype, rows=FRAMES, rows_dtype=torch.float32, shape=(B
         ("norm", "residual", "dx", "dy", "drows"), run_tokens(leaves, gradients, backend), exact, eager, strict=True
     ):
         testing.assert_close_to_reference(ours, truth, plain, name)
+
+
+def block_cases():
+    """Of each operator in fp64: a function of the backend that gives one of tensors, and such tensors."""
+    randn = functools.partial(torch.randn, dtype=torch.float64)
+    grid, rows = blocks.RotaryGrid(2, 2, 3), (randn(2, 3, 8), randn(2, 3, 8))
+    return {
+        "qk_norm_rope": (
+            lambda backend: lambda q, k, a, b: torch.stack(blocks.qk_norm_rope(q, k, a, b, grid, backend=backend)),
+            (randn(2, 12, 2, 8), randn(2, 12, 2, 8), randn(16), randn(16)),
+        ),
+        "modulated_norm": (
+            lambda backend: lambda x, shift, scale: blocks.modulated_norm(x, shift, scale, backend=backend),
+            (randn(2, 12, 8), *rows),
+        ),
+        "gated_residual": (
+            lambda backend: lambda x, y, gate: blocks.gated_residual(x, y, gate, backend=backend),
+            (randn(2, 12, 8), randn(2, 12, 8), rows[0]),
+        ),
+    }
+
+
+CPU = torch.device("cpu")
+
+
+def destinations(backend):
+    """Cache slots, send buffers and in place, each against the plain result; what lies around a destination stays."""
+    qkv, q_weight, k_weight = fused_heads()
+    heads = [x.unflatten(-1, (HEADS, -1)) for x in qkv.chunk(3, dim=-1)]
+    weights = (q_weight, k_weight)
+    q, k = blocks.qk_norm_rope(*heads[:2], *weights, GRID, backend=backend)
+    layers = torch.full((2, BATCH, TOKENS + 9, HEADS, HEAD_DIM), 7.0)
+    slot = layers[1, :, 4 : 4 + TOKENS]
+    with torch.no_grad():
+        new_q, new_k = blocks.qk_norm_rope(*heads[:2], *weights, GRID, k_out=slot, backend=backend)
+        assert new_k is slot and torch.equal(slot, k) and torch.equal(new_q, q)
+        slot.fill_(7.0)
+        assert (layers == 7.0).all()
+        assert blocks.qk_norm_rope(None, heads[1], None, k_weight, GRID, k_out=slot, backend=backend)[0] is None
+        assert torch.equal(slot, k)
+        send = torch.full((HEADS, BATCH, TOKENS, 3, 1, HEAD_DIM), 7.0)  # destination-major: one head for each of 3 ranks
+        q_out, k_out, v_out = send.permute(3, 1, 2, 0, 4, 5)
+        blocks.qk_norm_rope(*heads[:2], *weights, GRID, q_out=q_out, k_out=k_out, backend=backend)
+        assert torch.equal(q_out.flatten(2, 3), q) and torch.equal(k_out.flatten(2, 3), k) and (v_out == 7.0).all()
+        before = qkv.clone()
+        turned = blocks.qk_norm_rope(*heads[:2], *weights, GRID, q_out=heads[0], k_out=heads[1], backend=backend)
+        assert turned[0] is heads[0] and torch.equal(turned[0], q) and torch.equal(turned[1], k)
+        assert torch.equal(qkv[..., 2 * WIDTH :], before[..., 2 * WIDTH :])
+    with pytest.raises(ValueError, match="q_out and k_out must be None where gradients are recorded"):
+        blocks.qk_norm_rope(*heads[:2], q_weight.requires_grad_(), k_weight, GRID, k_out=slot, backend=backend)

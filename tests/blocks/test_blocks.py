@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from diffusers.models.transformers import transformer_wan
 
 import aadkern
-from aadkern import StreamingCache, VideoLayout, Window, blocks, ops
+from aadkern import StreamingCache, Window, blocks, ops
 from aadkern.blocks import RotaryGrid
 from aadkern.rotary import grid as rotary
 from aadkern.rotary.tables import rotation_table
-from aadkern.wan import CausalContext
 from tests.blocks.block_cases import (
     BATCH,
+    CPU,
     FRAMES,
     GRID,
     HEAD_DIM,
@@ -25,13 +25,14 @@ from tests.blocks.block_cases import (
     WIDTH,
     check_heads,
     check_tokens,
+    destinations,
     fused_heads,
     run_heads,
     tokens_and_rows,
 )
-from tests.wan.test_wan import causal_wan, clip, text
+from tests.blocks.block_models import backends_agree
+from tests.wan.models import causal_wan, clip
 
-CPU = torch.device("cpu")
 PLAIN = ("reference", "torch")
 
 
@@ -200,33 +201,6 @@ def test_within_one_step_of_self_forcing_in_bf16(backend):
         assert distance.max() <= 1.5 if name == "k" else distance.max() <= 0.5 + 1e-6, name
 
 
-def destinations(backend):
-    """Cache slots, send buffers and in place, each against the plain result; what lies around a destination stays."""
-    qkv, q_weight, k_weight = fused_heads()
-    heads = [x.unflatten(-1, (HEADS, -1)) for x in qkv.chunk(3, dim=-1)]
-    weights = (q_weight, k_weight)
-    q, k = blocks.qk_norm_rope(*heads[:2], *weights, GRID, backend=backend)
-    layers = torch.full((2, BATCH, TOKENS + 9, HEADS, HEAD_DIM), 7.0)
-    slot = layers[1, :, 4 : 4 + TOKENS]
-    with torch.no_grad():
-        new_q, new_k = blocks.qk_norm_rope(*heads[:2], *weights, GRID, k_out=slot, backend=backend)
-        assert new_k is slot and torch.equal(slot, k) and torch.equal(new_q, q)
-        slot.fill_(7.0)
-        assert (layers == 7.0).all()
-        assert blocks.qk_norm_rope(None, heads[1], None, k_weight, GRID, k_out=slot, backend=backend)[0] is None
-        assert torch.equal(slot, k)
-        send = torch.full((HEADS, BATCH, TOKENS, 3, 1, HEAD_DIM), 7.0)  # destination-major: one head for each of 3 ranks
-        q_out, k_out, v_out = send.permute(3, 1, 2, 0, 4, 5)
-        blocks.qk_norm_rope(*heads[:2], *weights, GRID, q_out=q_out, k_out=k_out, backend=backend)
-        assert torch.equal(q_out.flatten(2, 3), q) and torch.equal(k_out.flatten(2, 3), k) and (v_out == 7.0).all()
-        before = qkv.clone()
-        turned = blocks.qk_norm_rope(*heads[:2], *weights, GRID, q_out=heads[0], k_out=heads[1], backend=backend)
-        assert turned[0] is heads[0] and torch.equal(turned[0], q) and torch.equal(turned[1], k)
-        assert torch.equal(qkv[..., 2 * WIDTH :], before[..., 2 * WIDTH :])
-    with pytest.raises(ValueError, match="q_out and k_out must be None where gradients are recorded"):
-        blocks.qk_norm_rope(*heads[:2], q_weight.requires_grad_(), k_weight, GRID, k_out=slot, backend=backend)
-
-
 @pytest.mark.parametrize("backend", PLAIN)
 def test_writes_into_given_destinations(backend):
     destinations(backend)
@@ -344,32 +318,6 @@ def test_fake_kernels_tell_shapes_and_dtypes_without_a_gpu():
     assert out.shape == x.shape and out.dtype == x.dtype and out.is_contiguous()
     grads = torch.autograd.grad(out, (x, rows), torch.empty_like(out))
     assert [(g.shape, g.dtype) for g in grads] == [(t.shape, t.dtype) for t in (x, rows)]
-
-
-def flows_and_gradients(model, x, t, y, context):
-    model.zero_grad()
-    flow = model(x, t, y, plan=context)
-    flow.square().sum().backward()
-    return [flow.detach(), *(p.grad for p in model.parameters())]
-
-
-def backends_agree(first, second, dtype=torch.float32, limit=1e-4, layers=3):
-    """CausalWan's flow and gradients, and its flow when streamed through a ring that wraps, on two backends."""
-    model, (x, t), y = causal_wan(dtype, rope="relative", num_layers=layers), clip(7, dtype), text(dtype)
-    context = CausalContext(VideoLayout((1, 3, 3), 6), Window(5, sink=1))
-    results = []
-    for backend in (first, second):
-        model.set_block_backend(backend)
-        streamed = []
-        cache = StreamingCache.for_model(model, 2, 6, 4, Window(4, sink=1), max_chunk_frames=2, capacity_frames=4)
-        with torch.no_grad():
-            for a, b in ((0, 1), (1, 3), (3, 5), (5, 7)):
-                streamed.append(model(x[:, :, a:b], t[:, a:b], y, cache=cache))
-                model(x[:, :, a:b], 0 * t[:, a:b], y, cache=cache, cache_only=True)
-                cache.commit()
-        results.append([torch.cat(streamed, 2), cache.keys.clone(), *flows_and_gradients(model, x, t, y, context)])
-    for ours, theirs in zip(*results, strict=True):
-        assert (ours - theirs).abs().max() <= limit * theirs.abs().max()
 
 
 def test_causal_wan_computes_the_same_on_either_backend():

@@ -12,9 +12,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 
 from aadkern import VideoLayout, compat, plans
 from aadkern.wan import CausalWan
-from tests.wan import test_wan
+from tests.wan import models
 
-CONFIG = {**test_wan.CONFIG, "num_attention_heads": 3, "num_layers": 2}
+CONFIG = {**models.CONFIG, "num_attention_heads": 3, "num_layers": 2}
 
 
 def random_state(dtype=torch.float32, **changes) -> dict[str, torch.Tensor]:

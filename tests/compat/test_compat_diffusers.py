@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from aadkern import VideoLayout, Window, compat, plans
 from aadkern.testing import assert_close_to_reference
 from aadkern.wan import CausalWan
-from tests.wan.test_wan import CONFIG
+from tests.wan.models import CONFIG
 
 FRAMES, HEIGHT, WIDTH, TOKENS = 6, 6, 4, 6
 LAYOUT = VideoLayout((1, 2, 3), TOKENS)

@@ -15,11 +15,9 @@ from aadkern_train import trainer
 from aadkern_train.cli import main
 from aadkern_train.engine.processes import start
 from aadkern_train.stages.pretrain import Pretrain
-from tests.engine.test_run_lock import ENVIRONMENT
-from tests.generate.test_generate_run import files_up_to
-from tests.house.test_command_line import answer
-from tests.stages.test_train import assert_same_bytes
-from tests.stages.tiny_runs import SMALL, new_run
+from tests.engine.processes import environment, files_up_to
+from tests.house.command import answer
+from tests.stages.tiny_runs import SMALL, assert_same_bytes, new_run
 
 SHORT = ["dmd_continued.steps=0", "adversarial.steps=0", "pretrain.steps=1", "ode.steps=1", "evaluate={every: 0, final_clips: 4}"]
 
@@ -159,6 +157,6 @@ def test_losses_that_leave_the_numbers_end_in_a_line(tmp_path, monkeypatch, caps
 def test_a_rate_beyond_reason_ends_in_a_line_or_in_a_report(tmp_path, stage):
     words = [*SMALL, *SHORT, f"{stage}={{kind: adamw, lr: 1.0e9}}", f"{stage.partition('.')[0]}.steps=6", "evaluate.every=2"]
     command = [sys.executable, "-m", "aadkern_train.cli", "train", "digits", f"out={tmp_path / 'run'}", *words]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0 or "is not finite" in done.stderr.splitlines()[-1]

@@ -31,7 +31,7 @@ from aadkern_train.learning.ema import Ema
 from aadkern_train.learning.optim import Optimiser, build
 from aadkern_train.stages.pretrain import Pretrain
 from aadkern_train.trainer import run_recipe
-from tests.engine.processes import BATCH, Net, inputs, run_processes
+from tests.engine.processes import BATCH, Net, environment, inputs, run_processes
 from tests.stages.tiny_runs import small_recipe
 
 
@@ -282,9 +282,8 @@ SLOW = [pytest.param(60, how, marks=pytest.mark.slow) for how in ("", "backgroun
 
 @pytest.mark.parametrize(("rounds", "background"), [(8, ""), (3, "background"), *SLOW])
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, rounds, background):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, __file__, "crash", str(tmp_path), str(rounds), background]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

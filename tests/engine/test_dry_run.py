@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from aadkern_train.cli import main
+from tests.engine.processes import environment
 from tests.stages.tiny_runs import SMALL
 
 SELF_MADE = [
@@ -20,12 +20,10 @@ SELF_MADE = [
 ]
 
 
-def dried(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def dried(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own, which has no process group yet, and in a folder of its own."""
-    root = str(Path(__file__).parents[2])
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **environment}
     command = [sys.executable, "-m", "aadkern_train.cli", "train", *words, "--dry-run"]
-    return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=folder)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**variables), cwd=folder)
 
 
 def peaks(made: subprocess.CompletedProcess[str]) -> dict[str, float]:

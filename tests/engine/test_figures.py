@@ -25,7 +25,7 @@ from aadkern_train.planning.networks import Net
 from aadkern_train.planning.shapes import Shape
 from aadkern_train.recipes import make_recipe
 from aadkern_train.trainer import make_stage, run_recipe
-from tests.planning.test_planning import SIZED, clip_of
+from tests.planning.counted import SIZED, clip_of
 from tests.stages.tiny_runs import new_run, small_recipe
 
 ONE_STAGE = [f"{name}.steps=0" for name in ("ode", "dmd", "dmd_continued", "adversarial")]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.processes import _free_port
+from tests.engine.processes import environment, free_port
 
 SCENES = ("words", "starved", "killed", "raised")
 ALONE = [f"{stage}.steps=0" for stage in ("ode", "dmd", "dmd_continued", "adversarial")]
@@ -26,11 +26,11 @@ PATIENT = 1.0  # minutes that a rank waits for one that gets no data
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def outcomes(tmp_path_factory):
     """What each rank's command said in each scene: (status, stderr), and how each process ended."""
     folder = tmp_path_factory.mktemp("lost")
-    shared = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    ports = [str(_free_port()) for _ in SCENES]
+    shared = environment(MASTER_ADDR="127.0.0.1")
+    ports = [str(free_port()) for _ in SCENES]
     processes = [
         subprocess.Popen([sys.executable, __file__, str(folder), *ports], env={**shared, "RANK": str(rank)}) for rank in range(3)
     ]
@@ -42,41 +42,41 @@ def told(tmp_path_factory):
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}, codes
 
 
-def test_other_words_and_code_are_told_at_the_start(told):
+def test_other_words_and_code_are_told_at_the_start(outcomes):
     line = (
         r"aad train: all ranks must come with the same settings and code, got other code \('\w{12}' on rank 0, 'of yesterday' on "
         r"rank 2\), stages\.pretrain\.batch \(3 on rank 0, 6 on rank 2\)\n"
     )
     for rank in range(3):
-        status, said = told[0][f"words {rank}"]
+        status, said = outcomes[0][f"words {rank}"]
         assert status == 2 and re.fullmatch(line, said), said
 
 
-def test_a_rank_without_data_is_waited_for_so_long_and_named(told):
+def test_a_rank_without_data_is_waited_for_so_long_and_named(outcomes):
     for rank in (0, 2):
-        status, said = told[0][f"starved {rank}"]
+        status, said = outcomes[0][f"starved {rank}"]
         expected = f"aad train: rank {rank} stops at pretrain, step 1: rank 1 is not here after {PATIENT:g} minutes"
         assert status == 1 and expected in said and "last seen at pretrain, step 1, reading its data" in said, said
 
 
-def test_a_killed_rank_is_named(told):
+def test_a_killed_rank_is_named(outcomes):
     for rank in (0, 2):
-        status, said = told[0][f"killed {rank}"]
+        status, said = outcomes[0][f"killed {rank}"]
         assert status == 1 and re.search(rf"rank {rank} stops at pretrain, step 1: ranks? (0, )?1 (is|are) gone", said), said
         assert said.endswith("resume=RUN goes on from it\n"), said
-    assert told[1][1] == -signal.SIGKILL
+    assert outcomes[1][1] == -signal.SIGKILL
 
 
-def test_a_rank_that_fails_is_named_with_its_reason(told):
-    assert told[0]["raised 1"] == [2, "aad train: the disk went away: pretrain, step 1\n"]
-    status, said = told[0]["raised 0"]
+def test_a_rank_that_fails_is_named_with_its_reason(outcomes):
+    assert outcomes[0]["raised 1"] == [2, "aad train: the disk went away: pretrain, step 1\n"]
+    status, said = outcomes[0]["raised 0"]
     assert status == 1 and "rank 1 is gone (OSError: the disk went away: pretrain, step 1)" in said, said
 
 
-def test_each_says_one_line(told):
-    assert len(told[0]) == 2 * 3 + 2 + 2  # of the starved rank too, whose reading then fails
-    assert all(said.count("\n") == 1 and said.startswith("aad train: ") for _, said in told[0].values()), told
-    assert [told[1][0], told[1][2]] == [0, 0]  # and the processes end in order
+def test_each_says_one_line(outcomes):
+    assert len(outcomes[0]) == 2 * 3 + 2 + 2  # of the starved rank too, whose reading then fails
+    assert all(said.count("\n") == 1 and said.startswith("aad train: ") for _, said in outcomes[0].values()), outcomes
+    assert [outcomes[1][0], outcomes[1][2]] == [0, 0]  # and the processes end in order
 
 
 def live(folder: Path, ports: list[str]) -> None:

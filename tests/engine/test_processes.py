@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from aadkern_train.engine.processes import Processes, accumulating, clip_gradients, local, reshard, shard, start, whole
 from aadkern_train.learning.ema import Ema
 from aadkern_train.learning.optim import build
-from tests.engine.processes import BATCH, CHUNKS, Net, inputs, run_processes
+from tests.engine.processes import BATCH, CHUNKS, Net, environment, inputs, run_processes
 
 STEPS = 3
 
@@ -217,8 +217,7 @@ def test_a_world_of_one_needs_no_port_and_ends_cleanly():
 @pytest.mark.slow
 def test_torchrun_starts_the_same_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=240)
+    subprocess.run([*command, str(tmp_path)], check=True, env=environment(), timeout=240)
     expected = plain_training("adamw")
     for rank in range(2):
         assert_trained_alike(torch.load(tmp_path / f"rank{rank}.pt")["adamw False"], expected, f"rank {rank}")

@@ -20,10 +20,9 @@ from aadkern_train.cli import main
 from aadkern_train.engine import lock
 from aadkern_train.engine.lock import HeldError, Lock
 from aadkern_train.engine.run_folder import RunFolder
-from tests.engine.processes import _free_port
+from tests.engine.processes import environment, free_port
 from tests.stages.tiny_runs import SMALL
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 HOLD = """
 import sys
 from pathlib import Path
@@ -45,7 +44,7 @@ else:
 def others(folder: Path, count: int) -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that take the lock of a folder when they are told "go", and give it back at the next word."""
     command = [sys.executable, "-c", HOLD, str(folder)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment()}
     started = [subprocess.Popen(command, **pipes) for _ in range(count)]
     try:
         assert all(process.stdout.readline() == "ready\n" for process in started)
@@ -168,7 +167,7 @@ def test_a_run_that_is_being_trained_is_refused_by_name(tmp_path, capsys):
     path = tmp_path / "run"
     words = [*SMALL, "pretrain.steps=1000000", "evaluate.every=0", "checkpoint_every=1000000"]
     command = [sys.executable, "-m", "aadkern_train.cli", "train", "digits", f"out={path}", *words]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         try:
             wait_for(lambda: (path / "log.jsonl").exists() and (path / "log.jsonl").stat().st_size > 300)
             before = sorted(file.name for file in path.iterdir())
@@ -178,8 +177,7 @@ def test_a_run_that_is_being_trained_is_refused_by_name(tmp_path, capsys):
                 assert main(words) == 2
                 said = capsys.readouterr().err.splitlines()
                 assert len(said) == 1 and f"is in use by process {run.pid} on {platform.node()} since" in said[0], said
-            port = str(_free_port())
-            env = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env = environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
             resume = [sys.executable, "-m", "aadkern_train.cli", "train", f"resume={path}"]
             two = [
                 subprocess.Popen(resume, env={**env, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)

@@ -13,27 +13,15 @@ from torch import nn
 from aadkern import fp8
 from aadkern.fp8 import Fp8Linear, QuantisedRows, quantise_rows, scaled_product, shared_input
 from aadkern.fp8.api import _torch_product
+from tests.fp8.rows import DTYPES, kind_of_rows, relative, strided, uneven_rows
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 E4M3 = torch.float8_e4m3fn
 OF_14B = [pytest.param(5120, 5120, marks=pytest.mark.slow), pytest.param(13824, 5120, marks=pytest.mark.slow)]
 WIDTHS = [(1536, 1536), (1536, 8960), (8960, 1536), *OF_14B]
 
 
-def uneven_rows(dtype, channels=96):
-    """Rows from 1e-4 to 100 in size, one of zeros, with outliers; all within float16."""
-    x = torch.randn(2, 5, channels) * torch.logspace(-4, 2, 10).view(2, 5, 1)
-    x[0, 2] = 0
-    x[..., 3] *= 30
-    return x.to(dtype)
-
-
 def restored(rows):
     return rows.values.double() * rows.scale.double()
-
-
-def relative(actual, exact):
-    return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 def scaled_weight(linear):
@@ -86,14 +74,6 @@ def test_tiny_and_huge_rows(dtype):
     assert restored(rows).isfinite().all()
     assert restored(rows)[0, 0].item() == pytest.approx(largest, rel=1e-6)
     assert abs(restored(rows)[1, 0].item()) <= 2e-40
-
-
-def strided(kind, x):
-    if kind == "apart":
-        return torch.stack((x, x), dim=-1)[..., 0]
-    if kind == "exchanged":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
 
 
 @pytest.mark.parametrize("kind", ["apart", "exchanged", "off"])
@@ -164,17 +144,6 @@ def test_a_layer_asks_for_the_sums_it_was_made_for(monkeypatch, fast_accum):
     monkeypatch.setattr("aadkern.fp8.linear.scaled_product", lambda *_, fast_accum: asked.append(fast_accum))
     Fp8Linear(nn.Linear(32, 48), fast_accum)(torch.randn(5, 32))
     assert asked == [fast_accum]
-
-
-def kind_of_rows(kind, channels, count=24):
-    x = torch.randn(count, channels)
-    if kind == "outlier channels":
-        x[:, torch.randperm(channels)[:4]] *= 100
-    if kind == "uneven tokens":
-        x *= torch.randn(count, 1).exp()
-    if kind == "after gelu":
-        x = nn.functional.gelu(2 * x, approximate="tanh")
-    return x.bfloat16()
 
 
 def by_tensor(x, weight):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from aadkern.fp8 import Fp8Linear, quantise_rows
-from tests.fp8.test_fp8 import DTYPES, kind_of_rows, relative, strided, uneven_rows
+from tests.fp8.rows import DTYPES, kind_of_rows, relative, strided, uneven_rows
 
 pytestmark = pytest.mark.gpu
 

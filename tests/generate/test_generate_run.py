@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +17,8 @@ from aadkern_train.engine import video
 from aadkern_train.engine.video import GrowingVideo, read_video
 from aadkern_train.networks.folders import write_folder
 from aadkern_train.run import Run
-from tests.engine.test_run_lock import ENVIRONMENT
-from tests.house.test_command_line import answer
+from tests.engine.processes import environment, files_up_to
+from tests.house.command import answer
 from tests.stages.tiny_runs import small_recipe
 
 FOREVER = "1000000"
@@ -39,23 +36,12 @@ def run(tmp_path_factory):
     return path / "weights" / "dmd"
 
 
-@contextlib.contextmanager
-def files_up_to(limit: int) -> Iterator[None]:
-    """What a full disk does, by the kernel: a file cannot grow beyond ``limit`` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_ctrl_c_and_a_kill_leave_what_was_made(run, tmp_path, end):
     out = tmp_path / "a.mp4"
     words = ["generate", "--checkpoint", str(run), "--chunks", FOREVER, "--out", str(out)]
     command = [sys.executable, "-m", "aadkern_train.cli", *words]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline, seen = time.monotonic() + 600, 0
             while seen < 20:
@@ -92,7 +78,7 @@ def test_without_room_for_a_second_file_the_growing_one_stays(tmp_path, monkeypa
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    from tests.engine.test_video import smooth_frames
+    from tests.engine.frames import smooth_frames
 
     monkeypatch.setattr(video, "_remux", full)
     with GrowingVideo(tmp_path / "a.mp4", 8) as growing:

@@ -26,45 +26,16 @@ from aadkern.wan.vae import encode_image
 from aadkern_train.cli import main
 from aadkern_train.diffusion.draws import Draws
 from aadkern_train.engine.config import to_yaml
-from aadkern_train.engine.video import GrowingVideo, read_video
-from aadkern_train.generate import from_wan as module
+from aadkern_train.engine.video import read_video
 from aadkern_train.generate.from_wan import read_image
 from aadkern_train.generate.wan_settings import WanSettings, noise_levels
 from aadkern_train.networks.wan_parts import find_parts
 from aadkern_train.run import Run
+from tests.generate.wan_files import PROMPT, SIZE, aad, refused, wan, written
 from tests.stages.tiny_runs import small_recipe
-from tests.wan.tiny_wan import CHANNELS, TRANSFORMER, save_tiny_wan
+from tests.wan.tiny_wan import CHANNELS, TRANSFORMER
 
-PROMPT = "a cat runs on the beach"
-SIZE = (32, 48)
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory):
-    """The folder of a pipeline, the pipeline, its transformer alone, and the same in Self-Forcing's format."""
-    folder = tmp_path_factory.mktemp("wan")
-    pipeline = save_tiny_wan(folder / "pipeline")
-    shutil.copytree(folder / "pipeline" / "transformer", folder / "alone")
-    compat.save_checkpoint(pipeline.transformer.state_dict(), folder / "self_forcing.pt", weights="generator_ema")
-    in_wan = compat.to_wan_names(pipeline.transformer.state_dict())
-    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in in_wan.items()}, folder / "comfy.safetensors")
-    y, x = np.mgrid[:40, :52]
-    pixels = np.stack([5 * x, 6 * y, 255 - 4 * x - y], axis=-1).clip(0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(folder / "cat.png")
-    return folder, pipeline
-
-
-@pytest.fixture
-def written(monkeypatch):
-    """The frames that are handed to the file, before they are compressed."""
-    frames: list[torch.Tensor] = []
-    real = GrowingVideo.write
-    monkeypatch.setattr(GrowingVideo, "write", lambda self, new: (frames.append(new.clone()), real(self, new))[1])
-    return frames
-
-
-def aad(*words) -> int:
-    return main(["generate", "--device", "cpu", "--size", f"{SIZE[0]}x{SIZE[1]}", *map(str, words)])
+__all__ = ["wan", "written"]  # fixtures
 
 
 @torch.no_grad()
@@ -303,23 +274,6 @@ SETTINGS = [
     (["--tiny-decoder", "tiny.pth"], "tiny_decoder must be left out with the full decoder (say decoder tiny), got tiny.pth"),
     (["--parts", "/no/parts"], "parts must be a folder with vae, text_encoder and tokenizer, found none at /no/parts"),
 ]
-
-
-def refused(words, says, capsys, monkeypatch, tmp_path, folder, prompt=PROMPT):
-    """The command ends with one line that says this, having loaded no weights and written nothing."""
-
-    def never(*_args, **_kwargs):
-        raise AssertionError("weights were loaded before the check")
-
-    monkeypatch.setattr(module, "embed_prompts", never)
-    out = tmp_path / "a.mp4"
-    out.write_bytes(b"an older video")
-    capsys.readouterr()
-    words = ["--checkpoint", folder, "--out", out, *([] if prompt is None else ["--prompt", prompt]), *words]
-    assert aad(*words) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1 and said.startswith("aad generate: "), said
-    assert out.read_bytes() == b"an older video"
 
 
 @pytest.mark.parametrize("words, says", SETTINGS, ids=[says for _, says in SETTINGS])

@@ -16,7 +16,7 @@ from aadkern_train.generate.from_wan import read_image
 from aadkern_train.generate.wan_decoder import tiny_file
 from aadkern_train.generate.wan_settings import WanSettings
 from aadkern_train.networks.wan_parts import find_parts, load_part
-from tests.generate.test_generate_wan import PROMPT, SIZE, aad, refused, wan, written
+from tests.generate.wan_files import PROMPT, SIZE, aad, refused, save_lora, wan, written
 from tests.wan.tiny_decoder import frame_by_frame, random_state
 
 __all__ = ["wan", "written"]  # fixtures
@@ -56,13 +56,6 @@ def test_a_tiny_decoder_is_of_wan_2_1s_vae_alone(wan, tmp_path):
             tiny_file(dataclasses.replace(parts, **other), settings)
     with pytest.raises(ValueError, match="decoder must be one of full, tiny, got 'half'"):
         WanSettings(decoder="half")
-
-
-def save_lora(path, layer="blocks.0.attn1.to_q", out=128):
-    save_file(
-        {f"transformer.{layer}.lora_A.weight": torch.randn(2, 128), f"transformer.{layer}.lora_B.weight": torch.randn(out, 2)}, path
-    )
-    return path
 
 
 def test_lora(wan, tmp_path, written, capsys):

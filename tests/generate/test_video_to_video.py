@@ -25,8 +25,8 @@ from aadkern_train.generate.wan_settings import noise_levels
 from aadkern_train.networks.folders import load, write_folder
 from aadkern_train.networks.rollout import streaming
 from aadkern_train.run import Run
-from tests.generate.test_generate_wan import PROMPT, SIZE, aad, refused, wan, written
-from tests.house.test_command_line import answer
+from tests.generate.wan_files import PROMPT, SIZE, aad, refused, wan, written
+from tests.house.command import answer
 from tests.stages.tiny_runs import small_recipe
 from tests.wan.tiny_wan import CHANNELS
 

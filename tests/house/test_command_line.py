@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +17,8 @@ from aadkern_train.engine.config import from_yaml
 from aadkern_train.engine.recipe import Recipe
 from aadkern_train.planning.counts import counts
 from aadkern_train.recipes import RECIPES, digits
-
-ROOT = Path(__file__).parents[2]
+from tests.engine.processes import environment
+from tests.house.command import answer
 
 
 @pytest.fixture
@@ -28,20 +27,6 @@ def started(monkeypatch):
     runs = []
     monkeypatch.setattr(trainer, "run_recipe", lambda recipe, folder, **options: runs.append((recipe, folder, options)))
     return runs
-
-
-def answer(words: list[str], capsys) -> tuple[int, str]:
-    """The status of a command line, and the line that it says."""
-    capsys.readouterr()
-    try:
-        status = main(words)
-    except SystemExit as end:  # of argparse
-        status = int(end.code or 0)
-    said = capsys.readouterr().err.splitlines()
-    if status == 0:
-        return status, "\n".join(said)
-    assert len(said) == 1 and said[0].startswith("aad"), (words, said)
-    return status, said[0]
 
 
 @pytest.mark.parametrize("show", range(4))
@@ -121,13 +106,12 @@ def test_nested_beyond_reason(capsys, started):
 
 
 def test_a_reader_that_has_seen_enough_and_a_full_stdout():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     show = f"{sys.executable} -m aadkern_train.cli train digits --show"
     for command, status, says in (
         (f"{show} | true; exit ${{PIPESTATUS[0]}}", 141, ""),
         (f"{show} > /dev/full", 2, "No space left"),
     ):
-        done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=240)
         assert done.returncode == status and says in done.stderr and done.stderr.count("\n") == bool(says), done.stderr
 
 

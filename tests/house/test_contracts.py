@@ -7,8 +7,6 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,8 @@ import torch
 
 import aadkern
 from aadkern import ops
+from tests.house.import_graph import ROOT, SOURCES, arrows, circle, imports, module_name, room
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [path for package in ("aadkern", "aadkern_train", "benchmarks") for path in sorted((ROOT / package).rglob("*.py"))]
 AADKERN = [path for path in SOURCES if path.is_relative_to(ROOT / "aadkern")]
 MAX_LINES = 500
 
@@ -83,57 +80,6 @@ ENVIRONMENT = {
     "MAX_JOBS",
     "PATH",
 }
-
-
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-def imported(path: Path) -> Iterator[tuple[str, str]]:
-    """(a, a.b) of each `from a import b`, ("", a) of each `import a`, at any depth of a file's code."""
-    package = [*path.relative_to(ROOT).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (("", alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((source, f"{source}.{alias.name}") for alias in node.names)
-
-
-@cache
-def imports(path: Path) -> set[str]:
-    """Dotted names of all that a file imports; `from a import b` counts as a and a.b."""
-    return {name for names in imported(path) for name in names if name}
-
-
-@cache
-def arrows(path: Path) -> set[str]:
-    """The files of the three packages that a file imports, for types too; `from a import b` means a/b.py where that is one."""
-    modules = {module_name(file) for file in SOURCES}
-    found = {name if name in modules else source for source, name in imported(path)}
-    return found & modules - {module_name(path)}
-
-
-def circle(graph: Mapping[str, Iterable[str]]) -> str | None:
-    """A walk along arrows that comes back to where it began, or None."""
-    done: set[str] = set()
-
-    def walk(name: str, trail: tuple[str, ...]) -> str | None:
-        if name in trail:
-            return " -> ".join((*trail[trail.index(name) :], name))
-        if name in done:
-            return None
-        found = next(filter(None, (walk(other, (*trail, name)) for other in graph.get(name, ()))), None)
-        done.add(name)
-        return found
-
-    return next(filter(None, (walk(name, ()) for name in graph)), None)
-
-
-def room(name: str) -> str:
-    """aadkern.wan.model -> "wan", aadkern.plans -> "plans", aadkern -> ""."""
-    return name.split(".")[1] if "." in name else ""
 
 
 def room_and_file(name: str) -> tuple[str, str]:
@@ -341,6 +287,15 @@ def test_tests_lie_in_a_folder_of_the_room_that_they_test():
     tests = ROOT / "tests"
     assert [path.name for path in tests.glob("test_*.py")] == []
     assert {path.name for path in tests.iterdir() if path.is_dir() and any(path.glob("*.py"))} - packages == set()
+
+
+def test_no_test_file_is_imported():
+    """Under any name: what several share lies in modules of its own, beside them."""
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        named = {name for name in imports(path) if name.startswith("tests.") and ".test_" in name}
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(named)]
+    assert wrong == []
 
 
 def test_reading_memory_before_it_is_written_shows():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import types
@@ -13,6 +12,7 @@ import torch
 
 import aadkern
 from aadkern import AttentionPlan, spans
+from tests.engine.processes import environment
 
 PLAN = AttentionPlan.from_ranges(4, 4, [((0, 4), [(0, 4)])])
 
@@ -64,8 +64,8 @@ def test_without_nvtx_and_cuda_the_error_names_the_package(monkeypatch):
 def test_the_environment_turns_them_on():
     pytest.importorskip("nvtx")
     code = "from aadkern import spans; print(type(spans.span('a')).__name__)"
-    environment = os.environ | {"AADKERN_NVTX": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    variables = environment(AADKERN_NVTX="1")
+    run = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "annotate"
 
 

@@ -11,7 +11,7 @@ from aadkern_train.recipes import RECIPES, make_recipe
 from aadkern_train.stages import KINDS
 from aadkern_train.worlds.digits_metrics import METRICS as DIGITS
 from aadkern_train.worlds.generic_metrics import METRICS as GENERIC
-from tests.house.test_contracts import ROOT, arrows, module_name, room
+from tests.house.import_graph import ROOT, arrows, module_name, room
 
 HALL = ROOT / "aadkern_train"
 FILES = sorted(HALL.rglob("*.py"))

@@ -10,8 +10,8 @@ import triton.language as tl
 from aadkern import StreamingCache, Window
 from aadkern.range_attention import api, ops, reference
 from aadkern.range_attention.triton_e4m3 import decoded
-from tests.interpreter.test_triton_attention import CHUNKED, RAGGED
-from tests.streaming.test_fp8_cache import quantised, uneven
+from tests.fp8.rows import quantised_frames, uneven_frames
+from tests.interpreter.plan_cases import CHUNKED, RAGGED
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def inputs(plan, frames, head_dim, dtype, heads=2):
     tokens = plan.k_len // frames
     q = torch.randn(2, plan.q_len, heads, head_dim, dtype=dtype)
     sizes = 2.0 ** (torch.arange(2 * frames * heads).view(2, frames, heads) % 5 - 3).repeat_interleave(tokens, 1)[..., None]
-    held = [quantised(torch.randn(2, plan.k_len, heads, head_dim) * sizes, frames) for _ in range(2)]
+    held = [quantised_frames(torch.randn(2, plan.k_len, heads, head_dim) * sizes, frames) for _ in range(2)]
     (k, k_scale), (v, v_scale) = held
     assert len(k_scale.unique()) > 1
     return q, k, v, k_scale, v_scale
@@ -104,7 +104,7 @@ def test_a_nan_frame_is_seen():
 
 
 def test_what_a_cache_holds():
-    x = uneven(4, 5, heads=2, channels=16)
+    x = uneven_frames(4, 5, heads=2, channels=16)
     cache = StreamingCache(1, 2, 2, 16, 5, Window(4), max_chunk_frames=4, precision="fp8")
     with torch.no_grad():
         attend = cache.begin(4)(0)

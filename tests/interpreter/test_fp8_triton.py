@@ -11,7 +11,7 @@ import triton.language as tl
 
 from aadkern.fp8 import quantise_rows
 from aadkern.fp8.triton_quantise import to_e4m3
-from tests.fp8.test_fp8 import DTYPES, strided, uneven_rows
+from tests.fp8.rows import DTYPES, strided, uneven_rows
 
 
 def assert_same(x):

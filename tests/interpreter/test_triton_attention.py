@@ -10,15 +10,9 @@ import torch
 from hypothesis import given, settings
 
 import aadkern
-from aadkern import AttentionPlan, VideoLayout, Window, ops, plans, testing
+from aadkern import AttentionPlan, VideoLayout, ops, plans, testing
 from aadkern.range_attention import tiles, triton_forward
-
-# Whole tiles and tails of 32 x 16 on both sides, a one-token range, four ranges, queries that see nothing, keys that
-# nobody sees.
-RAGGED = AttentionPlan.from_ranges(
-    75, 90, [((0, 35), [(0, 7), (20, 70)]), ((40, 41), [(89, 90)]), ((41, 75), [(0, 1), (3, 4), (10, 42), (50, 85)])]
-)
-CHUNKED = plans.block_causal(VideoLayout((1, 2, 2, 2), 7), Window(4, sink=1))
+from tests.interpreter.plan_cases import CHUNKED, RAGGED
 
 
 def run(q, k, v, plan, dout, dlse=None, scale=None):

@@ -9,9 +9,9 @@ import torch
 
 from aadkern import blocks, ops
 from aadkern.blocks import RotaryGrid, triton_gated_residual, triton_modulated_norm, triton_qk_norm_rope
-from tests.blocks import test_blocks
 from tests.blocks.block_cases import (
     BATCH,
+    CPU,
     FRAMES,
     GRID,
     HEAD_DIM,
@@ -20,12 +20,13 @@ from tests.blocks.block_cases import (
     WIDTH,
     check_heads,
     check_tokens,
+    destinations,
     fused_heads,
     run_heads,
     run_tokens,
     tokens_and_rows,
 )
-from tests.blocks.test_blocks import CPU, backends_agree
+from tests.blocks.block_models import backends_agree
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -68,7 +69,7 @@ def test_rounds_where_the_torch_path_rounds():
 
 
 def test_writes_into_given_destinations():
-    test_blocks.destinations("triton")
+    destinations("triton")
 
 
 def test_keys_alone():

@@ -7,7 +7,7 @@ import torch
 
 import aadkern
 from aadkern import ops
-from tests.attention.test_derivatives import block_cases
+from tests.blocks.block_cases import block_cases
 from tests.pooling.pooling_cases import make
 
 

@@ -11,7 +11,7 @@ import torch
 import aadkern
 from aadkern import AttentionPlan, ops, testing
 from aadkern.range_attention import reference, triton_jvp
-from tests.interpreter.test_triton_attention import CHUNKED, RAGGED
+from tests.interpreter.plan_cases import CHUNKED, RAGGED
 
 NAMES = ("out", "lse", "out_tangent", "lse_tangent")
 

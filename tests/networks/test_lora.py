@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from aadkern_train import trainer
@@ -22,13 +21,13 @@ from aadkern_train.engine.recipe import LoraSettings
 from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.engine.stops import StopRequest
 from aadkern_train.networks import networks
-from aadkern_train.networks.denoiser import Denoiser
-from aadkern_train.networks.folders import facts, load, write_folder
+from aadkern_train.networks.folders import facts, load
 from aadkern_train.networks.lora import LoraBase
 from aadkern_train.networks.networks import recompute_blocks
 from aadkern_train.networks.rollout import stream
 from aadkern_train.run import Run
 from tests.engine.processes import run_processes
+from tests.networks.adapters import merged_by_hand, plain_base, write_base
 from tests.stages.tiny_runs import small_recipe
 
 RATES = [f"{key}={{kind: adamw, lr: 0.01}}" for key in ("ode.optimiser", "dmd.generator", "dmd.fake", "adversarial.generator")]
@@ -40,15 +39,6 @@ def folder(tmp_path_factory) -> Path:
     """A network's folder, no weight of which is zero."""
     path = tmp_path_factory.mktemp("base")
     return write_base(path)
-
-
-def write_base(path: Path) -> Path:
-    denoiser = Run.alone(small_recipe("data.captions=true"), path / "run").networks.plain(None)
-    drawn = torch.Generator().manual_seed(5)
-    for p in denoiser.net.parameters():
-        nn.init.normal_(p, mean=0.0 if p.dim() > 1 else p.mean().item(), std=0.2, generator=drawn)
-    write_folder(path / "network", denoiser.net, denoiser.net.state_dict().items(), {"predicts": "x0"})
-    return path / "network"
 
 
 def lora_recipe(base: Path, *words: str):
@@ -67,37 +57,6 @@ def clip(count: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     shapes = (count, 7, 1, 12, 12), (count, 7), (count, 3, 16)
     x, sigma, text = (torch.randn(shape, generator=drawn) for shape in shapes)
     return x, sigma.sigmoid(), text
-
-
-def disturb(view: Denoiser, seed: int) -> None:
-    """Adapters as if they had learned."""
-    drawn = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in view.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=drawn))
-
-
-def plain_base(base: Path, dtype: torch.dtype = torch.float32) -> LoraBase:
-    """Without processes, with two roles that have learned."""
-    made = LoraBase(load(base), LoraSettings(rank=2, alpha=3.0), ("generator", "fake"), Draws(1))
-    for layer in made.layers.values():
-        layer.to(dtype)
-    made.denoiser.to(dtype)
-    for seed, role in enumerate(("generator", "fake")):
-        disturb(made.view(role), seed)
-    return made
-
-
-def merged_by_hand(base: Path, view, dtype: torch.dtype = torch.float64) -> Denoiser:
-    """An ordinary network of the weights W + 3 / 2 B A."""
-    full, parts = load(base), dict(view.named_parameters())
-    full.to(dtype)
-    weights = dict(full.net.named_parameters())
-    with torch.no_grad():
-        for name in {name.rpartition(".lora_")[0] for name in parts}:
-            up, down = (parts[f"{name}.lora_{part}.weight"].to(dtype) for part in "BA")
-            weights[f"{name}.weight"] += 1.5 * up @ down
-    return full
 
 
 def test_at_the_start_every_role_is_the_base_to_the_bit(folder):

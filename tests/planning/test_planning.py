@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from aadkern import VideoLayout, Window
 from aadkern.wan import CausalWan
@@ -25,15 +22,15 @@ from aadkern_train.planning.formulas import Clip, Layout, area_of, flops, memory
 from aadkern_train.planning.layouts import Cluster, search
 from aadkern_train.planning.machines import MACHINES, machine
 from aadkern_train.planning.networks import Net, nets
-from aadkern_train.planning.plan import WAN, make_plan
+from aadkern_train.planning.plan import make_plan
 from aadkern_train.planning.shapes import Judge, Shape
 from aadkern_train.recipes import make_recipe
 from aadkern_train.recipes.wan import SHAPES
 from aadkern_train.stages import KINDS
-from aadkern_train.trainer import make_stage
+from tests.engine.processes import environment
+from tests.planning.counted import SIZED, clip_of, counted
 from tests.stages.tiny_runs import new_run
 
-SIZED = ["network={heads: 4, head_dim: 32, layers: 3, ffn: 320, patch: 2}", "chunks=[1,2,2]", "data.torus=16"]
 ADAM = [f"{stage}.optimiser.kind=adamw" for stage in ("pretrain", "ode")]
 
 
@@ -46,13 +43,6 @@ def processes():
 def plan_of(*words, **own):
     recipe = make_recipe(words[0], words[1:])
     return make_plan(recipe, own, {word.partition("=")[0] for word in words[1:]})
-
-
-def clip_of(recipe):
-    sizes = recipe.data.sizes(recipe) or WAN
-    patch, (_, height, width) = recipe.network.patch, sizes.frame
-    layout = VideoLayout(recipe.chunks, (height // patch) * (width // patch))
-    return Clip(layout, recipe.view, recipe.given_frames, recipe.steps, sizes)
 
 
 @pytest.mark.parametrize("size", ["14B", "1.3B", "smoke"])
@@ -75,23 +65,6 @@ def test_parameters_are_those_of_the_network(size, words):
         discriminator = Discriminator(Denoiser(net), taps, queries=2)
     assert judge.judge.heads == sum(p.numel() for p in discriminator.heads.parameters())
     assert judge.parameters == sum(p.numel() for p in discriminator.parameters())
-
-
-def keys_behind_a_tap(x, query, w, *others, out_val=None, **options):
-    return 2 * x[0] * x[1] * w[0] * w[1]
-
-
-def and_back(dscores, x, query, w, *others, out_val=None, **options):
-    return 2 * keys_behind_a_tap(x, query, w)
-
-
-def counted(run, name):
-    """FLOPs of the real second step of a stage, as torch counts them, and the keys of a discriminator's heads."""
-    stage = make_stage(run, name)
-    pooling = {torch.ops.aadkern.key_scores: keys_behind_a_tap, torch.ops.aadkern.key_scores_backward: and_back}
-    with FlopCounterMode(display=False, custom_mapping=pooling) as counter:
-        stage.train_step(1)
-    return counter.get_total_flops(), stage
 
 
 @pytest.mark.parametrize(
@@ -306,7 +279,7 @@ def test_a_wrong_word_is_told_in_a_line(words, wrong, capsys):
 def traced(*words):
     """In a process of its own, which has no process group yet."""
     command = [sys.executable, "-m", "aadkern_train.cli", "plan", *words, "--trace", "--json"]
-    made = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    made = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert made.returncode == 0, made.stderr[-2000:]
     return json.loads(made.stdout)
 

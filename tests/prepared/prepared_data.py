@@ -1,7 +1,9 @@
-"""Prepared folders that tests write themselves, of random latents and texts."""
+"""Prepared folders that tests write themselves, of random latents and texts; and tables of what is to be prepared."""
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 import torch
@@ -33,3 +35,16 @@ def write_prepared(
             records.append({"id": name, "ok": True, "split": split, "caption": f"caption {i}"})
         writer.write(shard, texts, latents, records)
     return Prepared(folder)
+
+
+def write_table(path: Path, rows: list[dict]) -> Path:
+    """Of JSON lines or of CSV, as its name ends."""
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+        return path
+    with path.open("w", newline="", encoding="utf-8") as file:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

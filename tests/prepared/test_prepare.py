@@ -34,7 +34,7 @@ from aadkern_train.prepared.prepare import prepare
 from aadkern_train.prepared.settings import PrepareSettings
 from aadkern_train.prepared.sources import read_source
 from aadkern_train.worlds.clips import make_example_videos
-from tests.prepared.test_prepare_sources import write_table
+from tests.prepared.prepared_data import write_table
 from tests.wan.tiny_wan import CHANNELS, TEXT_DIM, save_tiny_wan
 
 SIZE, FRAMES = (32, 48), 9

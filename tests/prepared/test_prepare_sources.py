@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,20 +10,9 @@ from aadkern_train.engine.decoding import decode
 from aadkern_train.engine.video import write_video
 from aadkern_train.prepared import videos
 from aadkern_train.prepared.sources import read_source
+from tests.prepared.prepared_data import write_table
 
 SIZE = (32, 48)
-
-
-def write_table(path: Path, rows: list[dict]) -> Path:
-    if path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
-        return path
-    with path.open("w", newline="", encoding="utf-8") as file:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def test_bad_sources(tmp_path):

@@ -14,7 +14,7 @@ import yaml
 
 from aadkern_train.report import read_run, summary, text_table, write_report
 from aadkern_train.report.curves import lanes
-from tests.report.test_report import CAPTIONS, Page, make_run, moving_squares
+from tests.report.runs import CAPTIONS, Page, make_run, moving_squares
 
 METRICS = {  # of a world that the code has never seen
     "sparkle": {"name": "Sparkle", "better": "higher", "digits": 0, "meaning": "How much it sparkles."},

@@ -17,7 +17,7 @@ import torch
 from aadkern import runtime
 from aadkern.range_attention import sm90
 from tests.sm90 import sanitized
-from tests.sm90.test_sm90_binding import schedule
+from tests.sm90.hopper_operators import schedule
 
 __all__ = ["schedule"]  # a fixture
 ROOT = Path(__file__).resolve().parents[2]

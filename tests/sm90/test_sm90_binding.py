@@ -6,52 +6,27 @@ or a wrong access in a kernel raises; the numbers are held to fp64.
 
 from __future__ import annotations
 
-import ctypes
 import random
 import re
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import aadkern
-from aadkern import AttentionPlan, VideoLayout, Window, plans, runtime, testing
+from aadkern import AttentionPlan, VideoLayout, Window, plans, testing
 from aadkern.range_attention import sm90, sm90_split
 from benchmarks.cases import AttentionCase
 from benchmarks.contenders import CONTENDERS, Missing
 from tests.attention.bad_inputs import CASES, On
 from tests.sm90 import hopper_host
+from tests.sm90.hopper_operators import schedule
 
-TORCH = Path(torch.__file__).parent
+__all__ = ["schedule"]  # a fixture
+
 CHUNKED = plans.block_causal(VideoLayout((1, 2, 2), 50), Window(4, sink=1))
 SPARSE = AttentionPlan.from_ranges(150, 200, [((0, 70), [(0, 7), (9, 160)]), ((80, 150), [(3, 4), (130, 199)])])
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 HEAD_DIMS = pytest.mark.parametrize("head_dim", [128, 64])
-
-
-def operators() -> Path:
-    """The torch operators over the host model, and its kernels, as one loaded library."""
-    kernels = [hopper_host.build(name)._name for name in ("forward", "backward")]
-    source, launches = hopper_host.SOURCES / "bindings.cpp", hopper_host.SOURCES / "model_entries" / "launches.cpp"
-    key = hopper_host.digest(source.read_text(), launches.read_text(), kernels, torch.__version__)
-    flags = [*hopper_host.FLAGS, "-O1", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{hopper_host.SOURCES}"]
-    torch_flags = ["-isystem", str(TORCH / "include"), *(str(TORCH / "lib" / name) for name in ("libtorch.so", "libtorch_cpu.so"))]
-    command = [hopper_host.compiler(), *flags, "-shared", str(source), str(launches), *torch_flags, *kernels, "-Wl,-z,defs"]
-    return hopper_host.compile_to(hopper_host.BUILD / f"operators-{key}.so", command)
-
-
-@pytest.fixture(scope="module")
-def schedule():
-    """Host model instead of device; its Options, which say how launches are scheduled."""
-    library = operators()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(runtime.RECORDS, "sm90", replace(runtime.RECORDS["sm90"], reason_against=lambda device: None))
-        patch.setattr(sm90, "check_device", lambda q: None)
-        runtime.reason_against.cache_clear()
-        torch.ops.load_library(str(library))
-        yield hopper_host.Options.in_dll(ctypes.CDLL(str(library)), "schedule")
-    runtime.reason_against.cache_clear()
 
 
 def attend(q, k, v, plan, dout, dlse=None, scale=None, deterministic=False) -> testing.Results:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aadkern import _build
-from tests.house.test_install import build, nvcc_that_says, run, sources
+from tests.house.installs import build, nvcc_that_says, run, sources
 
 __all__ = ["sources"]  # a fixture
 

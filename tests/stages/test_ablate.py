@@ -14,15 +14,14 @@ from aadkern_train.ablate.table import collected, page
 from aadkern_train.cli import main
 from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.recipes.ablations import GRIDS
-from tests.stages.test_asd import SMALL
-from tests.stages.test_train import weights
+from tests.stages.tiny_runs import SMALL_ASD, weights
 
 ASD = GRIDS["asd"]
 OTHERS = {"none": (), "long": ("ode.steps=9",), "fresh": ("pretrain.batch=8",)}
 
 
 def test_cells_share_the_stages_that_they_leave_as_they_are():
-    shared, cells = cells_of(ASD, 3, SMALL)
+    shared, cells = cells_of(ASD, 3, SMALL_ASD)
     assert [stage for stage, own in shared.recipe.stages.items() if own.steps] == ["pretrain", "ode"]
     assert [cell.name for cell in cells] == ["none", "ASD", "FFE", "both"] and {cell.shared for cell in cells} == {2}
     none, asd, ffe, both = (cell.recipe for cell in cells)
@@ -30,9 +29,9 @@ def test_cells_share_the_stages_that_they_leave_as_they_are():
     assert (none.stages["asd"].alpha, ffe.stages["asd"].alpha) == (0, 0) and asd.stages["asd"].alpha == both.stages["asd"].alpha > 0
     assert none.first_levels is asd.first_levels is None and ffe.first_levels == both.first_levels == both.levels
     assert len({cell.folder(Path("out")) for cell in (shared, *cells)}) == 5
-    _, others = cells_of(replace(ASD, cells=OTHERS), 3, SMALL)
+    _, others = cells_of(replace(ASD, cells=OTHERS), 3, SMALL_ASD)
     assert [cell.shared for cell in others] == [2, 1, 0]
-    trunk, others = cells_of(ASD, 3, [*SMALL, "asd.batch=8"])
+    trunk, others = cells_of(ASD, 3, [*SMALL_ASD, "asd.batch=8"])
     assert trunk.folder(Path("o")) == shared.folder(Path("o")) and others[0].folder(Path("o")) != cells[0].folder(Path("o"))
 
 
@@ -60,7 +59,7 @@ def test_the_cells_of_feedback_share_all_that_comes_before_it():
 def test_a_cell_that_changes_what_is_shared_is_refused(word):
     says = f"cell odd must leave what shared stages depend on as it is, it sets {word.split('=')[0]}"
     with pytest.raises(ValueError, match=says):
-        cells_of(replace(ASD, cells={"odd": (word, "asd.layers=[0]")}), 0, SMALL)
+        cells_of(replace(ASD, cells={"odd": (word, "asd.layers=[0]")}), 0, SMALL_ASD)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,7 @@ class Trained:
 def test_what_is_shared_is_trained_once_and_a_stopped_grid_goes_on(tmp_path, monkeypatch):
     trained, out = Trained(fails="FFE"), tmp_path / "out"
     monkeypatch.setattr(module, "run_recipe", trained)
-    command = ["ablate", "asd", f"out={out}", "seeds=0,4", *SMALL]
+    command = ["ablate", "asd", f"out={out}", "seeds=0,4", *SMALL_ASD]
     assert main(command) == 130
     assert trained.said == ["shared: pretrain ode", "none: asd", "ASD: asd", "FFE: asd"]
     assert main(command) == 0
@@ -161,7 +160,7 @@ def test_a_stage_is_taken_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_grid_itself(tmp_path):
-    assert main(["ablate", "asd", f"out={tmp_path}", *SMALL]) == 0
+    assert main(["ablate", "asd", f"out={tmp_path}", *SMALL_ASD]) == 0
     (shared,) = (tmp_path / "seed-0").glob("shared-*")
     found = [next((tmp_path / "seed-0").glob(f"{name}-*")) for name in ASD.cells]
     start = {name: tensor for name, tensor in weights(shared).items() if name.startswith("ode/")}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -31,9 +30,8 @@ from aadkern_train.run import Run
 from aadkern_train.stages.afd import FeedbackDistillation, old_decay
 from aadkern_train.worlds.digits import DigitsWorld
 from aadkern_train.worlds.linear_gaussian import LinearGaussianWorld
-from tests.engine.processes import run_processes
-from tests.stages.test_train import assert_same_weights, log_of
-from tests.stages.tiny_runs import SMALL
+from tests.engine.processes import environment, run_processes
+from tests.stages.tiny_runs import SMALL, assert_same_weights, log_of
 
 ALONE = [f"{name}.steps=0" for name in ("pretrain", "ode", "dmd", "dmd_continued", "adversarial")]
 STAGE = "kind: afd, start: null, steps: 3, batch: 8, group: 4, layers: [0, 1], discriminator_first: 2, generator: {lr: 0.01}"
@@ -386,10 +384,9 @@ def test_two_processes_learn_what_one_does(tmp_path):
 def test_killed_runs_resume_bit_for_bit(finished, tmp_path):
     path = tmp_path / "killed"
     command = [sys.executable, "-m", "aadkern_train.cli", "train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     begun = ["digits", f"out={path}", *words(every=2)]
     for lines in (1, 2):
-        with subprocess.Popen([*command, *begun], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as run:
+        with subprocess.Popen([*command, *begun], env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as run:
             deadline = time.monotonic() + 240
             while run.poll() is None and time.monotonic() < deadline:
                 if (path / "log.jsonl").exists() and len((path / "log.jsonl").read_text().splitlines()) >= lines:
@@ -398,7 +395,7 @@ def test_killed_runs_resume_bit_for_bit(finished, tmp_path):
                 time.sleep(0.005)
             run.wait()
         begun = [f"resume={path}"]
-    subprocess.run([*command, *begun], env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run([*command, *begun], env=environment(), check=True, capture_output=True, timeout=300)
     assert_same_weights(finished, path)
     assert log_of(path) == log_of(finished)
 

@@ -26,27 +26,15 @@ from aadkern_train.run import Run
 from aadkern_train.stages import asd as module
 from aadkern_train.stages.asd import AdversarialSelfDistillation, Compared
 from aadkern_train.stages.common import rolled_by
-from tests.stages.test_train import assert_same_bytes, assert_same_weights, command, environment, killed_after, log_of, weights
+from tests.engine.processes import environment
+from tests.stages.tiny_runs import SMALL_ASD, assert_same_bytes, assert_same_weights, command, killed_after, log_of, weights
 
-SMALL = [
-    "network={heads: 2, head_dim: 8, layers: 2, ffn: 24}",
-    "data={sprites: 2, torus: 12}",
-    "chunks=[2,2,2]",
-    "window=6",
-    "sink=2",
-    "pretrain={steps: 1, batch: 4}",
-    "ode={steps: 1, batch: 4, pairs: 8, solver_steps: 4}",
-    "asd={steps: 4, batch: 4, fake_per_generator: 2, layers: [0, 1], alpha: 2.0}",
-    "evaluate={every: 0, clips: 4, final_clips: 4, show: 2, batch: 4, long: 2, teacher_steps: 2}",
-    "checkpoint_every=1",
-    "keep_checkpoints=9",
-]
 LEVELS = (1.0, 0.9375, 0.8333, 0.625)
 GENTLE = "{kind: adamw, lr: 1.0e-4, warmup_steps: 0}"
 
 
 def new_run(path: Path, processes, *words: str) -> Run:
-    recipe = make_recipe("digits_asd", [*SMALL, *words])
+    recipe = make_recipe("digits_asd", [*SMALL_ASD, *words])
     return Run(recipe, processes, RunFolder.create(path, recipe))
 
 
@@ -268,7 +256,7 @@ def test_without_its_weight_it_is_stage_two_to_the_bit(finished, tmp_path, words
     logs, found = [], []
     with start("cpu") as processes:
         for kind, more in (("dmd", []), ("asd", ["asd={alpha: 0, first_exit: drawn}"])):
-            recipe = make_recipe("digits_asd", [*SMALL, *words, *more])
+            recipe = make_recipe("digits_asd", [*SMALL_ASD, *words, *more])
             if kind == "dmd":
                 own = recipe.stages["asd"]
                 two = module.DmdWarmUp.Settings(
@@ -327,7 +315,7 @@ def test_a_run_that_is_gone_on_with_ends_as_the_unbroken_one(finished, tmp_path)
         shutil.rmtree(path / "weights" / name)
     (path / "checkpoints" / "latest").write_text("asd/step-2\n")
     with start("cpu") as processes:
-        trainer.train(Run(make_recipe("digits_asd", SMALL), processes, RunFolder.open(path)))
+        trainer.train(Run(make_recipe("digits_asd", SMALL_ASD), processes, RunFolder.open(path)))
     assert_same_weights(finished, path)
     assert log_of(path) == log_of(finished)
 
@@ -385,7 +373,7 @@ def test_a_wan_run_takes_a_count_from_the_levels_it_was_trained_at():
 @pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     path = tmp_path / "killed"
-    killed_after(len(log_of(finished)) - 3, path, ["digits_asd", f"out={path}", *SMALL])
+    killed_after(len(log_of(finished)) - 3, path, ["digits_asd", f"out={path}", *SMALL_ASD])
     done = subprocess.run(command(f"resume={path}"), env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert_same_weights(finished, path)
@@ -396,7 +384,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
     gentle = [f"pretrain.optimiser={GENTLE}", f"ode.optimiser={GENTLE}", "asd.generator.lr=1e-4", "asd.fake.lr=1e-4"]
-    words = [*SMALL, *gentle, "asd.heads.lr=1e-4", "asd.steps=6", "evaluate.final_clips=0"]
+    words = [*SMALL_ASD, *gentle, "asd.heads.lr=1e-4", "asd.steps=6", "evaluate.final_clips=0"]
     path = tmp_path / "two"
     with start("cpu") as processes:
         recipe = make_recipe("digits_asd", words)

@@ -16,7 +16,7 @@ from aadkern_train.planning.networks import nets
 from aadkern_train.recipes import make_recipe
 from aadkern_train.recipes.asd import ORIGINS
 from aadkern_train.stages import asd as module
-from tests.planning.test_planning import clip_of, counted
+from tests.planning.counted import clip_of, counted
 from tests.stages.tiny_runs import new_run
 from tests.stages.wan_runs import words, write_parts
 

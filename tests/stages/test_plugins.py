@@ -15,8 +15,7 @@ from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.recipes import make_recipe, read_recipe
 from aadkern_train.run import Run
 from aadkern_train.stages.base import KINDS, Stage, register
-from tests.stages.test_train import assert_same_weights, log_of
-from tests.stages.tiny_runs import SMALL
+from tests.stages.tiny_runs import SMALL, assert_same_weights, log_of
 
 PLUGIN = Path(__file__).parent / "plugins" / "mean_matching.py"
 WORDS = [

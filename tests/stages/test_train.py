@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from aadkern_train import trainer
 from aadkern_train.engine.processes import start
 from aadkern_train.engine.run_folder import RunFolder
 from aadkern_train.stages.pretrain import Pretrain
-from tests.stages.tiny_runs import SMALL, new_run, small_recipe
+from tests.engine.processes import environment
+from tests.stages.tiny_runs import (
+    SMALL,
+    assert_same_bytes,
+    assert_same_weights,
+    command,
+    killed_after,
+    log_of,
+    new_run,
+    small_recipe,
+    weights,
+)
 
 STAGES = ["pretrain", "ode", "dmd", "dmd_continued", "adversarial"]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,39 +38,6 @@ def finished(tmp_path_factory):
     with start("cpu") as processes:
         trainer.train(new_run(path, processes))
     return path
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.parent.name}/{name}": tensor
-        for file in sorted((path / "weights").glob("*/*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def assert_same_weights(a: Path, b: Path) -> None:
-    left, right = weights(a), weights(b)
-    assert left.keys() == right.keys() and len(left) > 100
-    different = [name for name in left if not torch.equal(left[name], right[name])]
-    assert not different, different[:5]
-
-
-def assert_same_bytes(a: Path, b: Path) -> None:
-    """Every file under weights/ and pairs/, configurations too."""
-
-    def digests(path: Path) -> dict[str, str]:
-        files = [file for part in ("weights", "pairs") for file in (path / part).rglob("*") if file.is_file()]
-        return {str(file.relative_to(path)): sha256(file.read_bytes()).hexdigest() for file in files}
-
-    left, right = digests(a), digests(b)
-    assert left.keys() == right.keys() and len(left) > 10
-    assert not [name for name in left if left[name] != right[name]]
-
-
-def log_of(path: Path) -> list[dict]:
-    """The log without times, and without the notes that a run was killed and taken over."""
-    lines = [line for line in RunFolder(path).read_log() if "taken over" not in str(line.get("text"))]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "speed")} for line in lines]
 
 
 def test_every_stage_leaves_its_weights_metrics_and_log(finished):
@@ -91,36 +63,6 @@ def test_each_stage_moves_its_own_networks_and_no_other(finished):
         assert not torch.equal(
             all_weights[f"{stage}/blocks.0.attn2.to_q.weight"], all_weights[f"{before}/blocks.0.attn2.to_q.weight"]
         ), f"{stage} learns to read captions"
-
-
-KILLED = """
-import sys
-from pathlib import Path
-from aadkern_train.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-c", KILLED, "train", *words]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def killed_after(lines: int, path: Path, words: list[str]) -> None:
-    """Start or resume a run, and SIGKILL it once its log has that many lines."""
-    with subprocess.Popen(command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        deadline = time.monotonic() + 240
-        while run.poll() is None and time.monotonic() < deadline:
-            log = path / "log.jsonl"
-            if log.exists() and len(log.read_text().splitlines()) >= lines:
-                run.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        run.wait()
-    assert run.returncode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
 def test_killed_runs_resume_bit_for_bit(finished, tmp_path):

@@ -19,10 +19,10 @@ pytest.importorskip("av")
 
 from aadkern_train import cli
 from aadkern_train.worlds.clips import make_example_videos
+from tests.engine.processes import environment
 from tests.stages.wan_runs import save_transformer, words
 from tests.wan.tiny_wan import save_tiny_wan
 
-ROOT = Path(__file__).parents[2]
 SHAPE = ["--size", "32x48", "--frames", "9", "--device", "cpu"]
 
 
@@ -38,9 +38,8 @@ def commands(parts: Path, out: Path) -> dict[str, list[str]]:
 
 def killed(command: list[str], ready: Callable[[], bool], delay: float) -> None:
     """Starts a command, and kills it so many seconds after ``ready``."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "aadkern_train.cli", *command]
-    with subprocess.Popen(launch, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(launch, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         end = time.monotonic() + 200
         while process.poll() is None and not ready():
             assert time.monotonic() < end, f"{command[0]} was never ready to be killed"

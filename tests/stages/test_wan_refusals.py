@@ -21,6 +21,7 @@ from aadkern_train.prepared.format import Prepared
 from aadkern_train.prepared.shards import TensorFile, write_tensors
 from aadkern_train.stages.dmd import DmdWarmUp
 from aadkern_train.worlds.latents import LatentsWorld
+from tests.engine.processes import environment
 from tests.prepared.prepared_data import CHANNELS, TEXT_DIM, write_prepared
 from tests.stages.wan_runs import save_transformer, save_vae, words, write_parts
 
@@ -230,9 +231,8 @@ def test_a_run_that_is_asked_to_leave_saves_and_goes_on_bitwise(parts, tmp_path,
 
 def test_a_second_signal_ends_it_at_once(parts, tmp_path):
     """In an interpreter of its own: a fork of one whose libraries have threads may crash before any signal comes."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     words = [f"out={tmp_path / 'run'}", *run_words(parts, *TWO)]
-    done = subprocess.run([sys.executable, __file__, *words], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, __file__, *words], env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
 

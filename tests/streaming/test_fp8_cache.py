@@ -9,17 +9,29 @@ import torch
 
 import aadkern
 from aadkern import AttentionPlan, StreamingCache, StreamingGenerator, VideoLayout, Window, runtime
-from aadkern.fp8.frames import decoded_frames, quantise_frames
+from aadkern.fp8.frames import decoded_frames
 from aadkern.range_attention import api
 from aadkern.streaming import passes
 from aadkern.streaming.context import CausalContext, ClipAttention
 from aadkern.streaming.graphs import PassGraphs
 from aadkern.streaming.passes import RingAttention
+from tests.fp8.rows import quantised_frames, uneven_frames
 from tests.streaming.op_recorder import OpRecorder
-from tests.streaming.test_streaming import CASES, ROPE, TOKENS, assert_near, causal_wan, clip, stream
-from tests.streaming.test_streaming_generator import CHUNKS, WINDOW, noise_table
-from tests.streaming.test_streaming_graphs import small_model
-from tests.streaming.test_streaming_merged import merged_passes, two_passes
+from tests.streaming.streams import (
+    CASES,
+    CHUNKS,
+    ROPE,
+    TOKENS,
+    WINDOW,
+    causal_wan,
+    clip,
+    merged_passes,
+    noise_table,
+    small_model,
+    stream,
+    two_passes,
+)
+from tests.wan.models import assert_near
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 RAGGED = AttentionPlan.from_ranges(
@@ -27,23 +39,10 @@ RAGGED = AttentionPlan.from_ranges(
 )
 
 
-def uneven(frames, tokens, heads=2, channels=8, batch=2, dtype=torch.float32):
-    """Frames and heads whose sizes differ by factors of up to 10^4."""
-    sizes = 10 ** (4 * torch.rand(batch, frames, 1, heads, 1) - 2)
-    return (torch.randn(batch, frames, tokens, heads, channels) * sizes).flatten(1, 2).to(dtype)
-
-
-def quantised(x, frames):
-    values = torch.full(x.shape, 7.0, device=x.device).to(torch.float8_e4m3fn)
-    scale = torch.full((x.shape[0], frames, x.shape[2]), 7.0, device=x.device)
-    quantise_frames(x, values, scale)
-    return values, scale
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_frame_is_rounded_to_e4m3_under_the_least_power_of_two(dtype):
-    x = uneven(5, 3, dtype=dtype)
-    values, scale = quantised(x, 5)
+    x = uneven_frames(5, 3, dtype=dtype)
+    values, scale = quantised_frames(x, 5)
     by_frame, numbers = x.double().unflatten(1, (5, 3)), values.double().unflatten(1, (5, 3))
     for b in range(2):
         for f in range(5):
@@ -65,7 +64,7 @@ def test_zeros_stay_zeros_and_the_smallest_and_largest_come_back():
         ends = torch.finfo(dtype)
         x = torch.zeros(1, 3, 1, 2, dtype=dtype)
         x[0, 1], x[0, 2] = ends.smallest_normal, ends.max / 2
-        values, scale = quantised(x, 3)
+        values, scale = quantised_frames(x, 3)
         if dtype == torch.float64:  # beyond float32
             assert scale[0, 2].isnan().all()
             continue
@@ -76,10 +75,10 @@ def test_zeros_stay_zeros_and_the_smallest_and_largest_come_back():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_makes_its_frame_and_head_nan_and_no_other(bad, dtype):
-    x = uneven(4, 3, dtype=dtype)
+    x = uneven_frames(4, 3, dtype=dtype)
     broken = x.clone()
     broken[1, 7, 0, 2] = bad
-    values, scale = quantised(broken, 4)
+    values, scale = quantised_frames(broken, 4)
     nan = decoded_frames(values, scale, dtype).isnan().unflatten(1, (4, 3))
     assert nan[1, 2, :, 0].all() and nan.sum() == 3 * 8
 
@@ -89,7 +88,7 @@ def inputs(dtype, frames=6, head_dim=8):
     q = torch.randn(2, RAGGED.q_len, 3, head_dim, dtype=dtype)
     k, v = (torch.randn(2, 60, 3, head_dim) for _ in range(2))
     sizes = torch.tensor([0.3, 1.0, 2.5, 0.7, 1.6, 0.1]).repeat_interleave(10)[:, None, None]
-    (k, k_scale), (v, v_scale) = quantised(k * sizes, frames), quantised(v * sizes, frames)
+    (k, k_scale), (v, v_scale) = quantised_frames(k * sizes, frames), quantised_frames(v * sizes, frames)
     return q, k, v, k_scale, v_scale
 
 

@@ -10,72 +10,9 @@ from hypothesis import strategies as st
 import aadkern
 from aadkern import AttentionPlan, StreamingCache, VideoLayout, Window, plans
 from aadkern.streaming import context as context_module
-from aadkern.wan import CausalContext, CausalWan
-
-CONFIG = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=3,
-    out_channels=3,
-    text_dim=6,
-    freq_dim=8,
-    ffn_dim=24,
-)
-HEIGHT, WIDTH, TOKENS, BATCH = 2, 4, 2, 2
-ROPE = ["absolute", "relative"]
-
-
-def causal_wan(rope="absolute", layers=2, dtype=torch.float64, **config) -> CausalWan:
-    model = CausalWan(**CONFIG, num_layers=layers, rope=rope, **config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.35)
-    return model.to(dtype)
-
-
-def clip(frames, dtype=torch.float64):
-    x = torch.randn(BATCH, 3, frames, HEIGHT, WIDTH, dtype=dtype)
-    return x, torch.rand(BATCH, frames, dtype=dtype) * 1000
-
-
-def cache_for(model, window, chunks, capacity=None, dtype=None):
-    return StreamingCache.for_model(
-        model, BATCH, HEIGHT, WIDTH, window, max_chunk_frames=max(chunks), capacity_frames=capacity, dtype=dtype
-    )
-
-
-def assert_near(a, b, error=1e-11):
-    assert a.shape == b.shape
-    assert (a - b).abs().max().item() <= error * b.abs().max().clamp(min=1).item()
-
-
-@torch.no_grad()
-def stream(model, cache, x, t, chunks, *, draft=True):
-    """Every chunk at its own timesteps, seeing the earlier ones at theirs; a draft pass first must leave no trace."""
-    flows, start = [], cache.frame
-    for size in chunks:
-        own = slice(cache.frame - start, cache.frame - start + size)
-        if draft:
-            model(torch.randn_like(x[:, :, own]), t[:, own], cache=cache)
-        flows.append(model(x[:, :, own], t[:, own], cache=cache))
-        cache.commit()
-    return torch.cat(flows, dim=2)
-
-
-CASES = [
-    (Window(9, sink=1), (1, *[4] * 10)),  # AAD-1's
-    (Window(9), (4,) * 10),  # cuts a chunk, no sink
-    (Window(8, sink=3), (4,) * 10),  # the sink ends inside a chunk
-    (Window(7, sink=3), (1, 4, 2, 4, 3, 1, 4, 4, 2, 4, 4, 1, 4, 4)),  # ragged, the sink over two chunks
-    (Window(6, sink=2), (3,) * 14),
-    (Window(3), (3,) * 5),  # sees itself alone
-    (Window(5, sink=1, includes_sink=False), (2, 3, 1, 3, 3, 2, 3, 3, 3)),
-    (
-        Window(4, sink=1, includes_sink=False, includes_current=False),
-        (1, *[4] * 9),
-    ),  # equation 1 of AAD-1 to the letter
-]
+from aadkern.wan import CausalContext
+from tests.streaming.streams import BATCH, CASES, ROPE, TOKENS, cache_for, causal_wan, clip, stream
+from tests.wan.models import assert_near
 
 
 @pytest.mark.parametrize("rope", ROPE)

@@ -9,19 +9,12 @@ import pytest
 import torch
 
 import aadkern
-from aadkern import StreamingCache, StreamingGenerator, Window
+from aadkern import StreamingCache, StreamingGenerator
 from aadkern.wan import CausalWan
 from aadkern_train.recipes import make_recipe
 from benchmarks import streaming
-from tests.streaming.test_streaming import ROPE, assert_near, cache_for, causal_wan
-from tests.streaming.test_streaming_merged import merged_cache
-
-WINDOW, CHUNKS = Window(9, sink=1), (4,)
-
-
-def noise_table(size=4, dtype=torch.float64):
-    table = {}
-    return lambda chunk, step: table.setdefault((chunk, step), torch.randn(2, 3, size, 2, 4, dtype=dtype))
+from tests.streaming.streams import CHUNKS, ROPE, WINDOW, cache_for, causal_wan, merged_cache, noise_table
+from tests.wan.models import assert_near
 
 
 @torch.no_grad()

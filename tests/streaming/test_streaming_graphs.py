@@ -13,19 +13,9 @@ from aadkern import StreamingGenerator, Window
 from aadkern.streaming import graphs
 from aadkern.streaming.graphs import PassGraphs
 from tests.streaming.op_recorder import OpRecorder
-from tests.streaming.test_streaming import ROPE, cache_for, causal_wan
-from tests.streaming.test_streaming_generator import CHUNKS, WINDOW, noise_table
-from tests.streaming.test_streaming_merged import merged_cache
+from tests.streaming.streams import CHUNKS, ROPE, WINDOW, cache_for, causal_wan, merged_cache, noise_table, small_model
 
 REAL_COMPILE = torch.compile
-
-
-def small_model(rope):
-    model = causal_wan(rope)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.7)  # many chunks of feedback stay finite
-    return model
 
 
 def generator_for(model, merged, recorder=None, **options):

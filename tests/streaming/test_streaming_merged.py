@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
-from aadkern import StreamingCache, VideoLayout, Window
+from aadkern import VideoLayout, Window
 from aadkern.wan import CausalContext
-from tests.streaming.test_streaming import CASES, ROPE, TOKENS, assert_near, cache_for, causal_wan, clip
+from tests.streaming.streams import CASES, ROPE, TOKENS, cache_for, causal_wan, clip, merged_cache, merged_passes, spans, two_passes
+from tests.wan.models import assert_near
 
 TEXT = (2, 5, 6)
-
-
-def merged_cache(model, window, chunks, **options) -> StreamingCache:
-    return StreamingCache.for_model(model, 2, 2, 4, window, max_chunk_frames=max(chunks), merged=True, **options)
-
-
-def spans(chunks):
-    ends = [sum(chunks[: i + 1]) for i in range(len(chunks))]
-    return [slice(end - size, end) for end, size in zip(ends, chunks, strict=True)]
-
-
-@torch.no_grad()
-def two_passes(model, cache, clean, noisy, t, chunks, text=None):
-    flows = []
-    for own in spans(chunks):
-        flows.append(model(noisy[:, :, own], t[:, own], text, cache=cache))
-        model(clean[:, :, own], torch.zeros_like(t[:, own]), text, cache=cache, cache_only=True)
-        cache.commit()
-    return torch.cat(flows, dim=2)
-
-
-@torch.no_grad()
-def merged_passes(model, cache, clean, noisy, t, chunks, text=None):
-    parts = spans(chunks)
-    flows = [model(noisy[:, :, parts[0]], t[:, parts[0]], text, cache=cache)]
-    for last, own in itertools.pairwise(parts):
-        both = torch.cat((clean[:, :, last], noisy[:, :, own]), dim=2)
-        times = torch.cat((torch.zeros_like(t[:, last]), t[:, own]), dim=1)
-        flows.append(model(both, times, text, cache=cache, clean_frames=last.stop - last.start))
-        cache.commit()
-        assert cache.frame == own.start
-    return torch.cat(flows, dim=2)
 
 
 @pytest.mark.parametrize("rope", ROPE)

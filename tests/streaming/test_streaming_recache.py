@@ -7,10 +7,8 @@ import torch
 
 from aadkern import AttentionPlan, StreamingGenerator, Window
 from tests.streaming.op_recorder import OpRecorder
-from tests.streaming.test_streaming import ROPE, TOKENS, assert_near, cache_for
-from tests.streaming.test_streaming_generator import WINDOW, noise_table
-from tests.streaming.test_streaming_graphs import small_model
-from tests.streaming.test_streaming_merged import merged_cache
+from tests.streaming.streams import ROPE, TOKENS, WINDOW, cache_for, merged_cache, noise_table, small_model
+from tests.wan.models import assert_near
 
 CASES = [
     (Window(9, sink=1), 4, True),

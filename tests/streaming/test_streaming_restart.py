@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from aadkern import StreamingGenerator, Window
-from tests.streaming.test_streaming import cache_for
-from tests.streaming.test_streaming_generator import noise_table
-from tests.streaming.test_streaming_graphs import small_model
-from tests.streaming.test_streaming_merged import merged_cache
+from tests.streaming.streams import cache_for, merged_cache, noise_table, small_model
 
 LEVELS = {"levels": (1.0, 0.6), "first_levels": (1.0, 0.8, 0.5)}
 

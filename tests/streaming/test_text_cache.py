@@ -8,7 +8,7 @@ import torch
 from aadkern import StreamingCache, Window
 from aadkern.streaming.graphs import PassGraphs
 from aadkern.wan import TextCache
-from tests.streaming.test_streaming import causal_wan, clip
+from tests.streaming.streams import causal_wan, clip
 
 TEXT = (2, 5, 6)
 

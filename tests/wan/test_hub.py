@@ -23,6 +23,7 @@ from aadkern_train.networks.hub import ENCODERS, hub_checkpoint, hub_folder, rep
 from aadkern_train.recipes import make_recipe
 from aadkern_train.run import Run
 from aadkern_train.trainer import check
+from tests.engine.processes import environment
 from tests.stages.wan_runs import words, write_parts
 from tests.wan.tiny_wan import save_tiny_wan
 
@@ -199,8 +200,8 @@ def test_causal_wan_from_an_id(tmp_path, pipeline):
         "import sys, torch; from aadkern.wan import CausalWan; from safetensors.torch import save_file\n"
         f"save_file(CausalWan.from_pretrained({ID!r}, subfolder='transformer').state_dict(), sys.argv[1])"
     )
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "read.safetensors")], check=True, env=environment, timeout=300)
+    offline = environment(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "read.safetensors")], check=True, env=offline, timeout=300)
     theirs = load_file(next((pipeline / "transformer").glob("*.safetensors")))
     ours = load_file(tmp_path / "read.safetensors")
     assert theirs and all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())

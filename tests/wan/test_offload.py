@@ -18,7 +18,7 @@ from aadkern.wan.fp8 import quantise
 from aadkern.wan.offload import offload_blocks
 from aadkern_train.generate import CausalWanPipeline
 from aadkern_train.generate.wan_settings import WanSettings
-from tests.generate.test_generate_wan import PROMPT, SIZE, aad, refused, wan, written
+from tests.generate.wan_files import PROMPT, SIZE, aad, refused, wan, written
 
 __all__ = ["wan", "written"]  # fixtures
 LAYERS = 4

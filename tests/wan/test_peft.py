@@ -8,8 +8,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from aadkern.wan import CausalWan, lora
-from tests.networks.test_lora import merged_by_hand, plain_base, write_base
-from tests.wan.test_wan import CONFIG
+from tests.networks.adapters import merged_by_hand, plain_base, write_base
+from tests.wan.models import CONFIG
 
 peft = pytest.importorskip("peft")
 TARGETS = ["to_q", "to_v", "to_out.0", "ffn.net.0.proj"]

@@ -17,8 +17,7 @@ from aadkern import StreamingCache, StreamingGenerator, Window
 from aadkern.wan import CausalWan
 from aadkern_train.generate import CausalWanPipeline
 from aadkern_train.generate.wan_settings import noise_levels
-from tests.generate.test_generate_wan import PROMPT, SIZE, wan
-from tests.generate.test_generate_wan_additions import save_lora
+from tests.generate.wan_files import PROMPT, SIZE, save_lora, wan
 from tests.wan.tiny_wan import CHANNELS
 
 __all__ = ["wan"]  # a fixture

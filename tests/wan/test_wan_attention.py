@@ -7,7 +7,7 @@ import torch
 
 from aadkern import StreamingCache, VideoLayout, Window, plans
 from aadkern.wan import CachedChunk, CausalContext, WholeClip
-from tests.streaming.test_streaming import BATCH, HEIGHT, TOKENS, WIDTH, causal_wan, clip
+from tests.streaming.streams import BATCH, HEIGHT, TOKENS, WIDTH, causal_wan, clip
 
 LAYOUT = VideoLayout((1, 1, 1, 1), TOKENS)
 CONTEXT = CausalContext(LAYOUT, Window(2, sink=1))

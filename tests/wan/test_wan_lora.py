@@ -13,9 +13,9 @@ pytest.importorskip("diffusers")
 from aadkern import StreamingCache, StreamingGenerator, Window, compat
 from aadkern.wan import CausalWan, lora
 from aadkern.wan.fp8 import quantise
-from tests.wan import test_wan
+from tests.wan import models
 
-CONFIG = {**test_wan.CONFIG, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
+CONFIG = {**models.CONFIG, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
 # diffusers' names, and Wan's own
 LAYERS = {
     "blocks.0.attn1.to_q": "blocks.0.self_attn.q",
@@ -27,7 +27,7 @@ RANK = 3
 
 
 def make_model(dtype=torch.float32, **changes) -> CausalWan:
-    return test_wan.random_weights(CausalWan(**{**CONFIG, **changes})).to(dtype)
+    return models.random_weights(CausalWan(**{**CONFIG, **changes})).to(dtype)
 
 
 @pytest.fixture
