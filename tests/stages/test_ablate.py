@@ -131,7 +131,7 @@ def test_what_is_shared_is_trained_once_and_a_stopped_grid_goes_on(tmp_path, mon
 def test_lengths_between_stand_between(tmp_path, monkeypatch):
     """Cells that measure their clips at two and three times too say so in each figure; a cell that does not has two."""
     longer = replace(ASD, cells={"none": (), "more": ("evaluate.long=4", "evaluate.lengths=[3,2]")})
-    _, cells = cells_of(longer, 0, SMALL)
+    _, cells = cells_of(longer, 0, SMALL_ASD)
     row = {"quality": 9.0, "2 times": {"quality": 8.0}, "3 times": {"quality": 7.0}, "long": {"quality": 6.0}}
     for cell in cells:
         own = row if cell.name == "more" else {"quality": 5.0, "long": {"quality": 4.0}}
