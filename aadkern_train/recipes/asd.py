@@ -95,8 +95,8 @@ ORIGINS = {
     "ode.shift": "the student's own shift",
     "ode.guidance": UNSTATED,
     "ode.clip": UNSTATED,
-    "ode.ema": UNSTATED,
-    "ode.optimiser.weight_decay": UNSTATED,
+    "ode.ema": "ours",
+    "ode.optimiser.weight_decay": "ours",
     "asd.steps": f"{UNSTATED} 600 iterations, of which each fifth trains the generator",
     "asd.batch": UNSTATED,
     "asd.alpha": "paper: the best of 0, 10, 20, 30",
@@ -124,6 +124,6 @@ ORIGINS = {
     "asd.fake.weight_decay": UNSTATED,
     "asd.heads.lr": AAD_1,
     "asd.heads.betas": UNSTATED,
-    "asd.heads.weight_decay": UNSTATED,
+    "asd.heads.weight_decay": "ours",
 }
 SHORTHANDS = {"one_gpu": ["ode.accumulate=64", "asd.accumulate=64"]}
