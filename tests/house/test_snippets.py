@@ -1,8 +1,11 @@
 """What README and docs tell people to type. Every block of Python compiles, and runs in tiny shapes unless it belongs into another
-project, needs a GPU or real weights; every `aad` line is one that the command line takes, with settings that its recipe has."""
+project, needs a GPU or real weights; every `aad` line is one that the command line takes, with settings that its recipe has, and
+every line of a benchmark one that its parser takes."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
 import shlex
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from aadkern_train.engine.recipe import StageSettings
 from aadkern_train.stages import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class Block:
 
 
 def blocks(language: str) -> list[Block]:
+    """Those of a language, a pattern; "" has none named."""
     found = []
     for page in PAGES:
         text = page.read_text()
-        for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.M | re.S):
-            found.append(Block(page, text.count("\n", 0, match.start()) + 2, match.group(1)))
+        for match in re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.M | re.S):
+            if re.fullmatch(language, match.group(1)):
+                found.append(Block(page, text.count("\n", 0, match.start()) + 2, match.group(2)))
     return found
 
 
@@ -133,22 +138,50 @@ def test_the_list_of_what_is_not_run_is_true():
     assert [piece for piece in PREPARED if piece not in code] == []
 
 
-def commands() -> list[tuple[Block, str]]:
+def test_no_command_stands_in_a_block_of_no_language():
+    """There nothing here would read it."""
+    command = re.compile(r"^(?:\$ )?(?:aad|make|python3?|pip|torchrun|pytest|git|curl) ", re.M)
+    assert {str(block): found.group() for block in blocks("") if (found := command.search(block.code))} == {}
+    assert blocks("") and command.search("a\n$ aad info") and not command.search("a aad info")
+
+
+def commands(program: str) -> list[tuple[Block, str]]:
+    """What stands behind a program, a pattern, in the lines of a shell."""
     found = []
-    for block in blocks("(?:bash|sh|console)"):
+    for block in blocks("bash|sh|console"):
         code = block.code.replace("\\\n", " ")
         for line in code.splitlines():
-            match = re.search(r"(?:^|\s)(?:aad|-m aadkern_train\.cli) (.*)", line.split("  #")[0])
+            match = re.search(rf"(?:^|\s)(?:{program})(.*)", line.split("  #")[0])
             if match and not line.startswith("#"):
                 found.append((block, match.group(1).strip()))
     return found
 
 
-@pytest.mark.parametrize(("block", "line"), commands(), ids=lambda value: str(value)[:60])
+class Parsed(Exception):
+    """In place of what a program does once its words are read."""
+
+
+@pytest.mark.parametrize(("block", "line"), commands(r"-m benchmarks\.|aad (?=bench\b)"), ids=lambda value: str(value)[:60])
+def test_benchmarks(block, line, monkeypatch):
+    """By their own parsers; nothing is measured."""
+    read = argparse.ArgumentParser.parse_args
+
+    def only_read(parser, *words):
+        read(parser, *words)
+        raise Parsed
+
+    name, *words = shlex.split(line, comments=True)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_read)
+    monkeypatch.setattr("sys.argv", [name, *words])
+    with pytest.raises(Parsed):
+        importlib.import_module(f"benchmarks.{'run' if name == 'bench' else name}").main()
+
+
+@pytest.mark.parametrize(("block", "line"), commands(r"(?:aad|-m aadkern_train\.cli) "), ids=lambda value: str(value)[:60])
 def test_aad(block, line, capsys):
     from aadkern_train.recipes import make_recipe
 
-    if line.startswith("bench") or "$" in line:  # options of another program; a shell's variables
+    if line.startswith("bench") or "$" in line:  # test_benchmarks; a shell's variables
         return
     words = shlex.split(line, comments=True)
     left_out = [place for place, word in enumerate(words) if word == "..." and not words[place - 1].startswith("-")]
