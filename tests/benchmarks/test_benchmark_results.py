@@ -204,11 +204,9 @@ def test_every_file_of_results_says_when_where_and_on_what_it_was_measured(path)
 
 @pytest.mark.parametrize("path", sorted((results.ROOT / "docs" / "data").glob("*.json")), ids=lambda path: path.name)
 def test_every_file_of_grids_says_when_where_and_on_how_many_clips_it_was_measured(path):
-    """``aad ablate`` writes ``machines``; a file of one machine may say ``machine``."""
     told = json.loads(path.read_text())
-    machines = told["machines"] if "machines" in told else [told["machine"]]
     assert len(told["commit"]) >= 7 and told["date"] > "2026-11" and told["clips"] > 0
-    assert machines and all(machine["torch"] and machine["device"] for machine in machines)
+    assert told["machines"] and all(machine["torch"] and machine["device"] for machine in told["machines"])
 
 
 def test_run_measures_what_it_is_asked_for(tmp_path, capsys):
