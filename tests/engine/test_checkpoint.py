@@ -251,9 +251,11 @@ def crash(folder: Path, rounds: int, background: bool = False) -> None:
     """Kills a saving process at random moments, then lets one die at each durable operation, checking after each."""
     chance = random.Random(rounds)
 
+    def reached() -> int:
+        return int((folder / "reached").read_text()) if (folder / "reached").exists() else -1  # killed before the first save
+
     def check() -> None:
-        reached = folder / "reached"
-        at_least = int(reached.read_text()) if reached.exists() else -1
+        at_least = reached()
         status = os.waitstatus_to_exitcode(os.waitpid(in_child(lambda: checking(folder, at_least)), 0)[1])
         assert status == 0, f"the check ended with {status}"  # below 0: a signal
 
@@ -263,7 +265,7 @@ def crash(folder: Path, rounds: int, background: bool = False) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         check()
-    begun, die_at = int((folder / "reached").read_text()), 0
+    begun, die_at = reached(), 0
     while True:
         die_at += 1
         child = in_child(lambda die_at=die_at: saving(folder, 1, die_at, background))
@@ -271,10 +273,10 @@ def crash(folder: Path, rounds: int, background: bool = False) -> None:
         check()
         if os.waitstatus_to_exitcode(status) == 0:
             break
-    assert die_at > 10 and int((folder / "reached").read_text()) > begun
+    assert die_at > 10 and reached() > begun
     # What a death before pruning left behind grows by at most one folder a death, and goes with the first save that ends.
     assert sum(path.is_dir() for path in folder.glob("*/step-*")) <= 3
-    print(f"{rounds} kills, {die_at - 1} deaths at durable operations, step {(folder / 'reached').read_text()}")
+    print(f"{rounds} kills, {die_at - 1} deaths at durable operations, step {reached()}")
 
 
 SLOW = [pytest.param(60, how, marks=pytest.mark.slow) for how in ("", "background")]

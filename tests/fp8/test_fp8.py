@@ -135,7 +135,9 @@ def test_torchs_own_product_takes_what_the_layer_gives_it(monkeypatch, dtype, bi
     monkeypatch.setattr(torch, "_scaled_mm", as_on_cuda)
     theirs = _torch_product(rows.values.flatten(0, -2), rows.scale.flatten(0, -2), weight, scale, linear.bias, dtype, True)
     ours = scaled_product(rows, weight, scale, linear.bias)
-    assert theirs.dtype == dtype and relative(theirs.view(2, 5, 48), ours.double()) < 2 * torch.finfo(dtype).eps
+    # One rounding each, and 96 products summed in float32 in two orders.
+    limit = 2 * torch.finfo(dtype).eps + 96**0.5 * torch.finfo(torch.float32).eps
+    assert theirs.dtype == dtype and relative(theirs.view(2, 5, 48), ours.double()) < limit
 
 
 @pytest.mark.parametrize("fast_accum", [True, False])
