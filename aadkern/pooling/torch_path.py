@@ -38,7 +38,12 @@ def row_statistics(tokens: Tensor, norm: str | None, eps: float) -> Tensor:
     mean = tokens.mean(-1) if norm == "layer" else tokens.new_zeros(tokens.shape[:-1])
     if norm is None:
         return torch.stack([torch.ones_like(mean), mean])
-    mean_square = torch.linalg.vector_norm(centred(tokens, mean, norm), dim=-1).square() / tokens.shape[-1]  # forms no squares
+    apart = centred(tokens, mean, norm)
+    mean_square = torch.linalg.vector_norm(apart, dim=-1).square() / tokens.shape[-1]  # forms no squares
+    if norm == "layer":
+        # What the sum's rounding left in the mean: without it, results of tokens about 1000 were off 3 times as far.
+        rest = apart.mean(-1)
+        mean, mean_square = mean + rest, (mean_square - rest.square()).clamp_min(0)
     return torch.stack([torch.rsqrt(mean_square + eps), mean])
 
 

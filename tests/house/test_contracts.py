@@ -161,6 +161,7 @@ def test_every_operator_is_opchecked():
     """But sm90_*, the launches of range_attention's "sm90": they have no implementation without a CUDA build."""
     schemas = torch._C._jit_get_all_schemas()
     ours = {schema.name.removeprefix("aadkern::") for schema in schemas if schema.name.startswith("aadkern::")}
+    ours = {name for name in ours if not name.endswith("_for_a_test")}  # which another test of this process defined
     checked = set()
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -73,7 +73,8 @@ def test_errors_are_within_twice_those_of_the_layer_it_replaces(norm, keys, dtyp
     monkeypatch.setattr(torch_path, "PIECE", 50)  # 160 tokens in pieces, the last one shorter
     monkeypatch.setattr(torch_keys, "CHUNK", 50)
     sizes = {"length": 160, "channels": 128, "heads": 4, "segments": 2, "batch": 1}
-    check("torch", *(make(norm=norm, keys=keys, dtype=dtype, **sizes) for _ in range(3)))
+    # 8 problems: of 3, the largest errors lay outside in one draw of 40.
+    check("torch", *(make(norm=norm, keys=keys, dtype=dtype, **sizes) for _ in range(8)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
