@@ -21,7 +21,8 @@ def collected(name: str, grid: Grid, cells: Sequence[Cell], out: Path, words: Se
     document: dict[str, Any] = {"grid": name, "recipe": grid.recipe, "settings": list(words), "expected": grid.expected}
     document |= {"cells": {cell: list(own) for cell, own in grid.cells.items()}, "machines": [], "titles": {}}
     document |= {"clips": max(cell.recipe.evaluate.final_clips for cell in cells), "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"}
-    document |= {place: {} for place in lengths(cells)}
+    places = lengths(cells)
+    document |= {place: {} for place in places}
     for cell in cells:
         file = cell.folder(out) / "metrics.json"
         if not file.is_file():
@@ -31,7 +32,7 @@ def collected(name: str, grid: Grid, cells: Sequence[Cell], out: Path, words: Se
         for row in grid.rows:
             values = metrics["stages"].get(row, {})
             document["titles"].setdefault(row, metrics["titles"].get(row, row))
-            for place in lengths(cells):
+            for place in places:
                 figures = values if place == SHORT else values.get(place, {})
                 of_row = document[place].setdefault(cell.name, {}).setdefault(row, {})
                 for measure in grid.measures:
@@ -48,9 +49,8 @@ def lengths(cells: Sequence[Cell]) -> list[str]:
 def page(document: Mapping[str, Any], grid: Grid) -> str:
     """The outcome in Markdown: for each row of reports a table of cells by measures, at the trained length and beyond."""
     lines = [f"# Ablation: {document['grid']}", "", f"Expected, before the first run: {document['expected']}", ""]
-    lines += [
-        f"Recipe `{document['recipe']}`" + (f" with `{' '.join(document['settings'])}`" if document["settings"] else "") + "."
-    ]
+    settings = f" with `{' '.join(document['settings'])}`" if document["settings"] else ""
+    lines += [f"Recipe `{document['recipe']}`{settings}."]
     places = [SHORT, *(place for place in document if place.endswith(" times")), LONG]
     between = "".join(f" / {place} it, where it was measured" for place in places[1:-1])
     lines += [f"Mean over the seeds, in brackets the least and the most; trained length{between} / longest clips.", ""]
