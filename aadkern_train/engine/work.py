@@ -42,10 +42,11 @@ class Member:
 class Pass:
     """Passes of the network ``role`` over each clip of a batch.
 
-    ``times`` per clip and step, of ``rows`` rows at once (views, or the text and the null text). ``gradient``: of nothing, of the
-    ``inputs`` alone, or of the ``weights``. ``replay``: chunks are differentiated one at a time, after a forward of their own;
-    otherwise the graph of exits lives from the rollout on. ``updates``: the learner whose gradients add up meanwhile. ``cache``:
-    whether a rollout's keys and values are in memory.
+    ``times`` per clip and step, of ``rows`` rows at once (views, or the text and the null text). ``depth``: how many passes a
+    rollout's first generated chunk runs and how many each other one, in the mean; None: up to an exit drawn among all.
+    ``gradient``: of nothing, of the ``inputs`` alone, or of the ``weights``. ``replay``: chunks are differentiated one at a time,
+    after a forward of their own; otherwise the graph of exits lives from the rollout on. ``updates``: the learner whose gradients
+    add up meanwhile. ``cache``: whether a rollout's keys and values are in memory.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Pass:
     gradient: Literal["none", "inputs", "weights"] = "none"
     times: float = 1.0
     rows: float = 1.0
+    depth: tuple[float, float] | None = None
     replay: bool = True
     cache: bool = False
 

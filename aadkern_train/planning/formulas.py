@@ -59,17 +59,18 @@ class Clip:
         spans = [self.layout.chunk_tokens(chunk) for chunk in range(len(self.layout.chunks))]
         return [(end - start, area_of(self.plans["causal"], start, end)) for start, end in spans]
 
-    def pieces(self, sees: str) -> list[Piece]:
-        """The passes that make up one of a ``Pass``: (how many, tokens, area)."""
-        if sees in self.plans:
-            return [(1.0, self.layout.tokens, self.plans[sees].area)]
+    def pieces(self, one: Pass) -> list[Piece]:
+        """What one pass is made of: (how many, tokens, area)."""
+        if one.sees in self.plans:
+            return [(1.0, self.layout.tokens, self.plans[one.sees].area)]
         clean = [(1.0, *chunk) for chunk in self.chunks[:-1]]
         noisy = self.chunks[self.given :]
-        if sees == "clean":
+        if one.sees == "clean":
             return clean
-        if sees == "exits":
+        if one.sees == "exits":
             return [(1.0, *chunk) for chunk in noisy]
-        first, rest = ((len(levels) + 1) / 2 for levels in (self.steps.first, self.steps.rest))  # the exit is drawn among them
+        drawn = ((len(self.steps.first) + 1) / 2, (len(self.steps.rest) + 1) / 2)  # exits among them, each as likely
+        first, rest = drawn if one.depth is None else one.depth
         return [*clean, *((first if i == 0 else rest, *chunk) for i, chunk in enumerate(noisy))]
 
     @property
@@ -153,7 +154,7 @@ def _of_pass(one: Pass, nets: Mapping[str, Net], clip: Clip, layout: Layout, las
     parts["gathered"] = net.gathered(kept) + others
     if one.gradient == "weights" and layout.ranks > 1:
         parts["reduced"] = 6.0 * net.shape.block
-    longest = layout.share(max(tokens for _, tokens, _ in clip.pieces(one.sees)), n)
+    longest = layout.share(max(tokens for _, tokens, _ in clip.pieces(one)), n)
     rows = one.rows * layout.clips
     parts |= held.get(one.role, {}) if not one.replay else _added(held) | graph(one, net, clip, layout)
     measure = WORKING if one.gradient != "none" else FORWARD
@@ -186,7 +187,7 @@ def graph(one: Pass, net: Net, clip: Clip, layout: Layout) -> Parts:
     """What a pass keeps for its backward: blocks' inputs, or all that their backward reads."""
     if one.gradient == "none":
         return {}
-    pieces = [layout.share(tokens, clip.layout.tokens_per_frame) for _, tokens, _ in clip.pieces(one.sees)]
+    pieces = [layout.share(tokens, clip.layout.tokens_per_frame) for _, tokens, _ in clip.pieces(one)]
     tokens = max(pieces) if one.replay else sum(pieces)
     size = net.blocks * unit(net, tokens, one.rows * layout.clips)
     return {"boundary": size} if layout.checkpointing == "blocks" else {"saved": size * affine(SAVED, net)}
@@ -205,12 +206,12 @@ def fits(parts: Parts, machine: Machine) -> bool:
 def flops(one: Pass, net: Net, clip: Clip, checkpointing: str) -> dict[str, float]:
     """FLOPs of a pass for one clip, by what they are: linear, attention and the attention's backward."""
     linear = attention = 0.0
-    for often, tokens, area in clip.pieces(one.sees):
+    for often, tokens, area in clip.pieces(one):
         reads = 0 if net.judge is None else 2 * tokens * net.shape.dim**2 * len(net.judge.taps)  # the keys behind each tap
         linear += often * one.rows * (net.shape.linear(tokens, net.depth) + reads)
         attention += often * one.rows * net.shape.attention(area, net.depth)
     conditioning = net.shape.words(net.depth) + net.shape.levels(clip.layout.frames)
-    texts = 1.0 if one.gradient == "none" or one.sees != "exits" else len(clip.pieces(one.sees))
+    texts = 1.0 if one.gradient == "none" or one.sees != "exits" else len(clip.pieces(one))
     linear += texts * conditioning * (one.rows if one.role == "teacher" else 1)
     if one.gradient == "none":
         return {"linear": linear, "attention": attention, "attention backward": 0.0}
@@ -249,7 +250,7 @@ def _seconds(one: Pass, net: Net, clip: Clip, layout: Layout, machine: Machine) 
     n = clip.layout.tokens_per_frame
     counted = flops(one, net, clip, layout.checkpointing)
     share = layout.clips / layout.sequence / 1e12
-    pieces = clip.pieces(one.sees)
+    pieces = clip.pieces(one)
     often, tokens = sum(piece[0] for piece in pieces), sum(piece[0] * layout.share(piece[1], n) for piece in pieces)
     recorded = one.sees == "exits" and not one.replay
     forwards = (0 if recorded else 1) + (one.gradient != "none" and layout.checkpointing == "blocks")
@@ -276,7 +277,7 @@ def _seconds(one: Pass, net: Net, clip: Clip, layout: Layout, machine: Machine) 
 
 def _gathered(one: Pass, net: Net, clip: Clip, layout: Layout, width: int = 2) -> float:
     """Bytes that leave a GPU in a pass of one micro-batch to gather weights of ``width`` bytes, and to reduce gradients in fp32."""
-    often = sum(piece[0] for piece in clip.pieces(one.sees))
+    often = sum(piece[0] for piece in clip.pieces(one))
     forwards = 0 if one.sees == "exits" and not one.replay else 1
     kept = layout.keep_gathered and one.sees in CHUNKED
     gathers = 0.0 if kept else often * (forwards + (one.gradient != "none"))
@@ -294,7 +295,7 @@ def _exchanged(one: Pass, net: Net, clip: Clip, layout: Layout, width: int = 2) 
     not divide, shared ones travel more often, which is left out."""
     if layout.sequence == 1:
         return 0.0
-    tokens = sum(piece[0] * layout.share(piece[1], clip.layout.tokens_per_frame) for piece in clip.pieces(one.sees))
+    tokens = sum(piece[0] * layout.share(piece[1], clip.layout.tokens_per_frame) for piece in clip.pieces(one))
     size = net.blocks * unit(net, tokens, one.rows * layout.clips) * width / 2
     recorded = one.sees == "exits" and not one.replay
     forwards = (0 if recorded else 1) + (one.gradient != "none" and layout.checkpointing == "blocks")

@@ -125,13 +125,9 @@ class FeedbackDistillation(Stage):
             generator = Member("generator", self.start, ema=True, muon=self.generator.kind == "muon")
             others = ["old"] * feedback + ["start"] * bool(self.prior)
             kept = [Member(role, self.start, learns=False, fp32=True) for role in others]
-            # Every pass of the sampler runs, where a rollout with an exit that is drawn has fewer.
-            levels = [len(recipe.steps.levels(i == 0)) for i in range(len(recipe.generated_chunks))]
-            rolled = (
-                Pass("rollout, clean", "generator", "clean", "generator", cache=True),
-                Pass("rollout", "generator", "exits", "generator", times=sum(levels) / len(levels), cache=True),
-            )
-            passes = [*rolled] if feedback else []
+            depth = (len(recipe.steps.first), len(recipe.steps.rest))  # every pass of the sampler runs, none ends at a drawn exit
+            rolled = Pass("rollout", "generator", "rollout", "generator", depth=depth, cache=True)
+            passes = [rolled] if feedback else []
             for name in others:
                 passes.append(Pass(f"{name}, clean", "generator", "clean", "generator", cache=True))
                 passes.append(Pass(name, "generator", "exits", "generator", cache=True))
@@ -148,7 +144,7 @@ class FeedbackDistillation(Stage):
             judging = Pass("discriminator", "discriminator", "bidirectional", "discriminator", "weights", rows=rows)
             scored = Pass("scores", "discriminator", "bidirectional", "generator")
             step = (*passes, *([judging] * self.discriminator_learns), scored, *learned)
-            return Work((generator, judge, *kept), step, first=(*rolled, judging), first_steps=self.discriminator_first, **clips)
+            return Work((generator, judge, *kept), step, first=(rolled, judging), first_steps=self.discriminator_first, **clips)
 
     @classmethod
     def check(cls, run: Run, name: str, settings: Settings) -> None:

@@ -85,17 +85,22 @@ class AdversarialSelfDistillation(DmdWarmUp):
             return len(recipe.levels) - (self.real is None)
 
         def work(self, recipe: Recipe) -> Work:
-            work = super().work(recipe)
+            work, levels, first = super().work(recipe), len(recipe.levels), len(recipe.steps.first)
+            if recipe.first_levels is not None and self.first_exit == "last":
+                depth = (first, (levels + 1) / 2)
+                passes = (replace(one, depth=depth) if one.sees == "rollout" else one for one in work.passes)
+                work = replace(work, passes=tuple(passes))
             if not self.alpha:
                 return work
-            source, levels, updates = recipe.models.score(self.start), len(recipe.levels), self.fake_per_generator
+            source, updates = recipe.models.score(self.start), self.fake_per_generator
             heads = Member("heads", source, taps=self.layers, queries=self.queries, reads=self.logits(recipe))
             share, rolled = self.logits(recipe) / levels, (levels - 1) / levels  # of the draws of n
             often = rolled * (1 + (updates if self.fake_rollouts == "fresh" else 0))
+            more_steps = (levels + 2) / 2  # n + 1: 2 to N
+            depth = (more_steps if recipe.first_levels is None else first, more_steps)
             rows = 2 * (1 + (1 / self.penalty_every if self.penalty else 0))
             more = (
-                Pass("better rollouts", "generator", "rollout", "generator", times=often, cache=True),
-                Pass("their further step", "generator", "exits", "generator", times=often / 2, cache=True),  # n + 1: 2 to N
+                Pass("better rollouts", "generator", "rollout", "generator", times=often, depth=depth, cache=True),
                 Pass("self-distillation", "fake score", "bidirectional", "generator", "inputs", times=share, cache=True),
                 Pass("better logits", "fake score", "bidirectional", "generator", times=share, cache=True),
                 Pass("heads' views", "fake score", "bidirectional", "heads", times=share * updates, rows=rows),

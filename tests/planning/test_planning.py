@@ -102,6 +102,31 @@ def test_flops_are_those_of_the_real_step(name, words, tmp_path, processes):
     assert sum(each) * settings.batch == pytest.approx(total, rel=0.06 if name == "fed" else 0.04)
 
 
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        ("[1.0,0.9,0.8,0.6]", "first_exit: last"),
+        ("null", "first_exit: last"),
+        ("[1.0,0.9,0.8]", "first_exit: last, alpha: 0"),
+        ("[1.0,0.9,0.8,0.6]", "first_exit: last, real: curated, fake_rollouts: fresh"),
+    ],
+)
+def test_flops_of_a_drawn_number_of_steps_are_the_mean_over_its_draws(first, words, tmp_path, processes, monkeypatch):
+    """Self-distillation draws how many steps its clips have; a first chunk with levels of its own runs all of them."""
+    own = f"stages.asd={{kind: asd, start: null, batch: 2, fake_per_generator: 1, layers: [1, 2], penalty_every: 1, {words}}}"
+    base = [*SIZED, *ADAM, "models.teacher=exact", f"first_levels={first}", "levels=[1.0,0.9,0.7]", own]
+    run = new_run(tmp_path / "run", processes, *base)
+    totals = []
+    for draw in range(3):
+        monkeypatch.setattr("aadkern_train.stages.asd.drawn_exit", lambda *_, draw=draw: draw)
+        totals.append(counted(run, "asd")[0])
+    settings, clip = run.recipe.stages["asd"], clip_of(run.recipe)
+    work = settings.work(run.recipe)
+    members = nets(work.members, run.recipe, clip.sizes, {})
+    each = [one.times * sum(flops(one, members[one.role], clip, settings.checkpointing).values()) for one in work.passes]
+    assert sum(each) * settings.batch == pytest.approx(sum(totals) / 3, rel=0.03)
+
+
 def test_areas_of_chunks_add_up_to_the_plans():
     clip = Clip(VideoLayout((1, 4, 3), 6), Window(5, sink=1), 1, make_recipe("digits").steps, Sizes((1, 4, 6), None))
     assert sum(area for _, area in clip.chunks) == clip.plans["causal"].area == clip.plans["causal"].dense().sum()
