@@ -29,9 +29,9 @@ def collected(name: str, grid: Grid, cells: Sequence[Cell], out: Path, words: Se
             continue
         metrics = read_json(file)
         document["machines"] += [machine for machine in (metrics["machine"],) if machine not in document["machines"]]
+        document["titles"] |= {row: metrics["titles"][row] for row in grid.rows if row in metrics["titles"]}
         for row in grid.rows:
             values = metrics["stages"].get(row, {})
-            document["titles"].setdefault(row, metrics["titles"].get(row, row))
             for place in places:
                 figures = values if place == SHORT else values.get(place, {})
                 of_row = document[place].setdefault(cell.name, {}).setdefault(row, {})
@@ -55,8 +55,7 @@ def page(document: Mapping[str, Any], grid: Grid) -> str:
     between = "".join(f" / {place} it, where it was measured" for place in places[1:-1])
     lines += [f"Mean over the seeds, in brackets the least and the most; trained length{between} / longest clips.", ""]
     for row in grid.rows:
-        lines += [f"## {document['titles'].get(row, row)}", "", f"| cell | seeds | {' | '.join(grid.measures)} |"]
-        lines += ["|---|" + "---:|" * (1 + len(grid.measures))]
+        body = []
         for cell, own in grid.cells.items():
             parts = [document[place].get(cell, {}).get(row, {}) for place in places]
             if not parts[0] and any(document[SHORT].get(cell, {}).values()):
@@ -64,8 +63,10 @@ def page(document: Mapping[str, Any], grid: Grid) -> str:
             values = [" / ".join(filter(None, (_shown(part.get(name, {})) for part in parts))) for name in grid.measures]
             seeds = len({seed for by_seed in parts[0].values() for seed in by_seed})
             label = f"{cell} (`{' '.join(own)}`)" if own else cell
-            lines.append(f"| {label} | {seeds} | {' | '.join(value or '-' for value in values)} |")
-        lines.append("")
+            body.append(f"| {label} | {seeds} | {' | '.join(value or '-' for value in values)} |")
+        if body:
+            lines += [f"## {document['titles'].get(row, row)}", "", f"| cell | seeds | {' | '.join(grid.measures)} |"]
+            lines += ["|---|" + "---:|" * (1 + len(grid.measures)), *body, ""]
     return "\n".join(lines)
 
 

@@ -115,7 +115,7 @@ GRIDS = {
             "broad teacher, supervised": ("data.curated_keep=0.9", "afd.learns=clips"),
         },
         shared=("pretrain", "ode", "dmd"),
-        rows=("dmd", "afd", "adversarial"),
+        rows=("afd", "adversarial"),
         measures=("quality", "obey", "contrast", "drift", "grid"),
         expected=EXPECTED_AFD,
         apart={"data": None},  # the shared stages learn from web clips, and only the curated ones differ

@@ -146,6 +146,19 @@ def test_lengths_between_stand_between(tmp_path, monkeypatch):
     assert (none, more) == ("5.0 / 4.0", "9.0 / 8.0 / 7.0 / 6.0")
 
 
+def test_a_row_is_there_for_the_cells_that_have_it_and_by_its_title(tmp_path):
+    """A first cell without a stage neither names that stage's row nor stands in it; a row that no cell has is left out."""
+    grid = replace(ASD, cells={"none": (), "more": ("asd.alpha=0",)}, rows=("dmd", "asd", "adversarial"))
+    _, cells = cells_of(grid, 0, SMALL_ASD)
+    for cell, row, title in zip(cells, ("dmd", "asd"), ("II: warm-up", "II: with itself"), strict=True):
+        cell.folder(tmp_path).mkdir(parents=True)
+        written = {"stages": {row: {"quality": 9.0}}, "titles": {row: title}, "machine": {}}
+        (cell.folder(tmp_path) / "metrics.json").write_text(json.dumps(written))
+    shown = page(collected("asd", grid, cells, tmp_path, []), grid).splitlines()
+    assert [line for line in shown if line.startswith("## ")] == ["## II: warm-up", "## II: with itself"]
+    assert [line.split()[1] for line in shown if line.startswith(("| none", "| more"))] == ["none", "more"]
+
+
 def test_a_stage_is_taken_whole_or_not_at_all(tmp_path, monkeypatch):
     source, folder = tmp_path / "a", tmp_path / "b"
     for name in ("ode", "ode.fake", "ode_more"):
