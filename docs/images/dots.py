@@ -35,7 +35,7 @@ def draw(name: str, grid: str, rows: Sequence[str], panels: Sequence[Panel], cel
         parts += [
             text(left, 16, title, "title"),
             text(left, bottom + 16, f"{low:g}"),
-            text(left + PANEL - 22, bottom + 16, f"{high:g}"),
+            text(left + PANEL, bottom + 16, f"{high:g}", "end"),
         ]
         for n, (cell, of_cell) in enumerate(values.items()):
             y = TOP + LINE * n + 11

@@ -7,7 +7,7 @@ from pathlib import Path
 BLUE, PALE, GREEN, RED, GREY = "#3b6fb6", "#c5d5ea", "#5a9a5a", "#c0504d", "#ececec"
 STYLE = (
     "text{font:11px system-ui,sans-serif;fill:#555}.title{font-size:13px;font-weight:600;fill:#222}.name{font-weight:600;fill:#222}"
-    ".middle{text-anchor:middle}.light{fill:#fff}.frame{fill:none;stroke:#999}.line{stroke:#777;fill:none}"
+    ".middle{text-anchor:middle}.end{text-anchor:end}.light{fill:#fff}.frame{fill:none;stroke:#999}.line{stroke:#777;fill:none}"
     ".arrow{stroke:#777;fill:none;marker-end:url(#tip)}"
 )
 TIP = '<marker id="tip" markerWidth="7" markerHeight="6" refX="6" refY="3" orient="auto"><polygon points="0 0 7 3 0 6"/></marker>'
