@@ -85,19 +85,18 @@ class AdversarialSelfDistillation(DmdWarmUp):
             return len(recipe.levels) - (self.real is None)
 
         def work(self, recipe: Recipe) -> Work:
-            work, levels, first = super().work(recipe), len(recipe.levels), len(recipe.steps.first)
-            if recipe.first_levels is not None and self.first_exit == "last":
-                depth = (first, (levels + 1) / 2)
-                passes = (replace(one, depth=depth) if one.sees == "rollout" else one for one in work.passes)
-                work = replace(work, passes=tuple(passes))
+            work, levels, own_first = super().work(recipe), len(recipe.levels), recipe.first_levels
+            drawn, further = (levels + 1) / 2, (levels + 2) / 2  # the means of n, 1 to N, and of n + 1, 2 to N
+            if own_first is not None and self.first_exit == "last":
+                whole = (replace(one, depth=(len(own_first), drawn)) if one.sees == "rollout" else one for one in work.passes)
+                work = replace(work, passes=tuple(whole))
             if not self.alpha:
                 return work
             source, updates = recipe.models.score(self.start), self.fake_per_generator
             heads = Member("heads", source, taps=self.layers, queries=self.queries, reads=self.logits(recipe))
             share, rolled = self.logits(recipe) / levels, (levels - 1) / levels  # of the draws of n
             often = rolled * (1 + (updates if self.fake_rollouts == "fresh" else 0))
-            more_steps = (levels + 2) / 2  # n + 1: 2 to N
-            depth = (more_steps if recipe.first_levels is None else first, more_steps)
+            depth = (further if own_first is None else len(own_first), further)
             rows = 2 * (1 + (1 / self.penalty_every if self.penalty else 0))
             more = (
                 Pass("better rollouts", "generator", "rollout", "generator", times=often, depth=depth, cache=True),
